@@ -1,0 +1,200 @@
+"""Which implementation of an operation runs: one table, {operation: {reference, cpu, triton, cuda}}.
+
+A stage registers its implementations when it is imported. `"auto"` picks the best one for the device and says once, through
+`logging`, which one that was. A backend asked for by name runs or raises: it never becomes another one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hedgespec.errors import BackendUnavailableError
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_HOW_TO_GET = {
+    "cpu": (
+        "it is built when HedgeSpec is installed on a machine with a C++20 compiler; "
+        "HEDGESPEC_REQUIRE_NATIVE=1 pip install . shows why a build fails"
+    ),
+    "triton": "pip install triton",
+    "cuda": "it is built when HedgeSpec is installed on a machine with nvcc",
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    load: Callable[[], Callable]
+    devices: frozenset[str] | None
+    dtypes: frozenset[torch.dtype] | None
+
+    def serves(self, device: str, dtype: torch.dtype | None) -> bool:
+        return (self.devices is None or device in self.devices) and (
+            self.dtypes is None or dtype is None or dtype in self.dtypes
+        )
+
+
+_table: dict[str, dict[str, _Entry]] = {}
+
+
+def register(
+    operation: str,
+    backend: str,
+    load: Callable[[], Callable],
+    *,
+    devices: tuple[str, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> None:
+    """Adds an implementation to the table.
+
+    Args:
+        operation: e.g. "evaluate".
+        backend: one of `BACKENDS`.
+        load: called without arguments, once, when the backend is first wanted; returns the implementation, or raises
+            ImportError where it cannot run. Keep the import of what may be missing in here.
+        devices: device types whose tensors it takes; None: any.
+        dtypes: logits dtypes it takes; None: any floating-point dtype.
+
+    Raises:
+        ValueError: `backend` is not one of `BACKENDS`.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    entry = _Entry(load, None if devices is None else frozenset(devices), None if dtypes is None else frozenset(dtypes))
+    _table.setdefault(operation, {})[backend] = entry
+    _load.cache_clear()
+    resolve.cache_clear()
+
+
+@functools.cache
+def _load(operation: str, backend: str) -> Callable | ImportError:
+    """The implementation, or why there is none."""
+    try:
+        return _table[operation][backend].load()
+    except ImportError as error:
+        return error
+
+
+@functools.cache
+def resolve(operation: str, backend: str, device: str, dtype: torch.dtype | None = None) -> Callable:
+    """The implementation that runs `operation`.
+
+    Args:
+        operation: a registered operation.
+        backend: one of `BACKENDS`, or "auto" for the best one that takes this device and dtype.
+        device: device type of the tensors: "cpu", "cuda", ...
+        dtype: dtype of the logits; None: does not matter.
+
+    Raises:
+        BackendUnavailableError: the backend asked for by name is not there; `__cause__` keeps the ImportError.
+        ValueError: an unknown backend, or a backend asked for by name that does not take tensors on this device.
+        TypeError: a backend asked for by name that does not take this dtype.
+    """
+    entries = _table[operation]
+    if backend == "auto":
+        return _resolve_auto(operation, device, dtype)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend not in entries:
+        raise BackendUnavailableError(f"{operation} has no {backend} backend; it has {', '.join(entries)}")
+    entry, found = entries[backend], _load(operation, backend)
+    if isinstance(found, ImportError):
+        raise BackendUnavailableError(
+            f"the {backend} backend of {operation} cannot run here ({found}); to get it: {_HOW_TO_GET[backend]}"
+        ) from found
+    if not entry.serves(device, None):
+        raise ValueError(
+            f"backend: {backend!r} takes tensors on {' or '.join(sorted(entry.devices))}; got tensors on {device}"
+        )
+    if not entry.serves(device, dtype):
+        expected = " or ".join(sorted(str(each).removeprefix("torch.") for each in entry.dtypes))
+        raise TypeError(f"backend: {backend!r} takes {expected} logits; got {str(dtype).removeprefix('torch.')}")
+    return found
+
+
+def _resolve_auto(operation: str, device: str, dtype: torch.dtype | None) -> Callable:
+    passed_over = []
+    for backend in _PREFERENCE.get(device, ("reference",)):
+        entry = _table[operation].get(backend)
+        if entry is None or not entry.serves(device, dtype):
+            continue
+        found = _load(operation, backend)
+        if isinstance(found, ImportError):
+            passed_over.append(f"; {backend} cannot run here: {found}")
+            continue
+        _log.info("%s on %s: the %s backend%s", operation, device, backend, "".join(passed_over))
+        return found
+    raise BackendUnavailableError(f"{operation} has no backend for {dtype} tensors on {device}")
+
+
+def available(operation: str) -> tuple[str, ...]:
+    """The backends of `operation` that can run on this machine, in the order of `BACKENDS`."""
+    return tuple(name for name in BACKENDS if name in _table[operation] and callable(_load(operation, name)))
+
+
+def report() -> dict[str, object]:
+    """What `hedgespec doctor` shows, as plain data: versions, devices, the native module, backends of every operation.
+
+    Returns:
+        {"versions": {package: version or None}, "devices": [str], "threads": int,
+        "native": {"built": bool, ...}, "operations": {operation: {backend: "available" or why not}}}
+    """
+    operations = {}
+    for operation, entries in _table.items():
+        operations[operation] = {}
+        for backend in (name for name in BACKENDS if name in entries):
+            found = _load(operation, backend)
+            operations[operation][backend] = (
+                f"unavailable: {found}; to get it: {_HOW_TO_GET[backend]}"
+                if isinstance(found, ImportError)
+                else "available"
+            )
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _REPORTED_PACKAGES},
+        "devices": _devices(),
+        "threads": torch.get_num_threads(),
+        "native": _native_module(),
+        "operations": operations,
+    }
+
+
+_REPORTED_PACKAGES = ("hedgespec", "torch", "transformers", "triton", "numpy", "safetensors", "vllm")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    devices = [f"cpu: {platform.machine()}, {os.cpu_count()} cores, {sys.platform}"]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices.append(f"cuda:{index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+    return devices
+
+
+def _native_module() -> dict[str, object]:
+    try:
+        from hedgespec import _native
+    except ImportError as error:
+        return {"built": False, "why": str(error)}
+    return {
+        "built": True,
+        "instruction_set": _native.instruction_set(),
+        "compiler": _native.compiler,
+        "openmp": _native.openmp,
+    }

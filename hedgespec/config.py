@@ -1,0 +1,58 @@
+"""How a decoder decodes: one frozen record, validated when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+CHOICES = {
+    "mode": ("sampled", "argmax"),
+    "estimator": ("exact", "product"),
+    "loss": ("length", "acceptance_rate"),
+    "selection": ("sample", "argmax"),
+}
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """What does not change from request to request.
+
+    Args:
+        draft_length: K, tokens drafted a round, >= 1.
+        mode: how the drafter proposes: "sampled" from its distribution, or its "argmax".
+        learner: a name from `hedgespec.learners.NAMES`.
+        learner_options: keyword options of that learner.
+        prior: belief in each drafter before the first loss, [N]; None is uniform.
+        estimator: of the expected emitted length, "exact" or "product".
+        loss: "length" (1 - expected length / (K+1)) or "acceptance_rate" (1 - acceptance_prob).
+        selection: "sample" a drafter from the weights, or take their "argmax".
+        track_regret: score every drafter after each round even where the learner does not ask for it.
+        backend: of the operations; "auto" or a name from `hedgespec.backends.BACKENDS`.
+
+    Raises: TypeError or ValueError naming the argument, what was expected and what came.
+    """
+
+    draft_length: int = 5
+    mode: str = "sampled"
+    learner: str = "normal_hedge"
+    learner_options: Mapping[str, Any] = field(default_factory=dict)
+    prior: tuple[float, ...] | None = None
+    estimator: str = "exact"
+    loss: str = "length"
+    selection: str = "sample"
+    track_regret: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.draft_length, int) or isinstance(self.draft_length, bool):
+            raise TypeError(f"draft_length: expected an int, got {type(self.draft_length).__name__}")
+        if self.draft_length < 1:
+            raise ValueError(f"draft_length: expected at least 1, got {self.draft_length}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        object.__setattr__(self, "learner_options", MappingProxyType(dict(self.learner_options)))
+        if self.prior is not None:
+            object.__setattr__(self, "prior", tuple(float(value) for value in self.prior))

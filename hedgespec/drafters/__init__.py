@@ -1,0 +1,48 @@
+"""What a drafter is: something that, token by token, says what the target may say next.
+
+A drafter holds weights and can serve many requests; a request's state (its KV cache) is a session. A session is fed
+every verified token by `prefill`, which is also how it is evaluated, and drafts ahead of them by `step`; the next
+`prefill` forgets what was drafted.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class DrafterSession(Protocol):
+    """One request's view of a drafter."""
+
+    verified: int
+    """How many verified tokens the session has taken in."""
+
+    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
+        """Takes in the verified tokens that follow the last call's, forgetting whatever was drafted since.
+
+        Args:
+            tokens: int64 [T], T >= 1.
+            features: [T, num_aux * Ht], the target's hidden states at the position before each token; None for a
+                drafter without `aux_layers`. The row of a request's first token is not read.
+            logits_to_keep: how many of the last positions' logits to return, 1..T.
+        Returns: [logits_to_keep, Vd], the logits for the token after each.
+        """
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """Takes in one drafted token, int64 [1], and returns the logits [Vd] for the next."""
+
+
+class Drafter(Protocol):
+    """Weights that can draft for a target."""
+
+    name: str
+    vocab_size: int
+    """Ids the drafter can name, in the target's numbering, lie in 0..vocab_size-1."""
+    draft_to_target: torch.Tensor | None
+    """int64 [Vd], the target's id of each draft id; None when they are the same."""
+    aux_layers: tuple[int, ...]
+    """Layers of the target whose inputs the drafter reads; empty for a drafter that needs tokens only."""
+
+    def session(self) -> DrafterSession:
+        """A fresh request."""

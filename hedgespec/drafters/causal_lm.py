@@ -1,0 +1,60 @@
+"""Any transformers causal language model over the target's tokens as a drafter."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+
+from hedgespec.errors import VocabularyMismatchError
+
+
+class CausalLMDrafter:
+    """A small language model that shares the target's tokenizer.
+
+    Args:
+        model: a transformers causal LM, in eval mode.
+        target: the target; a drafter whose (padded) vocabulary is larger or smaller by padding alone is fine.
+        name: shown in statistics.
+
+    Raises: VocabularyMismatchError if the vocabularies differ by more than padding (a tenth) allows.
+    """
+
+    aux_layers = ()
+
+    def __init__(self, model, target, name: str = "causal_lm"):
+        own, wanted = model.config.vocab_size, target.config.vocab_size
+        if abs(own - wanted) > wanted // 10:
+            raise VocabularyMismatchError(f"drafter {name}: expected a vocabulary of {wanted} tokens, got {own}")
+        self.model, self.name, self.vocab_size = model, name, min(own, wanted)
+        same = own >= wanted
+        self.draft_to_target = None if same else torch.arange(own, device=target.device)
+
+    def session(self) -> CausalLMSession:
+        return CausalLMSession(self)
+
+
+class CausalLMSession:
+    """One request's KV cache."""
+
+    def __init__(self, drafter: CausalLMDrafter):
+        self.drafter = drafter
+        self.cache = DynamicCache(config=drafter.model.config)
+        self.verified = self._held = 0
+
+    def prefill(self, tokens: torch.Tensor, features: None, logits_to_keep: int) -> torch.Tensor:
+        if self._held > self.verified:
+            self.cache.crop(self.verified - self._held)
+            self._held = self.verified
+        logits = self._forward(tokens, logits_to_keep)
+        self.verified = self._held
+        return logits
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        return self._forward(token, 1)[0]
+
+    def _forward(self, tokens: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+        out = self.drafter.model(
+            tokens[None], past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep
+        )
+        self._held += tokens.shape[0]
+        return out.logits[0, :, : self.drafter.vocab_size]

@@ -1,0 +1,21 @@
+"""What can go wrong, by name. Every error a user can cause is one of these, a ValueError or a TypeError."""
+
+
+class HedgeSpecError(Exception):
+    """Base of the package's own errors."""
+
+
+class BackendUnavailableError(HedgeSpecError, RuntimeError):
+    """A backend was asked for by name and cannot run here; `__cause__` keeps why, the message says how to get it."""
+
+
+class CheckpointError(HedgeSpecError, ValueError):
+    """Weights that are missing, corrupt, of the wrong shape, or in a format that is not safe to load."""
+
+
+class VocabularyMismatchError(HedgeSpecError, ValueError):
+    """A drafter whose token ids do not mean what the target's mean."""
+
+
+class ZooError(HedgeSpecError, RuntimeError):
+    """The embedded zoo cannot be prepared: a download failed, a checksum differs, a tool is missing."""

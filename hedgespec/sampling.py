@@ -1,0 +1,60 @@
+"""What the user's top-k, top-p and min-p make of logits: one threshold a row, below which a logit is masked.
+
+A threshold keeps the kernels pure reductions. Where logits tie exactly at the threshold all of them stay.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the same for the target and for what drafts in its stead.
+
+    Args:
+        temperature: >= 0; 0 is greedy.
+        top_k: keep the k largest logits; None keeps all.
+        top_p: of what is left keep the smallest set of mass >= top_p, in (0, 1]; None keeps all.
+        min_p: of what is left keep probabilities >= min_p times the largest, in [0, 1]; None keeps all.
+
+    Raises: ValueError for a value outside its range.
+
+    The order (temperature, top-k, top-p, min-p) and the meaning are transformers'.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p: expected a number in [0, 1], got {self.min_p}")
+
+    def threshold(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """The smallest logit that stays, [...] of logits [..., V], before temperature; None where all stay."""
+        if self.temperature == 0 or (self.top_k, self.top_p, self.min_p) == (None, None, None):
+            return None
+        count = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
+        # Only top-p needs the order of what is left; the rest needs the largest and the k-th.
+        kept = logits.topk(count, sorted=True).values
+        lowest = kept[..., -1]
+        probs = (kept.double() / self.temperature).softmax(-1)
+        if self.top_p is not None:
+            before = probs.cumsum(-1) - probs
+            last = (before < self.top_p).sum(-1, keepdim=True) - 1
+            lowest = kept.gather(-1, last)[..., 0]
+        if self.min_p is not None and self.min_p > 0:
+            floor = kept[..., 0] + self.temperature * math.log(self.min_p)
+            lowest = torch.maximum(lowest, floor)
+        return lowest

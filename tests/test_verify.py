@@ -1,0 +1,734 @@
+"""The verification rule loses nothing: its law is the target's own, both measured step by step and sampled."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from hedgespec.verify import sample, verify
+
+rule = importlib.import_module("hedgespec.verify")  # the module: the package may export the function under this name
+
+INF = math.inf
+LAST = 1 - 2.0**-53  # the largest float64 uniform
+SHARP = torch.float64
+
+
+def distribution(logits, temperature=1.0, threshold=-INF):
+    """The softmax this file trusts: NumPy float64, written apart from the package's."""
+    logits = np.where(np.asarray(logits, np.float64) < np.asarray(threshold)[..., None], -INF, logits)
+    if temperature == 0:
+        return np.eye(logits.shape[-1])[logits.argmax(-1)]
+    weights = np.exp((logits - logits.max(-1, keepdims=True)) / temperature)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+# A world: a target and a drafter that give every prefix its own logits.
+
+
+@dataclass(frozen=True)
+class World:
+    draft_length: int
+    vocabulary: int = 3
+    mode: str = "sampled"
+    draft_to_target: tuple[int, ...] | None = None
+    target_temperature: float = 1.0
+    draft_temperature: float = 1.0
+    target_threshold: float | None = None
+    draft_threshold: float | None = None
+    impossible: bool = False  # token 0 is masked from the target, never from the drafter
+    seed: int = 0
+
+    def tables(self):
+        """Logits for every prefix: target[k] is [V^k, V] for k = 0..K, draft[k] is [V^k, Vd] for k = 0..K-1."""
+        rng = np.random.default_rng(self.seed)
+        width = self.vocabulary if self.draft_to_target is None else len(self.draft_to_target)
+        target = [1.5 * rng.normal(size=(self.vocabulary**k, self.vocabulary)) for k in range(self.draft_length + 1)]
+        draft = [1.5 * rng.normal(size=(self.vocabulary**k, width)) for k in range(self.draft_length)]
+        if self.impossible:
+            for table in target:
+                table[:, 0] = -INF
+        return target, draft
+
+    def target_probs(self):
+        threshold = -INF if self.target_threshold is None else self.target_threshold
+        return [distribution(table, self.target_temperature, threshold) for table in self.tables()[0]]
+
+    def proposal_probs(self):
+        """The proposal over the target's vocabulary, [V^k, V] for each position."""
+        threshold = -INF if self.draft_threshold is None else self.draft_threshold
+        temperature = 0 if self.mode == "argmax" else self.draft_temperature
+        ids = range(self.vocabulary) if self.draft_to_target is None else self.draft_to_target
+        spread = np.eye(self.vocabulary)[list(ids)]
+        return [distribution(table, temperature, threshold) @ spread for table in self.tables()[1]]
+
+    def options(self, rows):
+        def threshold(value, columns):
+            return None if value is None else torch.full((rows, columns), value, dtype=SHARP)
+
+        return dict(
+            mode=self.mode,
+            draft_to_target=None if self.draft_to_target is None else torch.tensor(self.draft_to_target),
+            target_temperature=self.target_temperature,
+            draft_temperature=self.draft_temperature,
+            target_threshold=threshold(self.target_threshold, self.draft_length + 1),
+            draft_threshold=threshold(self.draft_threshold, self.draft_length),
+            backend="reference",
+        )
+
+    def logits(self, drafts):
+        """The logits seen by each row of drafts [R, K]: target [R, K+1, V] and draft [R, K, Vd] (None for K = 0)."""
+        prefixes = [prefix_index(drafts[:, :k], self.vocabulary) for k in range(self.draft_length + 1)]
+        target, draft = (
+            [torch.as_tensor(table[prefix]) for table, prefix in zip(tables, prefixes, strict=False)]
+            for tables in self.tables()
+        )
+        return torch.stack(target, 1), torch.stack(draft, 1) if draft else None
+
+
+def prefix_index(tokens, vocabulary):
+    """Tokens [R, k] as the digits of one number in base V."""
+    return tokens @ (vocabulary ** np.arange(tokens.shape[1])[::-1])
+
+
+def chain(probs):
+    """Probability of every sequence, [V^n], from per-prefix distributions [V^k, V]."""
+    law = np.ones(1)
+    for table in probs:
+        law = (law[:, None] * table).ravel()
+    return law
+
+
+WORLDS = {
+    f"{mode}-K{draft_length}{name}": World(draft_length, mode=mode, seed=seed, **options)
+    for seed, (mode, draft_length, (name, options)) in enumerate(
+        itertools.product(
+            ("sampled", "argmax"),
+            (1, 2, 3),
+            (("", {}), ("-reduced", dict(vocabulary=4, draft_to_target=(3, 1)))),
+        )
+    )
+} | {
+    "repeated-ids": World(2, draft_to_target=(2, 0, 2), seed=20),
+    "impossible-token": World(2, impossible=True, seed=21),
+    "impossible-token-argmax": World(2, mode="argmax", impossible=True, seed=22),
+    "temperatures": World(2, target_temperature=0.6, draft_temperature=1.7, seed=23),
+    "cold-drafter": World(2, draft_temperature=0, seed=24),
+    "cold-target": World(2, target_temperature=0, seed=25),
+    "cold-target-argmax": World(2, mode="argmax", target_temperature=0, seed=26),
+    "cold-both": World(2, target_temperature=0, draft_temperature=0, seed=27),
+    "thresholds": World(2, vocabulary=4, target_threshold=-0.5, draft_threshold=-0.8, target_temperature=0.8, seed=28),
+    "draws-only": World(0, vocabulary=5, seed=29),
+}
+
+
+# The exact law. Each uniform moves the outcome along a staircase, and bisection finds every step to the last bit of
+# float64, so nothing here repeats the formulas under test.
+
+
+def measure(holds, shape):
+    """Length of {u in [0, 1): holds(u)} for each entry, where holds is true up to some u and false beyond."""
+    low, high = torch.zeros(shape, dtype=SHARP), torch.ones(shape, dtype=SHARP)
+    for _ in range(60):
+        middle = (low + high) / 2
+        inside = holds(middle.clamp(max=LAST))
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    return high.numpy()
+
+
+def staircases(world, drafts):
+    """What one round makes of each drafted sequence [R, K], read off `verify` alone.
+
+    accept [K, R] is the chance that position k is accepted once it is reached; following [K+1, V, R] is the law of the
+    token emitted at position k after a stop there.
+    """
+    rows, draft_length = drafts.shape
+    last_column = draft_length
+    probes = [(k, k, None) for k in range(draft_length)]  # (the uniform that moves, the position, the token's bound)
+    probes += [(last_column, k, v) for k in range(draft_length + 1) for v in range(world.vocabulary - 1)]
+    moving = torch.tensor([column for column, _, _ in probes])[:, None, None].expand(-1, rows, 1)
+    uniforms = torch.zeros(len(probes), rows, draft_length + 1, dtype=SHARP)  # accept all that can be ...
+    for probe, (_, k, bound) in enumerate(probes):
+        if bound is not None and k < draft_length:
+            uniforms[probe, :, k] = LAST  # ... but stop at k
+
+    drafts = np.tile(drafts, (len(probes), 1))
+    (target_logits, draft_logits), options = world.logits(drafts), world.options(len(drafts))
+
+    def holds(moved):
+        moved = uniforms.scatter(-1, moving, moved[..., None]).flatten(0, 1)
+        verdict = verify(target_logits, torch.as_tensor(drafts), draft_logits, moved, **options)
+        accepted_length = verdict.accepted_length.view(len(probes), rows)
+        tokens = verdict.tokens.view(len(probes), rows, -1)
+        return torch.stack(
+            [
+                accepted_length[probe] > k if bound is None else tokens[probe, :, k] <= bound
+                for probe, (_, k, bound) in enumerate(probes)
+            ]
+        )
+
+    measured = measure(holds, (len(probes), rows))
+    below = measured[draft_length:].reshape(draft_length + 1, world.vocabulary - 1, rows)
+    return measured[:draft_length], np.diff(below, axis=1, prepend=0, append=1)
+
+
+def exact_law(world):
+    """Probability of every sequence of K+1 tokens: emitted by one round, completed by the target. [V^(K+1)]."""
+    vocabulary, draft_length = world.vocabulary, world.draft_length
+    drafts = np.array(list(itertools.product(range(vocabulary), repeat=draft_length)), np.int64)
+    reached = chain(world.proposal_probs())
+    drafts, reached = drafts[reached > 0], reached[reached > 0]
+    accept, following = staircases(world, drafts)
+
+    law = np.ones(1)
+    for k, table in enumerate(world.target_probs()):
+        stops = reached * (1 - accept[k] if k < draft_length else 1)
+        prefix = prefix_index(drafts[:, :k], vocabulary)
+        emitted = np.zeros(vocabulary ** (k + 1))
+        for token in range(vocabulary):
+            np.add.at(emitted, prefix * vocabulary + token, stops * following[k, token])
+        law = emitted if k == 0 else (law[:, None] * table).ravel() + emitted
+        reached = reached * accept[k] if k < draft_length else reached
+    return law
+
+
+def law_error(world):
+    return np.abs(exact_law(world) - chain(world.target_probs())).max()
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
+def test_exact_law_is_the_targets(world):
+    assert law_error(world) < 1e-12
+
+
+# The sampled law, through the public functions a decoder calls.
+
+
+def chi_square_p_value(world, draws=60_000):
+    generator = torch.Generator().manual_seed(world.seed)
+    vocabulary, draft_length = world.vocabulary, world.draft_length
+    target, draft = world.tables()
+    options = world.options(draws)
+
+    tokens = np.zeros((draws, 0), np.int64)
+    for table in draft:
+        logits = torch.as_tensor(table[prefix_index(tokens, vocabulary)])
+        threshold = None if world.draft_threshold is None else options["draft_threshold"][:, 0]
+        temperature = 0 if world.mode == "argmax" else world.draft_temperature
+        ids = sample(logits, torch.rand(draws, generator=generator), temperature=temperature, threshold=threshold)
+        ids = ids if world.draft_to_target is None else options["draft_to_target"][ids]
+        tokens = np.column_stack([tokens, ids.numpy()])
+    target_logits, draft_logits = world.logits(tokens)
+    uniforms = torch.rand(draws, draft_length + 1, generator=generator)
+    verdict = verify(target_logits, torch.as_tensor(tokens), draft_logits, uniforms, **options)
+
+    emitted = verdict.tokens.numpy().copy()
+    for k in range(draft_length + 1):
+        known = emitted[:, :k].copy()
+        threshold = None if world.target_threshold is None else options["target_threshold"][:, 0]
+        logits = torch.as_tensor(target[k][prefix_index(known, vocabulary)])
+        drawn = torch.rand(draws, generator=generator)
+        own = sample(logits, drawn, temperature=world.target_temperature, threshold=threshold).numpy()
+        emitted[:, k] = np.where(emitted[:, k] < 0, own, emitted[:, k])
+
+    counts = np.bincount(prefix_index(emitted, vocabulary), minlength=vocabulary ** (draft_length + 1))
+    expected = draws * chain(world.target_probs())
+    if counts[expected == 0].any():
+        return 0.0
+    if (expected > 0).sum() == 1:
+        return 1.0
+    return stats.chisquare(counts[expected > 0], expected[expected > 0]).pvalue
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
+def test_sampled_law_is_the_targets(world):
+    assert chi_square_p_value(world) > 1e-3
+
+
+# Tokens the target never says. Uniforms of exactly 0 have a real probability, and no law of measure sees them.
+
+
+def emits_the_impossible(world):
+    drafts = np.array(list(itertools.product(range(world.vocabulary), repeat=world.draft_length)), np.int64)
+    corners = list(itertools.product((0.0, LAST), repeat=world.draft_length + 1))
+    drafts, uniforms = np.repeat(drafts, len(corners), 0), torch.tensor(corners * len(drafts), dtype=SHARP)
+    target_logits, draft_logits = world.logits(drafts)
+    tokens = verify(target_logits, torch.as_tensor(drafts), draft_logits, uniforms, **world.options(len(drafts))).tokens
+    return bool((tokens == 0).any())
+
+
+@pytest.mark.parametrize("mode", ["sampled", "argmax"])
+def test_impossible_tokens_are_never_emitted(mode):
+    assert not emits_the_impossible(World(2, mode=mode, impossible=True, seed=30))
+
+
+# Mutants: each of these breaks the rule in one place, and the checks above must say so.
+
+
+def accept_non_strictly(uniforms, draft_prob, target_prob):
+    return uniforms * draft_prob <= target_prob
+
+
+def accept_swapped(uniforms, draft_prob, target_prob):
+    return uniforms * target_prob < draft_prob
+
+
+def accept_everything_after_a_gap(accepted):
+    return accepted.sum(-1)
+
+
+def recover_from_the_target(target_probs, draft_probs, rejected):
+    return target_probs
+
+
+def draw_the_bonus_from_the_drafter(target_probs, draft_probs, rejected):
+    return torch.where(rejected[:, None], (target_probs - draft_probs).clamp(min=0), draft_probs)
+
+
+def draw_the_bonus_from_the_residual(target_probs, draft_probs, rejected):
+    return (target_probs - draft_probs).clamp(min=0)
+
+
+def draw_without_normalising(weights, uniforms):
+    cumulative = weights.cumsum(-1, dtype=SHARP)
+    drawn = torch.searchsorted(cumulative, uniforms[..., None].to(SHARP).contiguous(), right=True)
+    return drawn.clamp(max=weights.shape[-1] - 1)[..., 0]
+
+
+MUTANTS = {
+    accept_swapped: "_accepts",
+    accept_everything_after_a_gap: "_leading",
+    recover_from_the_target: "_next_weights",
+    draw_the_bonus_from_the_drafter: "_next_weights",
+    draw_the_bonus_from_the_residual: "_next_weights",
+    draw_without_normalising: "_inverse_cdf",
+}
+
+
+@pytest.mark.parametrize("mode", ["sampled", "argmax"])
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_both_laws_catch_the_mutant(mutant, mode, monkeypatch):
+    world = World(2, mode=mode, seed=100)
+    monkeypatch.setattr(rule, MUTANTS[mutant], mutant)
+    assert law_error(world) > 1e-3
+    assert chi_square_p_value(world) < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["sampled", "argmax"])
+def test_corner_uniforms_catch_non_strict_acceptance(mode, monkeypatch):
+    monkeypatch.setattr(rule, "_accepts", accept_non_strictly)
+    assert emits_the_impossible(World(2, mode=mode, impossible=True, seed=30))
+
+
+# One call at a time.
+
+
+def case(batch=2, draft_length=3, vocabulary=6, draft_vocabulary=None, dtype=SHARP, seed=0, **options):
+    """A random call to verify, as keyword arguments."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return (2 * torch.randn(*shape, generator=generator, dtype=SHARP)).to(dtype)
+
+    mapped = draft_vocabulary is not None
+    draft_to_target = torch.randperm(vocabulary, generator=generator)[:draft_vocabulary] if mapped else None
+    draft_logits = normal(batch, draft_length, draft_vocabulary if mapped else vocabulary)
+    ids = sample(draft_logits, torch.rand(batch, draft_length, generator=generator))
+    arguments = dict(
+        target_logits=normal(batch, draft_length + 1, vocabulary),
+        draft_tokens=draft_to_target[ids] if mapped else ids,
+        draft_logits=draft_logits,
+        uniforms=torch.rand(batch, draft_length + 1, generator=generator),
+        draft_to_target=draft_to_target,
+        backend="reference",
+    )
+    return arguments | options
+
+
+def same(one, other):
+    return torch.equal(one.accepted_length, other.accepted_length) and torch.equal(one.tokens, other.tokens)
+
+
+def row_alone(arguments, row, length):
+    """The call for one row of a batch, cut to its length: the last uniform stays the last."""
+    cut = dict(
+        target_logits=length + 1,
+        draft_tokens=length,
+        draft_logits=length,
+        target_threshold=length + 1,
+        draft_threshold=length,
+    )
+    alone = {
+        name: value[row : row + 1, : cut.get(name)] if isinstance(value, torch.Tensor) and value.dim() > 1 else value
+        for name, value in arguments.items()
+    }
+    kept = [*range(length), arguments["uniforms"].shape[1] - 1]
+    alone["uniforms"] = arguments["uniforms"][row : row + 1, kept]
+    if arguments["draft_to_target"] is not None and arguments["draft_to_target"].dim() == 2:
+        alone["draft_to_target"] = arguments["draft_to_target"][row]
+    for name in ("target_temperature", "draft_temperature"):
+        alone[name] = arguments[name][row].item()
+    return alone | dict(lengths=None)
+
+
+@pytest.mark.parametrize("mode", ["sampled", "argmax"])
+@pytest.mark.parametrize("per_row_map", [False, True])
+def test_a_batch_is_its_rows_alone(mode, per_row_map):
+    batch, draft_length, vocabulary = 150, 3, 6
+    arguments = case(batch, draft_length, vocabulary, 4, mode=mode)
+    lengths = torch.arange(batch) % (draft_length + 1)
+    arguments |= dict(
+        lengths=lengths,
+        uniforms=arguments["uniforms"] ** 8,  # accept often
+        target_temperature=torch.tensor([0.0, 0.5, 1.0, 2.0, 1e-30], dtype=SHARP).repeat(30),
+        draft_temperature=torch.tensor([1.0, 0.0, 0.7], dtype=SHARP).repeat(50),
+        target_threshold=arguments["target_logits"].sort(-1).values[..., 2],
+        draft_threshold=arguments["draft_logits"].sort(-1).values[..., 1],
+    )
+    if per_row_map:
+        generator = torch.Generator().manual_seed(1)
+        maps = torch.stack([torch.randperm(vocabulary, generator=generator)[:4] for _ in range(batch)])
+        arguments |= dict(draft_to_target=maps, draft_tokens=maps[:, :draft_length].flip(1))
+    padding = torch.arange(draft_length) >= lengths[:, None]
+    arguments["draft_tokens"] = arguments["draft_tokens"].masked_fill(padding, -1)
+    together = verify(**arguments)
+    for row, length in enumerate(lengths.tolist()):
+        alone = verify(**row_alone(arguments, row, length))
+        assert together.accepted_length[row] == alone.accepted_length[0]
+        assert together.tokens[row, : length + 1].tolist() == alone.tokens[0].tolist()
+        assert (together.tokens[row, length + 1 :] == -1).all()
+    assert len(set(together.accepted_length.tolist())) == draft_length + 1
+
+
+def test_a_full_draft_takes_its_bonus_from_its_own_length():
+    target_logits = torch.full((2, 3, 4), -INF)
+    target_logits[:, torch.arange(3), torch.tensor([2, 0, 3])] = 0.0  # the target says 2, 0, 3
+    verdict = verify(
+        target_logits,
+        torch.tensor([[2, 0], [2, -1]]),
+        None,
+        torch.full((2, 3), 0.5),
+        mode="argmax",
+        lengths=torch.tensor([2, 1]),
+    )
+    assert verdict.accepted_length.tolist() == [2, 1]
+    assert verdict.tokens.tolist() == [[2, 0, 3], [2, 0, -1]]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)])
+@pytest.mark.parametrize("mode", ["sampled", "argmax"])
+def test_cold_target_breaks_ties_towards_the_lowest_id(mode, temperature):
+    logits = torch.tensor([[[0.0, 5.0, 5.0], [7.0, 7.0, 7.0], [1.0, 2.0, 2.0]]])
+    accept = verify(logits, torch.tensor([[1, 0]]), None, torch.zeros(1, 3), mode=mode, target_temperature=temperature)
+    reject = verify(logits, torch.tensor([[2, 0]]), None, torch.zeros(1, 3), mode=mode, target_temperature=temperature)
+    assert (accept.accepted_length.tolist(), accept.tokens.tolist()) == ([2], [[1, 0, 1]])
+    assert (reject.accepted_length.tolist(), reject.tokens.tolist()) == ([0], [[1, -1, -1]])
+
+
+def test_cold_target_ignores_the_proposal_in_a_mixed_batch():
+    """A row at temperature 0 beside a warm one takes the general path and must end where the quick one does."""
+    arguments = case(batch=64, seed=5)
+    mixed = verify(**arguments, target_temperature=torch.tensor([0.0, 1.0]).repeat(32))
+    cold = verify(**arguments, target_temperature=0)
+    assert torch.equal(mixed.tokens[::2], cold.tokens[::2])
+
+
+def test_a_cold_rejection_whose_proposal_rounds_to_the_argmax_still_emits_it():
+    target_logits = torch.tensor([[[0.0, 3.0], [0.0, 3.0]]] * 2)
+    verdict = verify(
+        target_logits,
+        torch.tensor([[0], [0]]),
+        torch.tensor([[[-500.0, 500.0]]] * 2),
+        torch.full((2, 2), 0.9),
+        target_temperature=torch.tensor([0.0, 1.0]),
+    )
+    assert verdict.tokens[0].tolist() == [1, -1]
+
+
+def test_zero_residual_falls_back_to_the_target():
+    """q in float64 covers p rounded down to float32, and the last uniform rejects all the same."""
+    size = next(size for size in range(2, 99) if torch.zeros(size).softmax(-1)[0].double() < 1 / size)
+    verdict = verify(
+        torch.zeros(1, 2, size),
+        torch.tensor([[0]]),
+        torch.zeros(1, 1, size, dtype=SHARP),
+        torch.tensor([[LAST, 2.5 / size]], dtype=SHARP),
+    )
+    assert verdict.accepted_length.tolist() == [0]
+    assert verdict.tokens.tolist() == [[2, -1]]
+
+
+def test_zero_uniforms_accept_whatever_the_target_may_say():
+    arguments = case(batch=20, uniforms=torch.zeros(20, 4))
+    assert (verify(**arguments).accepted_length == 3).all()
+
+
+def test_a_token_outside_the_draft_vocabulary_is_accepted_wherever_the_target_may_say_it():
+    target_logits = torch.zeros(2, 2, 3).index_fill_(2, torch.tensor(1), -INF)
+    verdict = verify(
+        target_logits,
+        torch.tensor([[0], [1]]),
+        torch.zeros(2, 1, 1),
+        torch.full((2, 2), 0.99),
+        draft_to_target=torch.tensor([2]),
+    )
+    assert verdict.accepted_length.tolist() == [1, 0]
+
+
+def test_no_draft_samples_from_the_target():
+    logits, uniforms = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 0.999, 50)
+    for mode, temperature in itertools.product(("sampled", "argmax"), (0, 1.0)):
+        verdict = verify(
+            logits[:, None],
+            torch.empty(50, 0, dtype=torch.int64),
+            None,
+            uniforms[:, None],
+            mode=mode,
+            target_temperature=temperature,
+        )
+        assert (verdict.accepted_length == 0).all()
+        assert torch.equal(verdict.tokens[:, 0], sample(logits, uniforms, temperature=temperature))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_no_rows(temperature):
+    arguments = {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in case().items()}
+    verdict = verify(**arguments, target_temperature=temperature)
+    assert (verdict.accepted_length.shape, verdict.tokens.shape) == ((0,), (0, 4))
+
+
+def test_argmax_mode_needs_and_reads_no_proposal():
+    arguments = case(batch=100, mode="argmax")
+    assert same(verify(**arguments), verify(**arguments | dict(draft_logits=None)))
+
+
+def test_a_threshold_masks_below_and_keeps_what_it_equals():
+    logits, uniforms = torch.tensor([[1.0, 2.0, 3.0]]).expand(100, 3), torch.linspace(0, 0.999, 100)
+    drawn = sample(logits, uniforms, threshold=torch.full((100,), 2.0), temperature=0.5)
+    assert set(drawn.tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("mode", ["sampled", "argmax"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_dtypes_agree_with_float64_on_the_same_logits(dtype, mode):
+    arguments = case(batch=2000, vocabulary=50, draft_vocabulary=20, dtype=dtype, mode=mode)
+    wide = {name: value.double() if name.endswith("_logits") else value for name, value in arguments.items()}
+    narrow, wide = verify(**arguments), verify(**wide)
+    differing = (narrow.tokens != wide.tokens).any(-1).sum()
+    assert differing <= 2  # a uniform within float32's rounding of a step: about 1e-6 a row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, SHARP])
+@pytest.mark.parametrize("scale", [1e-30, 1e4, 1e30])
+def test_logits_of_any_size_and_temperatures_of_any_size(dtype, scale):
+    arguments = case(batch=50, dtype=dtype)
+    scaled = {name: value * scale if name.endswith("_logits") else value for name, value in arguments.items()}
+    for temperature in (1e-40, 1.0, 1e30, torch.linspace(1e-30, 2, 50)):
+        tokens = verify(**scaled, target_temperature=temperature, draft_temperature=temperature).tokens
+        assert ((tokens >= -1) & (tokens < 6)).all()
+        assert (tokens[:, 0] >= 0).all()
+
+
+def test_strided_arguments_and_gradients_change_nothing():
+    arguments = case(batch=8, draft_vocabulary=4)
+    strided = dict(arguments)
+    for name in ("target_logits", "draft_logits", "draft_tokens", "uniforms"):
+        strided[name] = arguments[name].mT.contiguous().mT
+    strided["target_logits"].requires_grad_()
+    assert same(verify(**arguments), verify(**strided))
+
+
+def test_arguments_are_left_alone():
+    arguments = case(lengths=torch.tensor([1, 3]), target_temperature=torch.tensor([0.0, 1.0]))
+    before = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    verify(**arguments)
+    assert all(torch.equal(arguments[name], value) for name, value in before.items() if isinstance(value, torch.Tensor))
+
+
+# The inverse CDF.
+
+
+def test_sample_inverts_the_cumulative_distribution():
+    probs = torch.tensor([0.25, 0.0, 0.5, 0.25, 0.0], dtype=SHARP)
+    uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, LAST], dtype=SHARP)
+    assert sample(probs.log().expand(6, 5), uniforms).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_sample_takes_any_leading_shape_and_a_temperature_a_row():
+    generator = torch.Generator().manual_seed(0)
+    logits, uniforms = torch.randn(3, 4, 9, generator=generator), torch.rand(3, 4, generator=generator)
+    temperature = torch.rand(3, 4, generator=generator).round(decimals=1).mul(2)
+    drawn = sample(logits, uniforms, temperature=temperature)
+    for i, j in itertools.product(range(3), range(4)):
+        assert drawn[i, j] == sample(logits[i, j], uniforms[i, j], temperature=temperature[i, j].item())
+
+
+def test_sample_at_temperature_zero_takes_the_first_argmax():
+    assert sample(torch.tensor([[1.0, 3.0, 3.0]]), torch.tensor([0.9]), temperature=0).tolist() == [1]
+
+
+@pytest.mark.parametrize("total", [5e-324, 1e-310, 1e-30, 1.0, 3.0])
+def test_the_draw_stays_on_positive_weights_however_it_rounds(total):
+    """A subnormal total rounds u * total up to itself."""
+    weights = torch.tensor([0.0, total, 0.0, total, 0.0, 0.0], dtype=SHARP).expand(4, 6)
+    drawn = rule._inverse_cdf(weights, torch.tensor([0.0, 0.5, 0.75, LAST], dtype=SHARP))
+    assert (weights[0, drawn] > 0).all()
+    assert (drawn[0], drawn[-1]) == (1, 3)
+
+
+# Properties.
+
+
+@st.composite
+def calls(draw):
+    batch, draft_length, vocabulary = draw(st.integers(1, 4)), draw(st.integers(0, 4)), draw(st.integers(1, 6))
+    draft_vocabulary = draw(st.none() | st.integers(1, vocabulary))
+    arguments = case(batch, draft_length, vocabulary, draft_vocabulary, seed=draw(st.integers(0, 2**32)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    masked = torch.rand(arguments["target_logits"].shape, generator=generator) < draw(st.sampled_from([0, 0.3, 0.9]))
+    masked.scatter_(-1, torch.randint(vocabulary, (batch, draft_length + 1, 1), generator=generator), False)
+    dtype, columns = draw(st.sampled_from([SHARP, torch.float32, torch.bfloat16])), draft_length + 1
+    uniforms = st.lists(st.sampled_from([0.0, 0.5, LAST]) | st.floats(0, LAST), min_size=columns, max_size=columns)
+    return arguments | dict(
+        target_logits=arguments["target_logits"].masked_fill(masked, -INF).to(dtype),
+        uniforms=torch.tensor(draw(st.lists(uniforms, min_size=batch, max_size=batch)), dtype=SHARP),
+        lengths=torch.tensor(draw(st.lists(st.integers(0, draft_length), min_size=batch, max_size=batch))),
+        mode=draw(st.sampled_from(["sampled", "argmax"])),
+        target_temperature=draw(st.sampled_from([0, 0.5, 1.0])),
+        draft_temperature=draw(st.sampled_from([0, 1.0])),
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(calls())
+def test_every_verdict_is_well_formed(arguments):
+    verdict = verify(**arguments)
+    logits = arguments["target_logits"].double().numpy()
+    for row, length in enumerate(arguments["lengths"].tolist()):
+        accepted, tokens = verdict.accepted_length[row].item(), verdict.tokens[row].tolist()
+        assert 0 <= accepted <= length
+        assert tokens[:accepted] == arguments["draft_tokens"][row, :accepted].tolist()
+        assert tokens[accepted + 1 :] == [-1] * (len(tokens) - accepted - 1)
+        for position, token in enumerate(tokens[: accepted + 1]):
+            assert distribution(logits[row, position], arguments["target_temperature"])[token] > 0
+        if accepted < length and arguments["mode"] == "argmax":
+            assert tokens[accepted] != arguments["draft_tokens"][row, accepted].item()
+
+
+# Bad input.
+
+BAD = [
+    (dict(target_logits=[[1.0]]), TypeError, "target_logits: expected a tensor of float64 or .*; got list"),
+    (dict(target_logits=torch.zeros(2, 4, 6, dtype=torch.int64)), TypeError, "target_logits: .*got torch.int64"),
+    (dict(target_logits=torch.zeros(2, 6)), ValueError, r"target_logits: expected 3 dimensions; got \[2, 6\]"),
+    (
+        dict(target_logits=torch.zeros(2, 0, 6)),
+        ValueError,
+        r"target_logits: expected .*K >= 0 and V >= 1; got \[2, 0, 6\]",
+    ),
+    (dict(target_logits=torch.zeros(2, 4, 0)), ValueError, r"target_logits: expected .*V >= 1; got \[2, 4, 0\]"),
+    (
+        dict(draft_tokens=torch.zeros(2, 3, dtype=torch.int32)),
+        TypeError,
+        "draft_tokens: expected a tensor of int64; got torch.int32",
+    ),
+    (
+        dict(draft_tokens=torch.zeros(2, 4, dtype=torch.int64)),
+        ValueError,
+        r"draft_tokens: expected shape \[2, 3\]; got \[2, 4\]",
+    ),
+    (
+        dict(draft_tokens=torch.tensor([[0, 1, 6]] * 2)),
+        ValueError,
+        r"draft_tokens: expected values in \[0, 6\); got values from 0 to 6",
+    ),
+    (dict(draft_tokens=torch.tensor([[0, 1, -1]] * 2)), ValueError, r"draft_tokens: .*got values from -1 to 1"),
+    (
+        dict(draft_tokens=torch.tensor([[0, -1, -1], [0, 1, -1]]), lengths=torch.tensor([1, 3])),
+        ValueError,
+        "draft_tokens: .*from -1",
+    ),
+    (dict(draft_logits=None), ValueError, 'draft_logits: expected a tensor in mode "sampled" with .*; got None'),
+    (dict(draft_logits=None, target_temperature=torch.tensor([0.0, 1.0])), ValueError, "draft_logits: "),
+    (dict(draft_logits=torch.zeros(2, 3, 6, dtype=torch.int64)), TypeError, "draft_logits: .*got torch.int64"),
+    (dict(draft_logits=torch.zeros(2, 3)), ValueError, r"draft_logits: expected 3 dimensions; got \[2, 3\]"),
+    (dict(draft_logits=torch.zeros(2, 4, 6)), ValueError, r"draft_logits: expected shape \[2, 3, 6\]; got \[2, 4, 6\]"),
+    (dict(draft_logits=torch.zeros(2, 3, 5)), ValueError, r"draft_logits: expected shape \[2, 3, 6\]; got \[2, 3, 5\]"),
+    (dict(draft_logits=torch.zeros(2, 3, 6, device="meta")), ValueError, "draft_logits: expected device cpu; got meta"),
+    (
+        dict(uniforms=torch.zeros(2, 4, dtype=torch.bfloat16)),
+        TypeError,
+        "uniforms: expected a tensor of float64 or float32; got torch.bfloat16",
+    ),
+    (dict(uniforms=torch.zeros(2, 3)), ValueError, r"uniforms: expected shape \[2, 4\]; got \[2, 3\]"),
+    (dict(uniforms=torch.ones(2, 4)), ValueError, r"uniforms: expected values in \[0, 1\); got values from 1.0 to 1.0"),
+    (dict(uniforms=torch.full((2, 4), -0.5)), ValueError, "uniforms: .*from -0.5"),
+    (dict(uniforms=torch.full((2, 4), math.nan)), ValueError, "uniforms: .*from nan"),
+    (dict(mode="greedy"), ValueError, r"mode: expected one of \('sampled', 'argmax'\); got 'greedy'"),
+    (dict(lengths=[1, 2]), TypeError, "lengths: expected a tensor of int64; got list"),
+    (dict(lengths=torch.tensor([1.0, 2.0])), TypeError, "lengths: .*got torch.float32"),
+    (dict(lengths=torch.tensor([1])), ValueError, r"lengths: expected shape \[2\]; got \[1\]"),
+    (dict(lengths=torch.tensor([0, 4])), ValueError, r"lengths: expected values in \[0, 4\); got values from 0 to 4"),
+    (dict(draft_to_target=[0, 1]), TypeError, "draft_to_target: expected a tensor of int64; got list"),
+    (dict(draft_to_target=torch.arange(6, dtype=torch.int32)), TypeError, "draft_to_target: .*got torch.int32"),
+    (dict(draft_to_target=torch.arange(5)), ValueError, r"draft_to_target: expected shape \[6\]; got \[5\]"),
+    (
+        dict(draft_to_target=torch.zeros(3, 6, dtype=torch.int64)),
+        ValueError,
+        r"draft_to_target: expected shape \[2, 6\]; got \[3, 6\]",
+    ),
+    (
+        dict(draft_to_target=torch.arange(1, 7)),
+        ValueError,
+        r"draft_to_target: expected values in \[0, 6\); got values from 1 to 6",
+    ),
+    (dict(target_temperature="hot"), TypeError, "target_temperature: expected a number or a tensor; got str"),
+    (dict(target_temperature=True), TypeError, "target_temperature: .*got bool"),
+    (dict(target_temperature=-1), ValueError, "target_temperature: expected a finite number >= 0; got -1"),
+    (dict(target_temperature=math.nan), ValueError, "target_temperature: .*got nan"),
+    (dict(draft_temperature=INF), ValueError, "draft_temperature: .*got inf"),
+    (dict(draft_temperature=torch.tensor([1, 1])), TypeError, "draft_temperature: .*got torch.int64"),
+    (dict(draft_temperature=torch.ones(3)), ValueError, r"draft_temperature: expected shape \[2\]; got \[3\]"),
+    (
+        dict(draft_temperature=torch.tensor([1.0, -1.0])),
+        ValueError,
+        "draft_temperature: expected finite values >= 0; got values from -1.0 to 1.0",
+    ),
+    (dict(target_temperature=torch.tensor([1.0, math.nan])), ValueError, "target_temperature: .*nan"),
+    (dict(target_threshold=0.5), TypeError, "target_threshold: .*got float"),
+    (dict(target_threshold=torch.zeros(2, 3)), ValueError, r"target_threshold: expected shape \[2, 4\]; got \[2, 3\]"),
+    (dict(draft_threshold=torch.zeros(2, 4)), ValueError, r"draft_threshold: expected shape \[2, 3\]; got \[2, 4\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_input_is_named(change, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        verify(**case() | change)
+
+
+BAD_SAMPLES = [
+    (dict(logits=1.0), TypeError, "logits: expected a tensor of .*; got float"),
+    (dict(logits=torch.zeros(2, 0)), ValueError, r"logits: expected \[..., V\] with V >= 1; got \[2, 0\]"),
+    (dict(logits=torch.tensor(1.0)), ValueError, r"logits: expected .*; got \[\]"),
+    (dict(uniforms=torch.zeros(3)), ValueError, r"uniforms: expected shape \[2\]; got \[3\]"),
+    (dict(uniforms=torch.ones(2)), ValueError, "uniforms: expected values in"),
+    (dict(temperature=-0.1), ValueError, "temperature: expected a finite number >= 0; got -0.1"),
+    (dict(temperature=torch.ones(1)), ValueError, r"temperature: expected shape \[2\]; got \[1\]"),
+    (dict(threshold=torch.zeros(1)), ValueError, r"threshold: expected shape \[2\]; got \[1\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_SAMPLES)
+def test_bad_samples_are_named(change, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        sample(**dict(logits=torch.zeros(2, 6), uniforms=torch.zeros(2)) | change)
