@@ -135,6 +135,7 @@ class _Request:
                  learner: learners.Learner, eos: frozenset[int], seed: int | None):  # fmt: skip
         self.config, self.drafters, self.groups = decoder.config, decoder.drafters, decoder.groups
         self.sampling, self.learner, self.eos = sampling, learner, eos
+        self.widths = [_width(drafter) for drafter in self.drafters]
         self.stats = DecodeStats(decoder.names, self.config.draft_length)
         self.random = np.random.default_rng(seed)
         self.tokens = torch.cat([prompt, prompt.new_zeros(max_new_tokens)])
@@ -154,9 +155,11 @@ class _Request:
         with self.stats.timed("prefill"):
             logits = self.target.forward(self.tokens[: self.length], 1)
             emitted = self._emit(self._verify(logits, None, Draft(self.tokens.new_empty(1, 0), None), self._uniforms(1)))
-            if self.scores_all:
-                for drafter in range(len(self.drafters)):
+            for drafter in range(len(self.drafters)) if self.scores_all else ():
+                try:
                     self._take_in(drafter)
+                except Exception as error:
+                    self._quarantine(drafter, error)
         return emitted
 
     def round(self) -> list[int]:
@@ -210,7 +213,7 @@ class _Request:
                     self._take_in(choice.drafter)
                     row = self.next_logits[choice.drafter]
                 else:
-                    row = self.sessions[choice.drafter].step(tokens[-1])
+                    row = self._checked(choice.drafter, self.sessions[choice.drafter].step(tokens[-1])[None], 1)[0]
                 token = self._propose(row, uniforms[position])
                 mapping = self.drafters[choice.drafter].draft_to_target
                 tokens.append((token if mapping is None else mapping[token]).view(1))
@@ -269,8 +272,16 @@ class _Request:
             return self.next_logits[drafter][None]
         keep = 1 if lacking.start == 0 else lacking.stop - lacking.start
         features = self.target.features[layers][lacking] if layers else None
-        logits = session.prefill(self.tokens[lacking], features, keep)
+        logits = self._checked(drafter, session.prefill(self.tokens[lacking], features, keep), keep)
         self.next_logits[drafter] = logits[-1]
+        return logits
+
+    def _checked(self, drafter: int, logits: torch.Tensor, rows: int) -> torch.Tensor:
+        """The logits [rows, Vd] themselves, if they are what a drafter owes. A row's maximum tells NaN, +inf and no mass."""
+        if logits.shape != (rows, self.widths[drafter]):
+            raise ValueError(f"expected logits of shape {(rows, self.widths[drafter])}, got {tuple(logits.shape)}")
+        if not logits.amax(-1).isfinite().all():
+            raise ValueError("expected logits with a finite maximum, got NaN, +inf or -inf throughout")
         return logits
 
     def _evaluate(self, target_logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -312,9 +323,6 @@ class _Request:
             argmax = self.config.mode == "argmax"
             prob[alive] = (result.argmax_acceptance_prob if argmax else result.acceptance_prob)[:, 0].double().cpu()
             ratio[alive] = (result.argmax_acceptance_ratio if argmax else result.acceptance_ratio)[:, 0].double().cpu()
-        for drafter in np.flatnonzero(~(np.isfinite(prob) & np.isfinite(ratio)).all(1)):
-            self._quarantine(int(drafter), ValueError("its logits are not finite"))
-            prob[drafter] = ratio[drafter] = 0.0
         return prob, ratio
 
     def _learn(self, choice: Choice | None, weights: np.ndarray, emitted: int, scores) -> None:
@@ -337,15 +345,19 @@ class _Request:
             warnings.warn(f"drafter {name} is out of this request: {self.stats.failures[name]}", stacklevel=2)
 
 
+def _width(drafter: Drafter) -> int:
+    """Vd: how many logits the drafter gives."""
+    return drafter.vocab_size if drafter.draft_to_target is None else len(drafter.draft_to_target)
+
+
 def _groups(drafters: Sequence[Drafter], device: torch.device) -> list[tuple[list[int], torch.Tensor | None]]:
     """Drafters whose logits stack, as (indices, int64 map [n, Vd] or None); one evaluation a group."""
-    members: dict[int | None, list[int]] = {}
+    members: dict[tuple[int, bool], list[int]] = {}
     for index, drafter in enumerate(drafters):
-        mapping = drafter.draft_to_target
-        members.setdefault(None if mapping is None else len(mapping), []).append(index)
+        members.setdefault((_width(drafter), drafter.draft_to_target is not None), []).append(index)
     return [
-        (indices, None if size is None else torch.stack([drafters[i].draft_to_target for i in indices]).to(device))
-        for size, indices in members.items()
+        (indices, torch.stack([drafters[i].draft_to_target for i in indices]).to(device) if mapped else None)
+        for (_, mapped), indices in members.items()
     ]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +38,7 @@ class DecodeStats:
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     failures: dict[str, str] = field(default_factory=dict)
     """Drafters that were taken out of the request, with the cause."""
-    learner_state: dict = field(default_factory=dict)
+    learner_state: dict[str, Any] = field(default_factory=dict)
     """The learner's `state_dict()` at the end, for a next request to go on from."""
     seconds: float = 0.0
 
@@ -72,12 +74,11 @@ class DecodeStats:
         cumulative = np.cumsum(self.losses, axis=0)
         return np.cumsum(self.played) - cumulative[:, cumulative[-1].argmin()]
 
-    def pick_share(self, drafter: int, after_tokens: int = 0) -> float:
-        """Share of rounds drafted by `drafter` among those that began after `after_tokens` tokens; NaN if there are none."""
-        began = 1 + np.cumsum([0, *self.emitted_by_round[:-1]]) if self.choices else np.zeros(0)
-        choices = np.asarray(self.choices)
-        late = choices[(began >= after_tokens) & (choices >= 0)]
-        return float(np.mean(late == drafter)) if late.size else float("nan")
+    def late_choices(self, after_tokens: int) -> np.ndarray:
+        """Drafters of the rounds that began once `after_tokens` tokens were emitted, int64; rounds without one left out."""
+        choices = np.asarray(self.choices, dtype=np.int64)
+        began = 1 + np.concatenate([[0], np.cumsum(self.emitted_by_round)[:-1]]) if self.choices else np.zeros(0)
+        return choices[(began >= after_tokens) & (choices >= 0)]
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -102,3 +103,28 @@ class DecodeStats:
             "seconds_by_stage": self.seconds_by_stage,
             "failures": self.failures,
         }
+
+
+def plot_weights(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:
+    """Draws the weights over a stream of requests, titled in order, rounds left to right, as a stacked area.
+
+    Raises: ImportError if matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    traces = [(title, stats) for title, stats in traces if stats.weights]
+    names = traces[0][1].drafters
+    figure, axes = pyplot.subplots(figsize=(14, 4), layout="constrained")
+    weights = np.concatenate([np.asarray(stats.weights) for _, stats in traces])
+    edges = np.cumsum([0, *(stats.rounds for _, stats in traces)])
+    axes.stackplot(np.arange(len(weights)), weights.T, labels=names, step="post", colors=pyplot.cm.tab10.colors)
+    for edge in edges:
+        axes.axvline(edge, color="black", linewidth=0.8)
+    axes.set_xticks((edges[:-1] + edges[1:]) / 2, [title for title, _ in traces], rotation=45, ha="right")
+    axes.set(xlim=(0, len(weights) - 1), ylim=(0, 1), ylabel="weight", xlabel="requests, and the rounds within each")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,84 @@
+"""`hedgespec zoo train`: corpora, continuations, heads, held-out prompts, acceptance matrix, each only where it is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from hedgespec.zoo import EXPERTS, NAMES, continuations, corpora, matrix, train
+from hedgespec.zoo.storage import load_head
+from hedgespec.zoo.target import cache_dir, load_target
+
+STAGES = ("collect", "heads", "matrix")
+HELD_OUT_PROMPTS = 40
+HELD_OUT_CHARACTERS = 250
+
+
+def run(names: tuple[str, ...] | None = None, stage: str = "all", out: Path | None = None, *, console: Console) -> Path:
+    """Reproduces the zoo and returns the folder its heads are in.
+
+    Args:
+        names: heads to train, see `hedgespec.zoo.NAMES`; None is all. An expert starts from the generalist.
+        stage: one of `STAGES`, or "all".
+        out: where heads and matrix go; None is a folder in the cache.
+        console: where progress is shown.
+
+    Raises: ValueError for an unknown head or stage; ZooError if a corpus cannot be fetched.
+    """
+    for name in names or ():
+        if name not in NAMES:
+            raise ValueError(f"names: expected among {', '.join(NAMES)}, got {name!r}")
+    if stage not in (*STAGES, "all"):
+        raise ValueError(f"stage: expected all or one of {', '.join(STAGES)}, got {stage!r}")
+    folder = out or cache_dir() / "heads"
+    folder.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target, tokenizer = load_target(device=device)
+    if stage in ("collect", "all"):
+        continuations.collect(target, tokenizer, report=console.print)
+    if stage in ("heads", "all"):
+        train.train(target, names or NAMES, folder=folder, report=console.print)
+    if stage in ("matrix", "all"):
+        _matrix(target, tokenizer, folder, console)
+    return folder
+
+
+def write_prompts(path: Path) -> None:
+    """The held-out prompts of the mixed stream, a prompt of each domain in turn, cut at a word."""
+    found = {
+        name: corpora.prompts(
+            corpora.DOMAINS[name], HELD_OUT_PROMPTS, side="held_out", seed=7, characters=HELD_OUT_CHARACTERS
+        )
+        for name in EXPERTS
+    }
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(HELD_OUT_PROMPTS):
+            for name in EXPERTS:
+                document, text = found[name][number]
+                domain = corpora.DOMAINS[name]
+                entry = {"domain": name, "text": text[: text.rindex(text.split()[-1])].rstrip(), "document": document,
+                         "source": domain.source, "licence": domain.licence}  # fmt: skip
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def _matrix(target, tokenizer, folder: Path, console: Console) -> None:
+    """Writes the acceptance matrix, with what the compact storage costs where the uncompressed heads are still there."""
+    heads = [load_head(folder / f"{name}.safetensors", target) for name in NAMES]
+    texts = matrix.continuations(target, tokenizer, heads, prompts_per_domain=10, new_tokens=64, report=console.print)
+    result = matrix.measure(heads, texts)
+    exact = [folder / f"{name}.float.pt" for name in NAMES]
+    if all(path.exists() for path in exact):
+        for head, path in zip(heads, exact, strict=True):
+            head.load_state_dict(torch.load(path, weights_only=True))
+        uncompressed = matrix.measure(heads, texts)["emitted_per_round"]
+        result["emitted_per_round_uncompressed"] = uncompressed
+    own = [result["emitted_per_round"][name][name] for name in EXPERTS]
+    result["own_expert_mat"] = round(sum(own) / len(own), 4)
+    if "emitted_per_round_uncompressed" in result:
+        exact_own = [result["emitted_per_round_uncompressed"][name][name] for name in EXPERTS]
+        result["own_expert_mat_uncompressed"] = round(sum(exact_own) / len(exact_own), 4)
+    matrix.write(result, folder)
+    console.print(matrix.table(result))
