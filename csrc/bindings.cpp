@@ -77,10 +77,12 @@ PYBIND11_MODULE(_native, module) {
   module.def("evaluate", &evaluate, py::call_guard<py::gil_scoped_release>());
   module.def("instruction_set", &instruction_set);
   module.attr("compiler") =
-#if defined(__VERSION__)
+#if defined(__clang__)
       __VERSION__;
+#elif defined(__GNUC__)
+      "GCC " __VERSION__;
 #else
-      "unknown";
+      "an unnamed compiler";
 #endif
   module.attr("openmp") =
 #if defined(_OPENMP)

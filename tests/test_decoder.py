@@ -143,6 +143,18 @@ def _top_k(target, prompt, k: int = 2, temperature: float = 0.6):
     return list(zip(ids.tolist(), (values / temperature).softmax(-1).tolist()))
 
 
+@pytest.mark.gpu
+def test_a_gpu_emits_what_the_cpu_emits():
+    """float64, so that another order of sums does not turn a tie."""
+    outputs = []
+    for device in ("cpu", "cuda"):
+        target = tiny_llama(seed=0, layers=4).to(device)
+        drafters = [tiny_head(target, 1).to(device), NGramDrafter(VOCABULARY)]
+        decoder = Decoder(target, drafters, DecodeConfig(backend="reference"))
+        outputs.append(decoder.generate(prompt_of(0).to(device), max_new_tokens=30, temperature=0.7, seed=0).sequences.tolist())
+    assert outputs[0] == outputs[1]
+
+
 def test_eos_ends_the_text_and_is_its_last_token(target):
     prompt = prompt_of(0)
     full = target.generate(prompt, max_new_tokens=30, do_sample=False)[0].tolist()

@@ -112,12 +112,12 @@ def check(arguments, options, backend):
 
 
 @pytest.mark.parametrize("positions", [1, 3])
-@pytest.mark.parametrize("vocabulary", [1, 2, 7, 8, 33, 1024, 2051])
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 8, 33, 1031])
 def test_equals_the_definition(backend, vocabulary, positions):
     check(*example(drafters=2, positions=positions, vocabulary=vocabulary), backend)
 
 
-@pytest.mark.parametrize(("vocabulary", "draft_vocabulary"), [(37, 1), (37, 12), (37, 37), (2051, 1025)])
+@pytest.mark.parametrize(("vocabulary", "draft_vocabulary"), [(37, 1), (37, 12), (37, 37), (1500, 1031)])
 def test_reduced_vocabulary(backend, vocabulary, draft_vocabulary):
     arguments, options = example(vocabulary=vocabulary, draft_vocabulary=draft_vocabulary)
     arguments[2][0, 0] = options["draft_to_target"][0, -1]  # at least one emitted token that a drafter knows
@@ -210,7 +210,7 @@ def test_ratio_survives_underflow(backend):
 
 
 def test_ties_go_to_the_lowest_id(backend):
-    tied = torch.zeros(1, 1, 3000)
+    tied = torch.zeros(1, 1, 3000)  # several blocks of the native loops
     for temperature in (0.0, 1.0):
         result = evaluate(
             tied, tied[None], torch.tensor([[0]]), target_temperature=temperature, drafter_temperature=0.0, backend=backend

@@ -12,10 +12,11 @@ PACKAGE = Path(__file__).parent.parent / "hedgespec"
 STAGES = {"evaluate", "verify", "prefill", "delay", "learners", "selection", "drafters"}
 FOUNDATIONS = {"records", "config", "errors", "backends", "cache"}
 """What every stage may know: data, names, and the store of keys and values that drafters and decoder share."""
-KNOW_THE_STAGES = {"__init__", "algorithm", "decoder"}
-MAKE_DRAFTERS = {"checkpoints", "zoo"}
-"""Rooms that read drafters from files or train them: they know the drafters and no other stage."""
 ENTRANCES = {"hf", "engines", "zoo", "cli"}
+"""Rooms above the decoder, which use the package as its users do."""
+KNOW_THE_STAGES = {"__init__", "algorithm", "decoder"} | ENTRANCES
+MAKE_DRAFTERS = {"checkpoints"}
+"""Rooms that read drafters from files: they know the drafters and no other stage."""
 GENERATION = ("GenerationMixin", "GenerationConfig", "GenerateOutput", "StoppingCriteria", "TextStreamer")
 LOGITS_PROCESSORS = "transformers.generation.logits_process"
 SAMPLING_ROOMS = {"decoder", "sampling"}

@@ -77,7 +77,7 @@ def load_head(path: str | Path, target) -> EagleHead:
     vocabulary = tensors["draft_to_target"].long()
     weights["lm_head.weight"] = target.get_output_embeddings().weight[vocabulary.to(target.device)].detach().cpu().float()
     with torch.device("meta"):
-        head = EagleHead(config, target.get_input_embeddings())
+        head = EagleHead(config, target.get_input_embeddings(), name=metadata.get("name", path.stem))
     head.load_state_dict(weights, assign=True)
     head.draft_to_target = vocabulary
     head.set_rope_frequency()

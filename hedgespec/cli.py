@@ -1,0 +1,500 @@
+"""The command line: parses, calls the package, prints. torch and transformers are imported only once there is work for them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import hedgespec
+from hedgespec.config import CHOICES, DecodeConfig
+from hedgespec.errors import CheckpointError, HedgeSpecError
+
+USER_ERRORS = (HedgeSpecError, ValueError, TypeError, OSError, ImportError)
+"""What is told in one line; anything else is a bug of ours and keeps its traceback."""
+STAGES = ("collect", "heads", "matrix", "all")
+"""Of `hedgespec zoo train`."""
+
+
+class UsageError(Exception):
+    """A command line that cannot be meant: exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
+    try:
+        try:
+            options = _parser().parse_args(argv)
+            with _quiet():
+                options.run(options)
+        finally:
+            sys.stdout.flush()  # while a closed pipe can still be caught
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has seen enough; at exit Python would try again to write the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UsageError, *USER_ERRORS) as error:
+        if os.environ.get("HEDGESPEC_DEBUG"):
+            traceback.print_exc()
+        _say("error", error)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+# Commands
+
+
+def generate(options: argparse.Namespace) -> None:
+    prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    if not prompt:
+        raise UsageError("PROMPT: expected some text, got none")
+    config = DecodeConfig(draft_length=options.draft_length, mode=options.mode, learner=options.learner)
+    target, tokenizer, drafters = _load(options.target, options.drafter)
+    decoder = hedgespec.Decoder(target, drafters, config)
+    prompt_ids = _encode(tokenizer, prompt, options.chat)
+    stream = TextStream(tokenizer, prompt_ids)
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        if not options.json:
+            print(piece, end="", flush=True)
+
+    import torch
+
+    out = decoder.generate(
+        torch.tensor(prompt_ids, dtype=torch.int64),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
+        on_tokens=lambda tokens: show(stream.push(tokens)),
+    )
+    show(stream.end())
+    if options.json:
+        tokens = out.sequences[0, len(prompt_ids) :].tolist()
+        _print_json({"text": "".join(pieces), "tokens": tokens, "stats": out.stats.to_dict()})
+    else:
+        print(flush=True)
+    if options.stats:
+        Console(stderr=True).print(_stats_table(out.stats))
+
+
+def demo(options: argparse.Namespace) -> None:
+    from hedgespec.zoo.demo import run
+
+    result = run(
+        prompts_per_domain=options.prompts,
+        max_new_tokens=options.max_new_tokens,
+        draft_length=options.draft_length,
+        temperature=options.temperature,
+        seed=options.seed,
+        plot=options.plot,
+        console=Console(stderr=options.json == "-"),  # stdout then holds the JSON alone
+    )
+    if options.json == "-":
+        _print_json(result)
+    elif options.json:
+        Path(options.json).write_text(_to_json(result) + "\n", encoding="utf-8")
+
+
+def zoo_list(options: argparse.Namespace) -> None:
+    from hedgespec import zoo
+    from hedgespec.zoo.target import NAME, cache_dir
+
+    target = cache_dir() / NAME / "model.safetensors"
+    files = [(NAME, "target", target), *((name, _role(name), zoo.head_path(name)) for name in zoo.NAMES)]
+    rows = [
+        {
+            "name": name,
+            "role": role,
+            "bytes": path.stat().st_size if path.exists() else None,
+            "draft_vocabulary": _draft_vocabulary(path) if path.exists() and role != "target" else None,
+            "path": str(path),
+        }
+        for name, role, path in files
+    ]
+    if options.json:
+        _print_json(rows)
+        return
+    table = Table("name", "domain or role", box=None)
+    table.add_column("MB", justify="right")
+    table.add_column("draft vocabulary", justify="right")
+    table.add_column("where", overflow="fold")
+    for row in rows:
+        size = "not there" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        vocabulary = "" if row["draft_vocabulary"] is None else str(row["draft_vocabulary"])
+        table.add_row(row["name"], row["role"], size, vocabulary, escape(row["path"]))
+    Console().print(table)
+
+
+def zoo_path(options: argparse.Namespace) -> None:
+    from hedgespec import zoo
+    from hedgespec.zoo.target import target_path
+
+    if options.name is None:
+        print(target_path())
+        return
+    _check_heads("NAME", [options.name])
+    path = zoo.head_path(options.name)
+    if not path.exists():
+        raise CheckpointError(f"the head {options.name}: expected a file at {path}, found none")
+    print(path)
+
+
+def zoo_train(options: argparse.Namespace) -> None:
+    _check_heads("--only", options.only or ())
+    from hedgespec.zoo.pipeline import run
+
+    run(names=tuple(options.only) if options.only else None, stage=options.stage, out=options.out, console=Console())
+
+
+def doctor(options: argparse.Namespace) -> None:
+    import hedgespec.decoder  # noqa: F401  the operations register their backends when they are imported
+    from hedgespec import backends
+    from hedgespec.doctor import describe
+
+    report = backends.report()
+    if options.json:
+        _print_json(report)
+    else:
+        print(describe(report))
+
+
+# Models
+
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+"""Endings of names that are meant as a file even where there is none."""
+
+
+def _load(target_folder: Path | None, specs: Sequence[str] | None) -> tuple[Any, Any, list]:
+    """The target, its tokenizer and the drafters; names are checked before anything is read."""
+    from hedgespec import zoo
+    from hedgespec.zoo.target import load_target
+
+    specs = specs or zoo.NAMES
+    for spec in specs:
+        if spec not in (*zoo.NAMES, "ngram") and not Path(spec).exists() and Path(spec).suffix not in WEIGHTS:
+            raise UsageError(
+                f"argument --drafter: expected one of {', '.join(zoo.NAMES)}, ngram, a .safetensors file or a model's folder, "
+                f"got {spec!r}"
+            )
+    if repeated := {spec for spec in specs if specs.count(spec) > 1}:
+        raise UsageError(f"argument --drafter: expected each once, got {', '.join(sorted(repeated))} again")
+    with Console(stderr=True).status("loading"):
+        if target_folder is None:
+            target, tokenizer = load_target()
+        else:
+            target, tokenizer = _load_model(target_folder, "auto"), _load_tokenizer(target_folder)
+        return target, tokenizer, [_load_drafter(spec, target) for spec in specs]
+
+
+def _load_drafter(spec: str, target):
+    from hedgespec import zoo
+    from hedgespec.drafters.causal_lm import CausalLMDrafter
+    from hedgespec.drafters.ngram import NGramDrafter
+    from hedgespec.zoo.storage import load_head
+
+    if spec == "ngram":
+        return NGramDrafter(target.config.vocab_size)
+    if spec not in zoo.NAMES and Path(spec).is_dir():
+        model = _load_model(Path(spec), target.dtype).to(target.device)
+        return CausalLMDrafter(model, target, name=Path(spec).resolve().name)
+    head = load_head(zoo.head_path(spec) if spec in zoo.NAMES else spec, target)
+    head.name = spec if spec in zoo.NAMES else Path(spec).stem
+    return head
+
+
+def _load_model(folder: Path, dtype):
+    """A causal LM from a local folder of safetensors: never the network, never a pickle, never weights made up."""
+    from transformers import AutoModelForCausalLM
+
+    with _reading(folder, "a folder with a causal language model in safetensors"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
+            raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    return model.eval()
+
+
+def _load_tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    with _reading(folder, "a folder with a tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def _reading(folder: Path, expected: str) -> Iterator[None]:
+    """Turns whatever the readers behind transformers raise into one error that says what was expected."""
+    if not folder.is_dir():
+        raise CheckpointError(f"expected {expected}, got {folder}, which is no folder")
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"expected {expected}, got {folder} ({error})") from error
+
+
+def _encode(tokenizer, prompt: str, chat: bool) -> list[int]:
+    if not chat:
+        return tokenizer(prompt).input_ids
+    if not tokenizer.chat_template:
+        raise ValueError("--chat: expected a target with a chat template, got one without")
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+class TextStream:
+    """Tokens to text as they come, never a part of a character.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt_ids: the text goes on from here: some tokenizers write a word differently at the start of a text.
+    """
+
+    def __init__(self, tokenizer, prompt_ids: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._tokens = list(prompt_ids[-8:])
+        self._said = len(self._tokens)
+        """Tokens whose text is out; those that follow may end within a character."""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """What these tokens add, short of an unfinished character."""
+        return "".join(self._push_one(token) for token in tokens)
+
+    def _push_one(self, token: int) -> str:
+        self._tokens.append(token)
+        piece = self._unsaid()
+        if not piece or piece.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        # The next piece is read behind this one alone, so that the cost of a piece does not grow with the text.
+        self._tokens = self._tokens[self._said :]
+        self._said = len(self._tokens)
+        return piece
+
+    def end(self) -> str:
+        """What was still held back."""
+        return self._unsaid()
+
+    def _unsaid(self) -> str:
+        before, after = (
+            self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for tokens in (self._tokens[: self._said], self._tokens)
+        )
+        return after[len(before) :]
+
+
+# What is shown
+
+
+def _stats_table(stats) -> Table:
+    table = Table(
+        title=f"MAT {stats.mean_accepted_tokens:.2f}, {stats.emitted_tokens / stats.seconds:.1f} tokens/s "
+        f"({stats.emitted_tokens} tokens, {stats.rounds} rounds, {stats.seconds:.2f} s)",
+        caption="seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in stats.seconds_by_stage.items()),
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+    )
+    table.add_column("drafter")
+    table.add_column("picks", justify="right")
+    table.add_column("final weight", justify="right")
+    final = stats.weights[-1] if stats.weights else [math.nan] * len(stats.drafters)
+    for name, picks, weight in zip(stats.drafters, stats.picks, final, strict=True):
+        table.add_row(escape(name), str(picks), f"{weight:.3f}")
+    return table
+
+
+def _role(name: str) -> str:
+    from hedgespec.zoo import EXPERTS
+
+    return f"expert: {name}" if name in EXPERTS else "all domains"
+
+
+def _draft_vocabulary(path: Path) -> int:
+    """Tokens that a head can name, from the head of its file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return file.get_slice("draft_to_target").get_shape()[0]
+    except SafetensorError as error:
+        raise CheckpointError(f"expected a head in the zoo's format, got {path} ({error})") from error
+
+
+def _check_heads(argument: str, names: Sequence[str]) -> None:
+    from hedgespec.zoo import NAMES
+
+    for name in names:
+        if name not in NAMES:
+            raise UsageError(f"argument {argument}: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def _print_json(value: object) -> None:
+    print(_to_json(value))
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(_without_nan(value), ensure_ascii=False, indent=2, allow_nan=False)
+
+
+def _without_nan(value):
+    """NaN and infinity, which JSON has no words for, as null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _say(kind: str, message: object) -> None:
+    """One line on stderr, whatever the message."""
+    print(f"hedgespec: {kind}:", " ".join(str(message).split()) or type(message).__name__, file=sys.stderr)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only our own words on stderr: a drafter that fails is told in one line, what libraries warn of is not."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported, which is later
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module=r"hedgespec\.")
+        warnings.showwarning = lambda message, *rest: _say("warning", message)
+        yield
+
+
+# The parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number in low..high, `low` itself left out if `above`."""
+    words = "an integer" if kind is int else "a number"
+    words += f" > {low}" if above else f" >= {low}"
+    words += f" and <= {high}" if high < math.inf else ""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected {words}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _output(text: str) -> Path:
+    """An argparse type: a file that can be written, checked before the work that leads to it."""
+    path = Path(text)
+    place = path if path.exists() else path.parent
+    if path.is_dir() or not os.access(place, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, got {text!r}")
+    return path
+
+
+def _output_or_stdout(text: str) -> Path | str:
+    return text if text == "-" else _output(text)
+
+
+def _output_or_none(text: str) -> Path | None:
+    return _output(text) if text else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hedgespec", description=hedgespec.__doc__.partition("\n")[0], allow_abbrev=False,
+        epilog="HEDGESPEC_CACHE: the folder for what is made once. HEDGESPEC_DEBUG=1: tracebacks of errors.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"hedgespec {hedgespec.__version__}")
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run: Callable, words: str, among=commands) -> argparse.ArgumentParser:
+        added = among.add_parser(name, help=words, description=words, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    _add_generate(command("generate", generate, "continue a prompt, streaming the text"))
+
+    add = command("demo", demo, "decode a mixed stream of domains: plain, with the generalist, with HedgeSpec").add_argument
+    add("--json", metavar="FILE", type=_output_or_stdout, help="write the figures here; - is stdout")
+    add("--plot", metavar="FILE", type=_output_or_none, default="hedgespec-demo.png",
+        help="draw the weights over time here; '' for no plot (default: %(default)s)")  # fmt: skip
+    add("--prompts", metavar="N", type=_number(int, 1), default=3, help="prompts a domain (default: %(default)s)")
+    # One token comes from the prompt's own forward: with no more than that there is no round to report on.
+    add("--max-new-tokens", metavar="M", type=_number(int, 2), default=64, help="tokens a prompt (default: %(default)s)")
+    _add_draft_length(add)
+    _add_temperature(add)
+    add("--seed", type=_number(int, 0), default=0, help="of the first prompt (default: %(default)s)")
+
+    zoo = commands.add_parser("zoo", help="the embedded target and heads", allow_abbrev=False).add_subparsers(required=True)
+    add = command("list", zoo_list, "what there is, how large and where", zoo).add_argument
+    add("--json", action="store_true", help="as JSON")
+    add = command("path", zoo_path, "where the converted target, or a head, is", zoo).add_argument
+    add("name", metavar="NAME", nargs="?", help="a head; without it the target's folder, made on the first call")
+    add = command("train", zoo_train, "collect the target's continuations, train the heads, measure them", zoo).add_argument
+    add("--only", metavar="NAME", nargs="+", help="heads to train (default: all)")
+    add("--stage", choices=STAGES, default="all", help="a part of the work (default: %(default)s)")
+    add("--out", metavar="FOLDER", type=Path, help="where heads and matrix go (default: in the cache)")
+
+    add = command("doctor", doctor, "what this installation can do on this machine").add_argument
+    add("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", help="the text to continue; - reads stdin, less one newline at its end")
+    add("--target", metavar="FOLDER", type=Path, help="a transformers causal language model (default: the zoo's target)")
+    add("--drafter", metavar="NAME", action="append",
+        help="a zoo head's name, ngram, a zoo-format .safetensors head, or the folder of a causal language model; "
+        "repeatable (default: all the zoo's heads)")  # fmt: skip
+    add("--learner", choices=hedgespec.learners.NAMES, default=DecodeConfig.learner, help="(default: %(default)s)")
+    add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
+        help="draft from the drafter's distribution or its argmax (default: %(default)s)")  # fmt: skip
+    _add_draft_length(add)
+    _add_temperature(add)
+    add("--top-k", metavar="k", type=_number(int, 1), help="keep the k likeliest tokens")
+    add("--top-p", metavar="p", type=_number(float, 0, 1, above=True), help="keep the likeliest tokens of mass p")
+    add("--min-p", metavar="p", type=_number(float, 0, 1), help="keep tokens at least p times as likely as the likeliest")
+    add("--seed", type=_number(int, 0), help="makes sampling repeatable (default: a fresh one)")
+    add("--max-new-tokens", metavar="M", type=_number(int, 1), default=128, help="(default: %(default)s)")
+    add("--chat", action="store_true", help="put the prompt into the target's chat template")
+    add("--stats", action="store_true", help="after the text, a table on stderr: MAT, speed, picks, weights, seconds by stage")
+    add("--json", action="store_true", help='instead of streaming, {"text", "tokens", "stats"} at the end')
+
+
+def _add_draft_length(add: Callable) -> None:
+    add("--draft-length", metavar="K", type=_number(int, 1), default=DecodeConfig.draft_length,
+        help="tokens drafted a round (default: %(default)s)")  # fmt: skip
+
+
+def _add_temperature(add: Callable) -> None:
+    add("--temperature", metavar="T", type=_number(float, 0), default=0.0, help="0 is greedy (default: %(default)s)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

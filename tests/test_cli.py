@@ -1,0 +1,617 @@
+"""The command line, on a tiny target that is made here and says a known text: nothing is downloaded."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import hedgespec
+from hedgespec import cli, zoo
+from hedgespec.drafters.eagle import EagleConfig, EagleHead
+from hedgespec.learners import NAMES as LEARNERS
+from hedgespec.zoo.storage import save_head
+
+EOS, WIDTH, CONTEXT = 256, 64, 96
+STORY = "café 日🙂"  # no byte twice, so that the next one follows from the last; then the text ends
+DIGITS = "0123456789"  # 0 again follows 9, for ever
+ENTER = [sys.executable, "-c", "import sys; from hedgespec.cli import main; sys.exit(main())"]
+
+
+# What the tests run on
+
+
+def byte_tokenizer(size: int = 257) -> PreTrainedTokenizerFast:
+    """A token a byte, so that é takes two tokens and 🙂 four."""
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>", *map(str, range(size))][:size]
+    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def speaker(tokenizer, vocabulary: int = 257) -> LlamaForCausalLM:
+    """A Llama whose likeliest next token is the successor in STORY or DIGITS, else the same token again."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, eos_token_id=EOS, bos_token_id=None, pad_token_id=None,
+        tie_word_embeddings=False, initializer_range=1.0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    follows = np.arange(vocabulary)
+    for text, end in ((STORY, EOS), (DIGITS, tokenizer(DIGITS[0]).input_ids[0])):
+        ids = [*tokenizer(text).input_ids, end]
+        follows[ids[:-1]] = ids[1:]
+    with torch.no_grad():
+        for layer in model.model.layers:  # the layers add nothing: a token's state is its embedding
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight[follows] = model.model.embed_tokens.weight.clone()
+    return model
+
+
+def save_tiny_head(path: Path, target, seed: int = 0, vocabulary: int = 257) -> None:
+    torch.manual_seed(seed)
+    config = EagleConfig(WIDTH, WIDTH, 4, 2, 16, 8, vocabulary, 40, (0, 1, 2))
+    save_head(EagleHead(config, target.get_input_embeddings(), torch.arange(40)), path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> SimpleNamespace:
+    """Folders and files of the tiny target and of what drafts, or does not draft, for it."""
+    folder = tmp_path_factory.mktemp("cli")
+    at = SimpleNamespace(target=folder / "target", twin=folder / "twin", head=folder / "head.safetensors", folder=folder)
+    at.tokenizer = byte_tokenizer()
+    at.model = speaker(at.tokenizer)
+    for path in (at.target, at.twin):
+        at.model.save_pretrained(path)
+    at.tokenizer.save_pretrained(at.target)
+    save_tiny_head(at.head, at.model)
+    return at
+
+
+@pytest.fixture
+def run(place, capsys):
+    """`generate` on the tiny target: exit code, stdout, stderr."""
+
+    def call(*argv: object, drafters=("ngram",)) -> tuple[int, str, str]:
+        given = [word for drafter in drafters for word in ("--drafter", drafter)]
+        code = cli.main([str(word) for word in ("generate", "--target", place.target, *given, *argv)])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def stats(run):
+    """The JSON of a run that went well."""
+
+    def call(*argv: object, drafters=("ngram",)) -> dict:
+        code, out, err = run(*argv, "--json", drafters=drafters)
+        assert code == 0, err
+        return json.loads(out)
+
+    return call
+
+
+def fails(capsys, code: int, *words: str, argv=None, outcome=None) -> None:
+    """The command ends with `code` and one line that has all the words."""
+    found, out, err = outcome or (cli.main([str(part) for part in argv]), *capsys.readouterr())
+    lines = [line for line in err.splitlines() if line.startswith("hedgespec")]
+    assert (found, len(lines)) == (code, 1), err
+    assert lines[0].startswith("hedgespec: error: ")
+    for word in words:
+        assert word in lines[0]
+    assert "Traceback" not in err
+    assert not out
+
+
+# generate: the text
+
+
+def test_the_text_streams_without_the_prompt_and_ends_with_a_newline(run):
+    assert run("c")[:2] == (0, STORY[1:] + "\n")
+
+
+def test_no_piece_ends_within_a_character(place, monkeypatch, capsys):
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *words, **_: pieces.append("".join(words)))
+    cli.main(["generate", "c", "--target", str(place.target), "--drafter", "ngram"])
+    assert "".join(pieces) == STORY[1:]
+    assert sum(map(bool, pieces)) >= 5
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 100])
+def test_text_stream_gives_whole_characters_whatever_the_rounds(place, group):
+    text = "naïve 日本語 🙂🙃 e\u0301"
+    ids = place.tokenizer(text).input_ids
+    stream = cli.TextStream(place.tokenizer, place.tokenizer("ça").input_ids)
+    pieces = [stream.push(ids[start : start + group]) for start in range(0, len(ids), group)]
+    assert "".join(pieces) == text
+    assert stream.end() == ""
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_text_stream_says_at_the_end_what_it_held_back(place):
+    stream = cli.TextStream(place.tokenizer)
+    assert stream.push(place.tokenizer("a🙂").input_ids[:-1]) == "a"
+    assert stream.end() == "\N{REPLACEMENT CHARACTER}"
+    assert stream.push([EOS]) == ""
+
+
+def test_text_stream_keeps_the_spaces_that_a_tokenizer_drops_at_the_start_of_a_text():
+    words = {"▁a": 0, "▁b": 1, "c": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="c"))
+    tokenizer.decoder = decoders.Metaspace()
+    stream = cli.TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0])
+    assert [stream.push([token]) for token in (1, 2, 0)] == [" b", "c", " a"]
+
+
+def test_json_is_one_object(stats, place):
+    result = stats("c")
+    assert result["text"] == STORY[1:]
+    assert result["tokens"] == [*place.tokenizer(STORY[1:]).input_ids, EOS]
+    assert result["stats"]["emitted_tokens"] == len(result["tokens"])
+
+
+def test_json_has_no_nan_where_there_was_no_round(stats):
+    assert stats("0", "--max-new-tokens", 1)["stats"]["mean_accepted_tokens"] is None
+
+
+def test_a_dash_reads_stdin_less_one_newline(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("8\n"))
+    assert run("-", "--max-new-tokens", 3)[:2] == (0, "901\n")
+
+
+def test_a_prompt_may_begin_with_a_dash(run):
+    assert run("- 3", "--max-new-tokens", 2)[:2] == (0, "45\n")
+
+
+def test_chat_puts_the_prompt_into_the_template(place, stats, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role }}:{{ turn.content }}{% endfor %}{% if add_generation_prompt %}:6{% endif %}"
+    )
+    place.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain, chat = (stats("1", "--target", tmp_path, "--max-new-tokens", 3, *more)["text"] for more in ((), ("--chat",)))
+    assert (plain, chat) == ("234", "789")
+
+
+# generate: its options
+
+
+def test_every_kind_of_drafter_drafts_under_its_own_name(stats, place):
+    drafters = ("ngram", place.head, place.twin)
+    result = stats("0", "--learner", "uniform", "--max-new-tokens", 60, "--seed", 0, drafters=drafters)
+    assert result["stats"]["drafters"] == ["ngram", "head", "twin"]
+    assert result["stats"]["failures"] == {}
+    assert all(result["stats"]["picks"])
+    assert result["text"] == (DIGITS * 7)[1:61]
+
+
+def test_without_options_it_is_the_zoo(place, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("hedgespec.zoo.target.load_target", lambda: (place.model, place.tokenizer))
+    monkeypatch.setattr(zoo, "head_path", lambda name: tmp_path / f"{name}.safetensors")
+    for name in zoo.NAMES:
+        save_tiny_head(zoo.head_path(name), place.model)
+    assert cli.main(["generate", "c", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["drafters"] == list(zoo.NAMES)
+    assert cli.main(["generate", "c", "--json", "--drafter", "sql", "--drafter", "ngram"]) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["drafters"] == ["sql", "ngram"]
+
+
+def test_draft_length_and_max_new_tokens(stats, place):
+    """The twin is always right: the first token comes from the prompt, then K + 1 a round."""
+    for length, emitted, rounds in ((5, 13, 2), (2, 13, 4), (1, 5, 2)):
+        found = stats("0", "--draft-length", length, "--max-new-tokens", emitted, drafters=[place.twin])["stats"]
+        assert (found["emitted_tokens"], found["rounds"], found["mean_accepted_tokens"]) == (emitted, rounds, length + 1)
+
+
+def test_the_default_draft_length_is_five(stats, place):
+    assert stats("0", "--max-new-tokens", 7, drafters=[place.twin])["stats"]["rounds"] == 1
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_learner_and_mode_reach_the_decoder(learner, stats, monkeypatch):
+    configs = []
+
+    class Spy(hedgespec.Decoder):
+        def __init__(self, target, drafters, config):
+            configs.append(config)
+            super().__init__(target, drafters, config)
+
+    monkeypatch.setattr(hedgespec, "Decoder", Spy)
+    for mode in ("sampled", "argmax"):
+        stats("0", "--learner", learner, "--mode", mode, "--max-new-tokens", 4)
+    assert [(config.learner, config.mode) for config in configs] == [(learner, "sampled"), (learner, "argmax")]
+
+
+def test_the_learner_decides_who_drafts(stats, place):
+    drafters = ("ngram", place.twin)
+    options = ("0", "--max-new-tokens", 60)
+    assert stats(*options, "--learner", "fixed", drafters=drafters)["stats"]["picks"][1] == 0
+    hedged = stats(*options, drafters=drafters, )["stats"]
+    assert hedged["final_weights"][1] > 0.5
+
+
+def test_seed_and_temperature(stats):
+    """At temperature 50 the tiny target may say almost anything."""
+    hot = ("0", "--temperature", 50, "--max-new-tokens", 12)
+    first, again, other = (stats(*hot, "--seed", seed)["tokens"] for seed in (1, 1, 2))
+    assert first == again != other
+    assert stats(*hot)["tokens"] != stats(*hot)["tokens"]  # without a seed, a fresh one
+    assert stats("0", "--max-new-tokens", 12, "--seed", 1)["text"] == "123456789012"
+
+
+@pytest.mark.parametrize("option", [("--top-k", 1), ("--top-p", 1e-9), ("--min-p", 1)])
+def test_each_filter_alone_leaves_the_likeliest_token(option, stats):
+    assert stats("0", "--temperature", 50, "--max-new-tokens", 12, *option)["text"] == "123456789012"
+
+
+def test_stats_are_a_table_on_stderr(run, place):
+    code, out, err = run("0", "--max-new-tokens", 13, "--stats", drafters=[place.twin, "ngram"])
+    assert (code, out) == (0, "1234567890123\n")
+    for word in ("MAT", "tokens/s", "13 tokens", "twin", "ngram", "picks", "final weight", "prefill", "verify", "learn"):
+        assert word in err
+    assert "MAT" not in run("0", "--max-new-tokens", 13)[2]
+
+
+def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken\nin two lines")
+
+    monkeypatch.setattr("hedgespec.drafters.ngram.NGramSession.prefill", broken)
+    code, out, err = run("8", "--max-new-tokens", 3)
+    assert (code, out) == (0, "901\n")
+    assert "hedgespec: warning: drafter ngram is out of this request: RuntimeError: broken in two lines\n" in err
+
+
+# generate: bad input
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["{generate,demo,zoo,doctor}"]),
+        (["decode"], ["decode", "generate", "demo", "zoo", "doctor"]),
+        (["generate"], ["PROMPT"]),
+        (["generate", ""], ["PROMPT", "expected some text"]),
+        (["generate", "x", "--temp", "1"], ["--temp"]),
+        (["generate", "x", "--drafter", "klingon"], ["--drafter", "generalist", "ngram", "safetensors", "'klingon'"]),
+        (["generate", "x", "--drafter", "ngram", "--drafter", "ngram"], ["--drafter", "once", "ngram"]),
+        (["generate", "x", "--learner", "oracle"], ["--learner", "normal_hedge", "'oracle'"]),
+        (["generate", "x", "--mode", "guess"], ["--mode", "sampled", "argmax", "'guess'"]),
+        (["generate", "x", "--draft-length", "0"], ["--draft-length", "an integer >= 1", "'0'"]),
+        (["generate", "x", "--draft-length", "2.5"], ["--draft-length", "an integer >= 1", "'2.5'"]),
+        (["generate", "x", "--temperature", "-1"], ["--temperature", "a number >= 0", "'-1'"]),
+        (["generate", "x", "--temperature", "nan"], ["--temperature", "'nan'"]),
+        (["generate", "x", "--temperature", "inf"], ["--temperature", "'inf'"]),
+        (["generate", "x", "--top-k", "0"], ["--top-k", "an integer >= 1"]),
+        (["generate", "x", "--top-p", "0"], ["--top-p", "a number > 0 and <= 1"]),
+        (["generate", "x", "--top-p", "1.1"], ["--top-p", "a number > 0 and <= 1"]),
+        (["generate", "x", "--min-p", "-0.1"], ["--min-p", "a number >= 0 and <= 1"]),
+        (["generate", "x", "--seed", "-1"], ["--seed", "an integer >= 0"]),
+        (["generate", "x", "--max-new-tokens", "0"], ["--max-new-tokens", "an integer >= 1"]),
+        (["demo", "--prompts", "0"], ["--prompts", "an integer >= 1"]),
+        (["demo", "--draft-length", "0"], ["--draft-length", "an integer >= 1"]),
+        (["demo", "--temperature", "-1"], ["--temperature", "a number >= 0"]),
+        (["demo", "--max-new-tokens", "1"], ["--max-new-tokens", "an integer >= 2"]),
+        (["demo", "--json", "no/such/folder/x.json"], ["--json", "a file that can be written", "x.json"]),
+        (["demo", "--plot", "."], ["--plot", "a file that can be written", "'.'"]),
+        (["zoo"], ["{list,path,train}"]),
+        (["zoo", "path", "klingon"], ["NAME", "generalist", "'klingon'"]),
+        (["zoo", "train", "--only", "sql", "klingon"], ["--only", "generalist", "'klingon'"]),
+        (["zoo", "train", "--stage", "eat"], ["--stage", "collect", "'eat'"]),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_one_line_and_code_2(argv, words, capsys):
+    fails(capsys, 2, *words, argv=argv)
+
+
+def test_empty_stdin_is_an_empty_prompt(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    fails(capsys, 2, "PROMPT", "expected some text", argv=["generate", "-"])
+
+
+def test_a_prompt_longer_than_the_context(run, capsys):
+    fails(capsys, 1, f"context of {CONTEXT}", "at most 86 tokens", "got 90", outcome=run("0" * 90, "--max-new-tokens", 10))
+
+
+def test_chat_without_a_template(run, capsys):
+    fails(capsys, 1, "--chat", "expected a target with a chat template", outcome=run("x", "--chat"))
+
+
+def rewrite(folder: Path, change) -> None:
+    """Applies `change` to the tensors of a saved model."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil(folder: Path, how: str) -> None:
+    weights = folder / "model.safetensors"
+    if how == "no weights":
+        weights.unlink()
+    elif how == "cut short":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "noise":
+        weights.write_bytes(b"noise" * 100)
+    elif how == "one tensor missing":
+        rewrite(folder, lambda tensors: tensors.pop("model.layers.0.mlp.down_proj.weight"))
+    elif how == "one tensor of another shape":
+        rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
+    elif how == "a pickle":
+        weights.unlink()
+        torch.save({}, folder / "pytorch_model.bin")
+    elif how == "config is no JSON":
+        (folder / "config.json").write_text("{")
+    elif how == "no config":
+        (folder / "config.json").unlink()
+
+
+SPOILT = ["no weights", "cut short", "noise", "one tensor missing", "one tensor of another shape", "a pickle",
+          "config is no JSON", "no config"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("use", ["target", "drafter"])
+def test_a_model_folder_that_cannot_be_read(how, use, place, run, capsys, tmp_path):
+    place.model.save_pretrained(tmp_path)
+    place.tokenizer.save_pretrained(tmp_path)
+    spoil(tmp_path, how)
+    outcome = run("x", "--target", tmp_path) if use == "target" else run("x", drafters=[tmp_path])
+    fails(capsys, 1, "expected a folder with a causal language model in safetensors", str(tmp_path), outcome=outcome)
+
+
+def test_a_target_folder_that_is_not_there(run, capsys, tmp_path):
+    missing = tmp_path / "missing"
+    fails(capsys, 1, "expected a folder", str(missing), "no folder", outcome=run("x", "--target", missing))
+
+
+def test_a_target_without_a_tokenizer(run, capsys, place):
+    fails(capsys, 1, "expected a folder with a tokenizer", str(place.twin), outcome=run("x", "--target", place.twin))
+
+
+@pytest.mark.parametrize("how", ["missing", "cut short", "noise", "a pickle by name", "a pickle in disguise", "another format"])
+def test_a_head_that_cannot_be_read(how, place, run, capsys, tmp_path):
+    head = tmp_path / ("head.pt" if how == "a pickle by name" else "head.safetensors")
+    if how == "cut short":
+        head.write_bytes(place.head.read_bytes()[:-10])
+    elif how == "noise":
+        head.write_bytes(b"noise" * 100)
+    elif how.startswith("a pickle"):
+        head.write_bytes(pickle.dumps({"weight": [1.0]}))
+    elif how == "another format":
+        save_file({"weight": torch.ones(1)}, head)
+    word = "expected format" if how == "another format" else "expected a"
+    fails(capsys, 1, word, "safetensors", head.name, outcome=run("x", drafters=[head]))
+
+
+def test_drafters_of_another_vocabulary(place, run, capsys, tmp_path):
+    other = speaker(byte_tokenizer(), vocabulary=400)
+    save_tiny_head(tmp_path / "head.safetensors", other, vocabulary=400)
+    other.save_pretrained(tmp_path / "model")
+    fails(capsys, 1, "vocabulary 400", "257", outcome=run("x", drafters=[tmp_path / "head.safetensors"]))
+    fails(capsys, 1, "drafter model", "vocabulary of 257", "400", outcome=run("x", drafters=[tmp_path / "model"]))
+
+
+# Ends of a run
+
+
+def test_ctrl_c_is_quiet(run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hedgespec.Decoder, "generate", interrupted)
+    code, out, err = run("x")
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_is_quiet(place, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["generate", "0", "--target", str(place.target), "--drafter", "ngram"]) == 141
+    assert "hedgespec" not in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback_too(capsys, monkeypatch):
+    monkeypatch.setenv("HEDGESPEC_DEBUG", "1")
+    assert cli.main(["generate", ""]) == 2
+    assert "Traceback" in (err := capsys.readouterr().err)
+    assert err.splitlines()[-1].startswith("hedgespec: error: PROMPT")
+
+
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(hedgespec.Decoder, "generate", lambda *_, **__: {}["bug"])
+    with pytest.raises(KeyError):
+        run("x")
+
+
+# demo
+
+
+@pytest.fixture
+def demo(monkeypatch, tmp_path):
+    """Stands in for the demo: notes what it is called with, says a line, returns figures one of which is NaN."""
+    calls = []
+
+    def run(**options):
+        calls.append(options)
+        options["console"].print("on the console")
+        return {"mat": 2.5, "mat_best_fixed": float("nan"), "domains": {"sql": {"mat": np.float64(2.0)}}}
+
+    monkeypatch.setitem(sys.modules, "hedgespec.zoo.demo", SimpleNamespace(run=run))
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+FIGURES = {"mat": 2.5, "mat_best_fixed": None, "domains": {"sql": {"mat": 2.0}}}
+
+
+def test_demo_defaults(demo, capsys):
+    assert cli.main(["demo"]) == 0
+    assert capsys.readouterr().out == "on the console\n"
+    del demo[0]["console"]
+    assert demo == [
+        {"prompts_per_domain": 3, "max_new_tokens": 64, "draft_length": 5, "temperature": 0.0, "seed": 0,
+         "plot": Path("hedgespec-demo.png")}
+    ]  # fmt: skip
+
+
+def test_demo_options(demo, capsys, tmp_path):
+    options = "--prompts 2 --max-new-tokens 9 --draft-length 4 --temperature 0.5 --seed 3 --plot x.png --json out.json"
+    assert cli.main(["demo", *options.split()]) == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == FIGURES
+    del demo[0]["console"]
+    assert demo == [
+        {"prompts_per_domain": 2, "max_new_tokens": 9, "draft_length": 4, "temperature": 0.5, "seed": 3, "plot": Path("x.png")}
+    ]
+    assert cli.main(["demo", "--plot", ""]) == 0
+    assert demo[1]["plot"] is None
+
+
+def test_demo_json_on_stdout_has_it_to_itself(demo, capsys):
+    assert cli.main(["demo", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == FIGURES
+    assert "on the console" in err
+
+
+def test_demo_without_an_optional_package(monkeypatch, capsys, tmp_path):
+    def run(**_):
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+
+    monkeypatch.setitem(sys.modules, "hedgespec.zoo.demo", SimpleNamespace(run=run))
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, 1, "matplotlib", argv=["demo"])
+
+
+# zoo
+
+
+@pytest.fixture
+def heads(place, monkeypatch, tmp_path):
+    """A zoo with a cache and heads of its own; every head is there but the French one."""
+    monkeypatch.setenv("HEDGESPEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(zoo, "FOLDER", tmp_path)
+    for name in set(zoo.NAMES) - {"french"}:
+        save_tiny_head(zoo.head_path(name), place.model)
+    return tmp_path
+
+
+def test_zoo_list_json(heads, capsys):
+    assert cli.main(["zoo", "list", "--json"]) == 0
+    target, *rows = json.loads(capsys.readouterr().out)
+    assert (target["role"], target["bytes"], target["draft_vocabulary"]) == ("target", None, None)
+    assert target["path"].startswith(str(heads / "cache"))
+    assert [row["name"] for row in rows] == list(zoo.NAMES)
+    for row in rows:
+        path = zoo.head_path(row["name"])
+        assert row["path"] == str(path)
+        assert (row["bytes"], row["draft_vocabulary"]) == ((path.stat().st_size, 40) if path.exists() else (None, None))
+    assert [row["name"] for row in rows if row["bytes"] is None] == ["french"]
+    assert {row["role"] for row in rows} == {*(f"expert: {name}" for name in zoo.EXPERTS), "all domains"}
+
+
+def test_zoo_list_is_a_table(heads, capsys):
+    assert cli.main(["zoo", "list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*zoo.NAMES, "draft vocabulary", "MB", "where", "not there"))
+
+
+def test_zoo_list_with_a_corrupt_head(heads, capsys):
+    zoo.head_path("sql").write_bytes(b"noise" * 100)
+    fails(capsys, 1, "expected a head in the zoo's format", "sql.safetensors", argv=["zoo", "list"])
+
+
+def test_zoo_path(heads, capsys):
+    assert cli.main(["zoo", "path", "sql"]) == 0
+    assert capsys.readouterr().out == f"{zoo.head_path('sql')}\n"
+    fails(capsys, 1, "french", "expected a file", argv=["zoo", "path", "french"])
+    made = heads / "cache" / "smollm2-135m-instruct"
+    made.mkdir(parents=True)
+    (made / "COMPLETE").touch()
+    assert cli.main(["zoo", "path"]) == 0
+    assert capsys.readouterr().out == f"{made}\n"
+
+
+def test_zoo_train(monkeypatch):
+    calls = []
+    fake = SimpleNamespace(run=lambda **options: calls.append((options.pop("console"), options)))
+    monkeypatch.setitem(sys.modules, "hedgespec.zoo.pipeline", fake)
+    assert cli.main(["zoo", "train"]) == 0
+    assert cli.main(["zoo", "train", "--only", "sql", "french", "--stage", "heads", "--out", "there"]) == 0
+    assert [options for _, options in calls] == [
+        {"names": None, "stage": "all", "out": None},
+        {"names": ("sql", "french"), "stage": "heads", "out": Path("there")},
+    ]
+    assert all(hasattr(console, "print") for console, _ in calls)
+
+
+# doctor and version
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"evaluate", "verify"} <= set(report["operations"])
+    assert report["versions"]["torch"] in text
+    assert all(operation in text for operation in report["operations"])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"hedgespec {hedgespec.__version__}\n"
+
+
+# The real thing, in a process of its own
+
+
+def enter(*argv: object, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*ENTER, *map(str, argv)], capture_output=True, text=True, encoding="utf-8", **options)
+
+
+@pytest.mark.parametrize("argv", [["generate", "--help"], ["generate", "x", "--top-p", "2"]], ids=" ".join)
+def test_help_and_wrong_usage_answer_without_loading_torch(argv):
+    code = (
+        "import sys\nfrom hedgespec.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, *argv], capture_output=True).returncode == 0
+
+
+def test_help_into_a_closed_pipe_is_quiet():
+    process = subprocess.Popen([*ENTER, "generate", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() in (0, 141)
+    process.stderr.close()
+
+
+def test_a_whole_run_leaves_nothing_but_the_text(place):
+    done = enter("generate", "-", "--target", place.target, "--drafter", place.twin, "--drafter", place.head, input="c\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, STORY[1:] + "\n", "")
