@@ -1,6 +1,6 @@
 """The package map, and the one native module, hedgespec._native, which CMakeLists.txt describes and CMake builds.
 
-A machine that cannot build it still installs: the package then runs on its other backends, and `hedgespec doctor` says so.
+A machine that cannot build it still installs: the package then runs on its other backends, as `hedgespec doctor` says.
 With HEDGESPEC_REQUIRE_NATIVE=1 in the environment a failed build fails the installation, with the compiler's own words.
 """
 
@@ -19,12 +19,21 @@ NATIVE = "hedgespec._native"
 REQUIRE_NATIVE = os.environ.get("HEDGESPEC_REQUIRE_NATIVE", "0") not in ("", "0")
 
 
+class BuildFailedError(Exception):
+    """The native module cannot be built here; the message says at which step."""
+
+
 def find_tool(name):
     """The path of a build tool, looked for beside this Python first: a virtual environment need not be activated."""
     path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     if path is None:
-        raise FileNotFoundError(f"{name} was not found")
+        raise BuildFailedError(f"{name} was not found")
     return path
+
+
+def run(step, *command):
+    if subprocess.run(command, check=False).returncode:
+        raise BuildFailedError(f"CMake could not {step} it, for the reason it gave above")
 
 
 class BuildNative(build_ext):
@@ -33,7 +42,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         try:
             self.run_cmake(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
-        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, BuildFailedError) as error:
             if REQUIRE_NATIVE:
                 raise RuntimeError(f"{NATIVE} was not built, and HEDGESPEC_REQUIRE_NATIVE=1 asks for it") from error
             print(f"hedgespec: {NATIVE} was NOT built ({error}): installing without the cpu backend", file=sys.stderr)
@@ -45,15 +54,14 @@ class BuildNative(build_ext):
 
         cmake, build = find_tool("cmake"), Path(self.build_temp).resolve()
         # --fresh: a cache left by an isolated build names tools that are gone with its environment.
-        configure = [
-            cmake, "--fresh", "-G", "Ninja", "-S", ROOT, "-B", build,
+        run(
+            "configure", cmake, "--fresh", "-G", "Ninja", "-S", ROOT, "-B", build,
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DCMAKE_INSTALL_PREFIX={destination}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", build, "--target", "install"], check=True)
+        )  # fmt: skip
+        run("compile", cmake, "--build", build, "--target", "install")
 
 
 packages = find_packages(include=["hedgespec", "hedgespec.*"])

@@ -1,7 +1,7 @@
 """evaluate on the CPU against what one would write in torch: `pytest bench/bench_evaluate.py` (times per call).
 
-Each shape first asserts that both give the same acceptance_prob, then times them in the same run; `speedup` is printed with
-every pair: torch's fastest round over ours, taken in turns. Set OMP_NUM_THREADS to choose the threads.
+Each shape first asserts that both give the same acceptance_prob, then times them in the same run and prints `speedup`:
+torch's fastest call over ours, the two taking turns. Set OMP_NUM_THREADS to choose the threads.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def test_evaluate(benchmark, capsys, shape, dtype):
     benchmark.extra_info["speedup"] = eager_time / own_time
     with capsys.disabled():
         print(
-            f"\nN={shape[0]} T={shape[1]} V={shape[2]} Vd={shape[3]} {dtype}: cpu {own_time * 1e3:.3f} ms, "
-            f"torch eager {eager_time * 1e3:.3f} ms, speedup {eager_time / own_time:.2f} ({torch.get_num_threads()} threads)"
+            f"\nN={shape[0]} T={shape[1]} V={shape[2]} Vd={shape[3]} {dtype}, {torch.get_num_threads()} thread(s): "
+            f"cpu {own_time * 1e3:.3f} ms, torch eager {eager_time * 1e3:.3f} ms, speedup {eager_time / own_time:.2f}"
         )
     benchmark(ours)
 

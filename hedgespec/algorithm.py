@@ -18,7 +18,7 @@ Tokens = list[int]
 
 @dataclass
 class Trace:
-    """What one run did: all tokens, and a round's drafter, weights and emitted tokens."""
+    """What one run did: all tokens, and by round the drafter (-1: none), the weights, and how many tokens were emitted."""
 
     tokens: Tokens
     choices: list[int] = field(default_factory=list)
@@ -50,7 +50,7 @@ def decode(
         dist = distribution(drafters[i](verified, drafted), temperature)
         return dist if mode == "sampled" else point_mass(dist)
 
-    # The prompt's own forward gives the first token: no drafter can read on before it is known.
+    # The prompt's own forward gives the first token: a head needs it before it can draft.
     trace = Trace(list(prompt) + [inverse_cdf(p(list(prompt)), random.random(1)[0])])
     end = len(prompt) + max_new_tokens
     while len(trace.tokens) < end and trace.tokens[-1] not in eos:

@@ -1,7 +1,7 @@
 """Which implementation of an operation runs: one table, {operation: {reference, cpu, triton, cuda}}.
 
-A stage registers its implementations when it is imported. `"auto"` picks the best one for the device and says once, through
-`logging`, which one that was. A backend asked for by name runs or raises: it never becomes another one.
+A stage registers its implementations when it is imported. `"auto"` picks the best one for the device and says once,
+through `logging`, which one that was. A backend asked for by name runs or raises: it never becomes another one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Key-value caches that append in place and roll back by bookkeeping: nothing is copied but when a buffer grows."""
+"""Key-value caches that append in place and roll back by bookkeeping: nothing is copied except when a buffer grows."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 CHOICES = {
@@ -20,7 +19,7 @@ class DecodeConfig:
     """What does not change from request to request.
 
     Args:
-        draft_length: K, tokens drafted a round, >= 1.
+        draft_length: K, most tokens drafted a round, >= 1.
         mode: how the drafter proposes: "sampled" from its distribution, or its "argmax".
         learner: a name from `hedgespec.learners.NAMES`.
         learner_options: keyword options of that learner.
@@ -29,9 +28,10 @@ class DecodeConfig:
         loss: "length" (1 - expected length / (K+1)) or "acceptance_rate" (1 - acceptance_prob).
         selection: "sample" a drafter from the weights, or take their "argmax".
         track_regret: score every drafter after each round even where the learner does not ask for it.
-        backend: of the operations; "auto" or a name from `hedgespec.backends.BACKENDS`.
+        backend: of `evaluate`; "auto" or a name from `hedgespec.backends.BACKENDS`.
 
-    Raises: TypeError or ValueError naming the argument, what was expected and what came.
+    Raises: TypeError or ValueError naming the argument, what was expected and what came. Learner, its options and the
+    prior are checked by `Decoder`, which knows the number of drafters; the backend when it is first used.
     """
 
     draft_length: int = 5
@@ -53,6 +53,6 @@ class DecodeConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
-        object.__setattr__(self, "learner_options", MappingProxyType(dict(self.learner_options)))
+        object.__setattr__(self, "learner_options", dict(self.learner_options))
         if self.prior is not None:
             object.__setattr__(self, "prior", tuple(float(value) for value in self.prior))

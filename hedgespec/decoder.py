@@ -1,6 +1,6 @@
 """The production loop: select, draft, verify, evaluate, learn, with caches that are never recomputed.
 
-It emits, token for token and weight for weight, what `hedgespec/algorithm.py` says.
+With the default configuration it emits what `hedgespec/algorithm.py` says, token for token and weight for weight.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Decoder:
     """Speculative decoding of a target with a pool of drafters, one of which a learner picks for every round.
 
     Args:
-        target: a transformers decoder-only causal language model; put into no other mode, not changed.
+        target: a transformers decoder-only causal language model in eval mode; it is not modified.
         drafters: N >= 1 drafters (`hedgespec.drafters.Drafter`) over the target's tokens, with distinct names.
         config: a `DecodeConfig`; None is the default one.
 
     Raises:
         ValueError: no drafters, names that repeat, a prior of the wrong size, an unknown learner.
-        VocabularyMismatchError: a drafter that can name tokens the target does not have.
+        VocabularyMismatchError: a drafter that can name tokens the target does not have, or whose logits are not its.
 
     Output is the target's own distribution, whatever the drafters; at temperature 0 the target's own greedy text.
     """
@@ -58,10 +58,11 @@ class Decoder:
         self.names = tuple(drafter.name for drafter in self.drafters)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"drafters: expected distinct names, got {self.names}")
+        vocabulary = target.config.vocab_size
         for drafter in self.drafters:
-            if drafter.vocab_size > target.config.vocab_size:
+            if drafter.vocab_size > vocabulary or (drafter.draft_to_target is None and drafter.vocab_size < vocabulary):
                 raise VocabularyMismatchError(
-                    f"drafter {drafter.name}: expected a vocabulary within the target's {target.config.vocab_size} tokens, "
+                    f"drafter {drafter.name}: expected the target's vocabulary of {vocabulary} tokens, or a map into it, "
                     f"got {drafter.vocab_size}"
                 )
         self.groups = _groups(self.drafters, target.device)
@@ -93,10 +94,10 @@ class Decoder:
             max_new_tokens: most tokens to emit, >= 1.
             temperature, top_k, top_p, min_p: see `hedgespec.sampling.Sampling`; temperature 0 is greedy.
             seed: of the uniforms that select, draft and verify; None draws a fresh one.
-            eos_token_id: ids that end the text, which then is the last token; None takes the target's own
-                generation config's, an empty sequence none.
+            eos_token_id: ids that end the text; the one that did is its last token. None takes those of the target's
+                generation config, an empty sequence takes none.
             learner_state: a `Learner.state_dict()` to go on from; None starts fresh.
-            on_tokens: called with each round's tokens as they come.
+            on_tokens: called with the first token, then with each round's tokens, as they come.
 
         Returns: a `DecodeOutput`.
 
@@ -128,7 +129,8 @@ class Decoder:
 class _Request:
     """The state of one request, batch 1, and the stages of its rounds.
 
-    Between rounds the target's cache and features hold every token but the last, whose forward is the next round's.
+    Between rounds the target's cache holds every token but the last, whose forward is the next round's; the features,
+    kept at the position before their token, have a row for every token.
     """
 
     def __init__(self, decoder: Decoder, prompt: torch.Tensor, max_new_tokens: int, sampling: Sampling,
@@ -151,7 +153,7 @@ class _Request:
         )
 
     def begin(self) -> list[int]:
-        """Reads the prompt and emits the first token, the target's own: no drafter can read on before it is known."""
+        """Reads the prompt and emits the first token, the target's own: a head needs it before it can draft."""
         with self.stats.timed("prefill"):
             logits = self.target.forward(self.tokens[: self.length], 1)
             emitted = self._emit(self._verify(logits, None, Draft(self.tokens.new_empty(1, 0), None), self._uniforms(1)))
@@ -264,7 +266,7 @@ class _Request:
     def _take_in(self, drafter: int) -> torch.Tensor:
         """Feeds a drafter the verified tokens it lacks, all in one chunk, and returns its logits [T, Vd] after each.
 
-        From a fresh session only the last row comes back.
+        From a fresh session only the last row comes back; where nothing is lacking, the row it ended with.
         """
         session, layers = self.sessions[drafter], self.drafters[drafter].aux_layers
         lacking = slice(session.verified, self.length)
@@ -351,7 +353,7 @@ def _width(drafter: Drafter) -> int:
 
 
 def _groups(drafters: Sequence[Drafter], device: torch.device) -> list[tuple[list[int], torch.Tensor | None]]:
-    """Drafters whose logits stack, as (indices, int64 map [n, Vd] or None); one evaluation a group."""
+    """Drafters evaluated in one call, because their logits stack: (indices, int64 map [n, Vd] or None)."""
     members: dict[tuple[int, bool], list[int]] = {}
     for index, drafter in enumerate(drafters):
         members.setdefault((_width(drafter), drafter.draft_to_target is not None), []).append(index)

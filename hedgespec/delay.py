@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hedgespec.records import Feedback
 
 _ROUNDING = 1e-5
-"""How far above 1 a probability may come in: an overlap is a float32 sum over a whole vocabulary."""
+"""How far above 1 a value may come in, for callers whose float32 sums are not clamped."""
 
 
 class DelayQueue:

@@ -30,4 +30,6 @@ def describe(report: dict[str, object] | None = None) -> str:
 
 
 if __name__ == "__main__":
+    import hedgespec.decoder  # noqa: F401  the operations register their backends when they are imported
+
     print(describe())

@@ -25,7 +25,8 @@ Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 ESTIMATORS = ("exact", "product")
 
-_LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LOGITS_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+"""In the order of how few backends take them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +61,23 @@ def evaluate(
         p, q = (target_logits / target_temperature).softmax(-1), (drafter_logits / drafter_temperature).softmax(-1)
         acceptance_prob = torch.minimum(p, q).sum(-1);  acceptance_ratio = (q[x] / p[x]).clamp(max=1)
 
-    Where a definition is needed: temperature 0 is a point mass on the argmax; ties in an argmax go to the lowest id (for a
-    drafter, the lowest draft id); a token the target cannot emit (target_prob 0) has ratio 1 if the drafter can propose it,
-    else 0; a row without any mass (every logit -inf or under its threshold) scores 0. NaN and +inf logits are not supported.
-    No gradient is promised.
+    Where a definition is needed: temperature 0 is a point mass on the argmax; ties in an argmax go to the lowest id
+    (for a drafter, the lowest draft id); a token the target cannot emit (target_prob 0) has ratio 1 if the drafter can
+    propose it, else 0; a row without any mass (every logit -inf or under its threshold) scores 0. NaN and +inf logits
+    are not supported. No gradient is promised.
 
     Args:
-        target_logits: [B, T, V] float32, bfloat16, float16 or float64. A vocabulary that is not the innermost, contiguous
-            dimension is copied first; other strides are free.
+        target_logits: [B, T, V] float32, bfloat16, float16 or float64. Strides are free; logits whose last
+            dimension is not contiguous are copied first.
         drafter_logits: [N, B, T, Vd], N >= 1, the same dtypes; Vd = V unless `draft_to_target` is given.
         tokens: [B, T] int64, the emitted tokens, in 0..V-1 (anything past a row's length).
         lengths: [B] int64, in 0..T: valid positions of each row; None: all T. Later positions are filled with 0.
         draft_to_target: [N, Vd] int64: the target id that each draft id means, in 0..V-1, distinct for each drafter.
-            Checked when first seen and whenever it was written to since.
+            Checked when first seen, and again after torch wrote to it.
         target_temperature: a finite float >= 0, or [B] of them.
         drafter_temperature: likewise.
-        target_threshold: [B, T] floating point: target logits below it are masked out. This is how top-k, top-p and min-p
-            come in; in units of the logits as they are handed in, before the temperature.
+        target_threshold: [B, T] floating point: target logits below it are masked out, which is how top-k, top-p and
+            min-p come in. In units of the logits as they are handed in, before the temperature.
         drafter_threshold: [N, B, T], likewise.
         backend: "auto", or a name from `hedgespec.backends.BACKENDS`.
 
@@ -115,7 +116,7 @@ def evaluate(
     if drafter_threshold is not None:
         _check_tensor("drafter_threshold", drafter_threshold, None, (drafters, batch, positions), device)
 
-    # Of two dtypes the later in the table decides: a backend that takes it takes bfloat16 beside it.
+    # Of two dtypes the rarer decides: a backend that takes it takes the commoner beside it.
     dtype = max(target_logits.dtype, drafter_logits.dtype, key=_LOGITS_DTYPES.index)
     run = backends.resolve("evaluate", backend, device.type, dtype)
     return run(
@@ -291,8 +292,8 @@ def expected_accepted_length(
         exact:    L[t] = 1 + sum_{k=1..K} prod_{j=0..k-2} acceptance_ratio[t+j] * acceptance_prob[t+k-1]
         product:  L[t] = 1 + sum_{k=1..K} prod_{j=0..k-1} acceptance_prob[t+j]
 
-    `exact` is unbiased for any target and drafter; `product` is the paper's, biased by the covariance of acceptance with later
-    acceptance, and less noisy.
+    `exact` is unbiased for any target and drafter; `product` is the paper's, biased by the covariance of acceptance
+    with later acceptance, and less noisy.
 
     Args:
         acceptance_prob: [..., T] torch or NumPy, floating point, in [0, 1] (not checked), T >= draft_length.
@@ -388,7 +389,9 @@ def _check_logits(target_logits: torch.Tensor, drafter_logits: torch.Tensor) -> 
         if logits.dtype not in _LOGITS_DTYPES:
             raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16; got {logits.dtype}")
         if logits.ndim != ndim or logits.shape[-1] == 0:
-            raise ValueError(f"{name}: expected shape {dims} with a vocabulary of at least 1; got {tuple(logits.shape)}")
+            raise ValueError(
+                f"{name}: expected shape {dims} with a vocabulary of at least 1; got {tuple(logits.shape)}"
+            )
     if drafter_logits.shape[1:3] != target_logits.shape[:2] or drafter_logits.shape[0] == 0:
         batch, positions, _ = target_logits.shape
         raise ValueError(
@@ -425,7 +428,7 @@ _checked_maps = WeakTensorKeyDictionary()
 
 
 def _check_map(draft_to_target: torch.Tensor, vocabulary: int) -> None:
-    # Sorting N vocabularies each round would cost more than evaluating them. Inference tensors keep no version: no shortcut.
+    # Sorting N vocabularies each round would cost more than scoring them. Inference tensors keep no version, so no record.
     seen = None if draft_to_target.is_inference() else (draft_to_target._version, vocabulary)
     if seen is not None and _checked_maps.get(draft_to_target) == seen:
         return
@@ -445,6 +448,8 @@ def _check_temperature(name: str, temperature: float | torch.Tensor, batch: int,
         if not usable.all():
             raise ValueError(f"{name}: expected finite values >= 0; got {temperature[~usable][0].item()}")
     elif not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
-        raise TypeError(f"{name}: expected a float or a torch.Tensor of shape [{batch}]; got {type(temperature).__name__}")
+        raise TypeError(
+            f"{name}: expected a float or a torch.Tensor of shape [{batch}]; got {type(temperature).__name__}"
+        )
     elif not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"{name}: expected a finite value >= 0; got {temperature}")

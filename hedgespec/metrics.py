@@ -16,9 +16,7 @@ STAGES = ("prefill", "select", "draft", "verify", "evaluate", "learn")
 
 @dataclass
 class DecodeStats:
-    """Statistics of one request; one entry a round where a list is named after rounds.
-
-    Sizes: N drafters, R rounds, F losses that completed.
+    """Statistics of one request. Sizes: N drafters; [R] marks one entry a round, [F] one entry a completed loss.
     """
 
     drafters: tuple[str, ...]
@@ -30,17 +28,18 @@ class DecodeStats:
     emitted_by_round: list[int] = field(default_factory=list)
     """Tokens a round emitted, accepted and recovered or bonus, [R]."""
     weights: list[np.ndarray] = field(default_factory=list)
-    """The learner's weights when each round was drawn, [R] of float64 [N]."""
+    """The weights each round's drafter was drawn from, failed drafters' share handed to the others, [R] of float64 [N]."""
     losses: list[np.ndarray] = field(default_factory=list)
     """Completed losses in the order the learner took them, [F] of float64 [N]."""
     played: list[float] = field(default_factory=list)
-    """Expected loss of the learner's weights on each of them, [F]."""
+    """Expected loss under the weights that the learner held when it took each of them, [F]."""
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     failures: dict[str, str] = field(default_factory=dict)
     """Drafters that were taken out of the request, with the cause."""
     learner_state: dict[str, Any] = field(default_factory=dict)
     """The learner's `state_dict()` at the end, for a next request to go on from."""
     seconds: float = 0.0
+    """Wall time of the request, `on_tokens` included."""
 
     def record_round(self, drafter: int | None, weights: np.ndarray, emitted: int) -> None:
         self.choices.append(-1 if drafter is None else drafter)
@@ -82,7 +81,7 @@ class DecodeStats:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time of the block to a stage."""
+        """Adds the wall time of the block to a stage; an asynchronous device is not waited for."""
         began = time.perf_counter()
         try:
             yield

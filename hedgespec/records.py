@@ -13,9 +13,9 @@ class Choice:
     """What selection decided for one round."""
 
     drafter: int
-    """Index of the drafter that drafts, 0..N-1."""
+    """Index of the drafter that drafts, 0..N-1; -1 where none does."""
     draft_length: int
-    """Tokens to draft this round."""
+    """Tokens to draft this round; 0 where none drafts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Draft:
     tokens: torch.Tensor
     """Proposed token ids in the target's vocabulary, int64 [B, K]."""
     logits: torch.Tensor | None
-    """The processed drafter logits the tokens were drawn from, [B, K, Vd]; None where the proposal is one-hot."""
+    """The drafter's logits, before temperature and threshold, [B, K, Vd]; None where the proposal is one-hot or empty."""
 
 
 @dataclass(frozen=True, slots=True)

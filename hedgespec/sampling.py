@@ -23,7 +23,7 @@ class Sampling:
 
     Raises: ValueError for a value outside its range.
 
-    The order (temperature, top-k, top-p, min-p) and the meaning are transformers'.
+    The order (temperature, top-k, top-p, min-p) and the meaning are transformers', ties at the threshold apart.
     """
 
     temperature: float = 0.0
@@ -42,7 +42,7 @@ class Sampling:
             raise ValueError(f"min_p: expected a number in [0, 1], got {self.min_p}")
 
     def threshold(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """The smallest logit that stays, [...] of logits [..., V], before temperature; None where all stay."""
+        """The bound below which a logit is masked, [...] of logits [..., V], before temperature; None where all stay."""
         if self.temperature == 0 or (self.top_k, self.top_p, self.min_p) == (None, None, None):
             return None
         count = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])

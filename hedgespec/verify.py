@@ -121,9 +121,9 @@ def verify(
     elif mode == "sampled" and draft_length > 0 and not _is_zero(target_temperature):
         raise _wrong("draft_logits", 'a tensor in mode "sampled" with a target temperature above 0', None)
 
-    # The wider dtype decides: what takes float32 takes narrower logits beside it.
+    # Of two dtypes the rarer among backends decides: one that takes it takes the commoner beside it.
     draft_dtype = target_logits.dtype if draft_logits is None else draft_logits.dtype
-    dtype = max(target_logits.dtype, draft_dtype, key=_FLOATING[::-1].index)
+    dtype = max(target_logits.dtype, draft_dtype, key=(torch.bfloat16, torch.float32, torch.float16, torch.float64).index)
     return resolve("verify", backend, device.type, dtype)(
         target_logits,
         draft_tokens,

@@ -1,4 +1,4 @@
-"""Shared by the tests: seeds, the backends an operation has here, tolerances, and outputs that show what was not written."""
+"""Shared by the tests: seeds, the backends an operation has here, tolerances, outputs that show what nobody wrote."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from hedgespec import backends
 
-# Largest absolute error of a probability, against the float64 reference on the same (already rounded) logits. Half types are
-# computed in float32, hence share its tolerance.
+# Largest absolute error of a probability, against float64 on the same (already rounded) logits. Half types are computed
+# in float32, hence share its tolerance.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.float16: 5e-6}
 
 

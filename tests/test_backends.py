@@ -46,9 +46,7 @@ class TestResolve:
         with caplog.at_level(logging.INFO, "hedgespec.backends"):
             for _ in range(3):
                 backends.resolve("op", "auto", "cuda", torch.float32)
-        assert caplog.messages == [
-            "op on cuda: the reference backend; cuda cannot run here: No module named 'absent'"
-        ]
+        assert caplog.messages == ["op on cuda: the reference backend; cuda cannot run here: No module named 'absent'"]
 
     def test_a_name_is_what_runs(self):
         assert backends.resolve("op", "reference", "cpu", torch.float32)() == "REFERENCE"
@@ -71,7 +69,7 @@ class TestResolve:
             backends.resolve("op", "cpu", "cpu", torch.float64)
 
     def test_unknown_name(self):
-        with pytest.raises(ValueError, match="backend: expected 'auto' or one of .*; got 'gpu'"):
+        with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of .*; got 'gpu'"):
             backends.resolve("op", "gpu", "cpu")
 
     def test_only_import_errors_mean_unavailable(self):

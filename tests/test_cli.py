@@ -24,7 +24,7 @@ from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.learners import NAMES as LEARNERS
 from hedgespec.zoo.storage import save_head
 
-EOS, WIDTH, CONTEXT = 256, 64, 96
+EOS, WIDTH, CONTEXT = 256, 64, 256
 STORY = "café 日🙂"  # no byte twice, so that the next one follows from the last; then the text ends
 DIGITS = "0123456789"  # 0 again follows 9, for ever
 ENTER = [sys.executable, "-c", "import sys; from hedgespec.cli import main; sys.exit(main())"]
@@ -245,7 +245,7 @@ def test_the_learner_decides_who_drafts(stats, place):
     drafters = ("ngram", place.twin)
     options = ("0", "--max-new-tokens", 60)
     assert stats(*options, "--learner", "fixed", drafters=drafters)["stats"]["picks"][1] == 0
-    hedged = stats(*options, drafters=drafters, )["stats"]
+    hedged = stats(*options, drafters=drafters)["stats"]
     assert hedged["final_weights"][1] > 0.5
 
 
@@ -330,7 +330,7 @@ def test_empty_stdin_is_an_empty_prompt(monkeypatch, capsys):
 
 
 def test_a_prompt_longer_than_the_context(run, capsys):
-    fails(capsys, 1, f"context of {CONTEXT}", "at most 86 tokens", "got 90", outcome=run("0" * 90, "--max-new-tokens", 10))
+    fails(capsys, 1, f"context of {CONTEXT}", "at most 246 tokens", "got 250", outcome=run("0" * 250, "--max-new-tokens", 10))
 
 
 def test_chat_without_a_template(run, capsys):

@@ -127,9 +127,7 @@ def test_reduced_vocabulary(backend, vocabulary, draft_vocabulary):
 def test_token_outside_the_draft_vocabulary_has_ratio_zero(backend):
     arguments, _ = example(drafters=1, batch=1, positions=1, vocabulary=5, draft_vocabulary=2)
     arguments[2][:] = 3
-    result = evaluate(
-        *as_dtype(arguments, torch.float32), draft_to_target=torch.tensor([[0, 4]]), backend=backend
-    )
+    result = evaluate(*as_dtype(arguments, torch.float32), draft_to_target=torch.tensor([[0, 4]]), backend=backend)
     assert result.acceptance_ratio.item() == 0
     assert result.acceptance_prob.item() > 0
     assert result.argmax_acceptance_ratio.item() == 0
@@ -212,9 +210,8 @@ def test_ratio_survives_underflow(backend):
 def test_ties_go_to_the_lowest_id(backend):
     tied = torch.zeros(1, 1, 3000)  # several blocks of the native loops
     for temperature in (0.0, 1.0):
-        result = evaluate(
-            tied, tied[None], torch.tensor([[0]]), target_temperature=temperature, drafter_temperature=0.0, backend=backend
-        )
+        temperatures = {"target_temperature": temperature, "drafter_temperature": 0.0}
+        result = evaluate(tied, tied[None], torch.tensor([[0]]), **temperatures, backend=backend)
         assert result.argmax_acceptance_ratio.item() == 1
         assert result.acceptance_prob.item() == pytest.approx(1 if temperature == 0 else 1 / 3000)
 
@@ -334,7 +331,7 @@ def trees():
     paths = torch.tensor(list(itertools.product(range(BRANCH), repeat=DEPTH)))
     sides = []
     for _ in range(2):
-        nodes = [torch.randn(PAIRS, BRANCH**d, BRANCH, generator=generator, dtype=torch.float64) * 1.5 for d in range(DEPTH)]
+        nodes = [torch.randn(PAIRS, BRANCH**d, BRANCH, generator=generator).double() * 1.5 for d in range(DEPTH)]
         prefix = [(paths[:, :d] * BRANCH ** torch.arange(d - 1, -1, -1)).sum(-1) for d in range(DEPTH)]
         sides.append(torch.stack([nodes[d][:, prefix[d]] for d in range(DEPTH)], 2).log_softmax(-1))
     return sides[0], sides[1], paths
@@ -414,10 +411,10 @@ def test_length_loss_at_its_ends():
     ("arguments", "error", "message"),
     [
         (([0.5], np.ones(1), 1), TypeError, "acceptance_prob: expected a torch tensor or a NumPy array; got list"),
-        ((np.ones(2), torch.ones(2), 1), TypeError, "acceptance_ratio: expected ndarray, like acceptance_prob; got Tensor"),
-        ((np.ones(2, int), np.ones(2, int), 1), TypeError, "acceptance_prob: expected a floating-point dtype; got int64"),
-        ((np.ones(2), np.ones(3), 1), ValueError, r"acceptance_ratio: expected acceptance_prob's shape \(2,\); got \(3,\)"),
-        ((np.ones(2), np.ones(2), 3), ValueError, r"acceptance_prob: expected at least draft_length = 3 .* got shape \(2,\)"),
+        ((np.ones(2), torch.ones(2), 1), TypeError, "acceptance_ratio: expected ndarray, .* got Tensor"),
+        ((np.ones(2, int), np.ones(2), 1), TypeError, "acceptance_prob: expected a floating-point dtype; got int64"),
+        ((np.ones(2), np.ones(3), 1), ValueError, r"acceptance_ratio: expected .* shape \(2,\); got \(3,\)"),
+        ((np.ones(2), np.ones(2), 3), ValueError, r"acceptance_prob: .* draft_length = 3 .* got shape \(2,\)"),
         ((np.ones(2), np.ones(2), 0), ValueError, "draft_length: expected at least 1; got 0"),
         ((np.ones(2), np.ones(2), 1.0), TypeError, "draft_length: expected an int; got float"),
         ((np.ones(2), np.ones(2), 1, "best"), ValueError, "estimator: expected one of exact, product; got 'best'"),
@@ -432,7 +429,7 @@ def test_bad_acceptance(arguments, error, message):
 
 
 def bad(message, error=ValueError, **changes):
-    return pytest.param(changes, error, message, id=message.partition(":")[0] + " " + str(next(iter(changes.values())))[:20])
+    return pytest.param(changes, error, message, id=message)
 
 
 LOGITS, DRAFTS, TOKENS = torch.zeros(2, 3, 5), torch.zeros(4, 2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
@@ -470,7 +467,7 @@ MAP = torch.arange(5).repeat(4, 1)
         bad("target_temperature: expected a float or .* got str", TypeError, target_temperature="hot"),
         bad("drafter_temperature: expected finite values >= 0; got inf", drafter_temperature=torch.tensor([1, INF])),
         bad(r"target_temperature: expected shape \[2\]; got \[3\]", target_temperature=torch.ones(3)),
-        bad("target_temperature: expected a floating-point dtype; got torch.int64", TypeError, target_temperature=TOKENS[:, 0]),
+        bad("target_temperature: .* floating-point dtype; got torch.int64", TypeError, target_temperature=TOKENS[:, 0]),
         bad(r"target_threshold: expected shape \[2, 3\]; got \[3\]", target_threshold=torch.ones(3)),
         bad(r"drafter_threshold: expected shape \[4, 2, 3\]; got \[2, 3\]", drafter_threshold=torch.ones(2, 3)),
         bad("backend: expected 'auto' or one of .* got 'fast'", backend="fast"),
@@ -486,13 +483,13 @@ def test_a_map_is_checked_again_once_written_to():
     ids = MAP.clone()
     evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=ids)
     ids[0, 0] = 99
-    with pytest.raises(ValueError, match="draft_to_target: expected values in 0..4; got 99"):
+    with pytest.raises(ValueError, match=r"draft_to_target: expected values in 0..4; got 99"):
         evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=ids)
 
 
 def test_a_map_is_checked_again_for_another_target():
     evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=MAP)
-    with pytest.raises(ValueError, match="draft_to_target: expected values in 0..3; got 4"):
+    with pytest.raises(ValueError, match=r"draft_to_target: expected values in 0..3; got 4"):
         evaluate(LOGITS[..., :4], DRAFTS, TOKENS, draft_to_target=MAP)
 
 

@@ -97,7 +97,9 @@ def test_the_reader_sees_every_form_of_import(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
     file = tmp_path / "drafters" / "eagle.py"
     file.parent.mkdir()
-    file.write_text("import os.path\nfrom ..learners import base\nfrom . import ngram\ndef f():\n    from hedgespec import verify\n")
+    file.write_text(
+        "import os.path\nfrom ..learners import base\nfrom . import ngram\ndef f():\n    from hedgespec import verify\n"
+    )
     assert imported(file) == {
         "os.path", "hedgespec.learners.base", "hedgespec.drafters.ngram", "hedgespec.verify",
     }  # fmt: skip

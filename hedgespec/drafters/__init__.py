@@ -30,17 +30,18 @@ class DrafterSession(Protocol):
         """
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        """Takes in one drafted token, int64 [1], and returns the logits [Vd] for the next."""
+        """Takes in one drafted token, as the target's id, int64 [1], and returns the logits [Vd] for the next."""
 
 
 class Drafter(Protocol):
     """Weights that can draft for a target."""
 
     name: str
+    """Shown in statistics; distinct within a pool."""
     vocab_size: int
     """Ids the drafter can name, in the target's numbering, lie in 0..vocab_size-1."""
     draft_to_target: torch.Tensor | None
-    """int64 [Vd], the target's id of each draft id; None when they are the same."""
+    """int64 [Vd], the target's id of each draft id; None where Vd is the target's V."""
     aux_layers: tuple[int, ...]
     """Layers of the target whose inputs the drafter reads; empty for a drafter that needs tokens only."""
 

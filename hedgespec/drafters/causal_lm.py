@@ -12,8 +12,8 @@ class CausalLMDrafter:
     """A small language model that shares the target's tokenizer.
 
     Args:
-        model: a transformers causal LM, in eval mode.
-        target: the target; a drafter whose (padded) vocabulary is larger or smaller by padding alone is fine.
+        model: a transformers causal LM in eval mode, on the target's device.
+        target: the target. Only sizes are compared, and padding may differ; whether ids mean the same cannot be seen.
         name: shown in statistics.
 
     Raises: VocabularyMismatchError if the vocabularies differ by more than padding (a tenth) allows.

@@ -1,7 +1,8 @@
 """EAGLE-3 heads: one decoder layer over the target's own hidden states drafts the target's next tokens.
 
-At position t the head reads the fused hidden states f_t of the target (three layers' inputs, concatenated) and the
-embedding of the next token x_{t+1}, and predicts x_{t+2}. When it drafts on, its own output stands in for f.
+At position t the head projects the target's hidden states (the aux layers' inputs, concatenated) to one feature, reads it
+beside the embedding of the next token x_{t+1}, and predicts x_{t+2}. When it drafts on, its own output takes the
+feature's place.
 
 Source: Li et al., "EAGLE-3", arXiv 2503.01840.
 """

@@ -13,7 +13,8 @@ import torch
 class NGramDrafter:
     """Proposes, with certainty, the token that followed the latest occurrence of the longest matching n-gram.
 
-    Where nothing matches it proposes the last token again, so that it always has a proposal (one-hot, thus exact).
+    Where nothing matches it proposes the last token again, so that it always has a proposal; being one-hot, it is exact in
+    either mode.
 
     Args:
         vocab_size: the target's.

@@ -17,7 +17,7 @@ class Hedge(Learner):
         num_drafters: N >= 1.
         prior: [N], every entry positive; None is uniform.
         eta: learning rate > 0. None, the default, decreases it: sqrt(8 ln N / t) for round t = 1, 2, ..., which needs
-            no horizon and at most doubles the regret. For a known horizon T the best fixed rate is sqrt(8 ln N / T).
+            no horizon and at most doubles the bound. For a known horizon T the best fixed rate is sqrt(8 ln N / T).
 
     Raises:
         ValueError: eta is not positive and finite.

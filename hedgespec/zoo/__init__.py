@@ -19,6 +19,7 @@ from hedgespec.zoo.target import load_target
 FOLDER = Path(__file__).parent
 GENERALIST = "generalist"
 EXPERTS = ("python", "sql", "math", "scripture", "legal", "french")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 NAMES = (*EXPERTS, GENERALIST)
 """The zoo's heads: an expert a domain, and the generalist."""
 
@@ -28,7 +29,7 @@ class Zoo:
     """The target with its tokenizer, and the heads asked for."""
 
     target: Any
-    """A transformers causal language model, float32, in eval mode."""
+    """A transformers causal language model in the dtype asked for, in eval mode."""
     tokenizer: Any
     drafters: list[EagleHead]
 
@@ -52,11 +53,14 @@ def load_zoo(drafters: Sequence[str] = NAMES, *, dtype: str = "float32", device:
         dtype: the target's and the heads', a torch dtype by name.
         device: where they go.
 
-    Raises: ValueError for an unknown head; ZooError if the target cannot be prepared.
+    Raises: ValueError for an unknown head or dtype; CheckpointError for a head that is missing or corrupt; ZooError if the
+    target cannot be prepared.
     """
     for name in drafters:
         if name not in NAMES:
             raise ValueError(f"drafters: expected names among {', '.join(NAMES)}, got {name!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     target, tokenizer = load_target(dtype=dtype, device=device)
     return Zoo(target, tokenizer, [load_head(head_path(name), target) for name in drafters])
 

@@ -37,7 +37,7 @@ def continue_prompts(model, prompt_ids: torch.Tensor, new_tokens: int, *, seed: 
     batch, _ = prompt_ids.shape
     greedy = torch.arange(batch) % 5 < GREEDY_IN_FIVE
     layers = aux_layers(model.config.num_hidden_layers)
-    ends = torch.tensor(sorted({0, model.config.eos_token_id}))
+    ends = torch.tensor(sorted({0, model.config.eos_token_id}))  # 0 is <|endoftext|>, between documents
     cache = DynamicCache(config=model.config)
     tokens, kept = prompt_ids, {name: [] for name in ("aux", "last", "log_normalizer", "best")}
     fresh = prompt_ids
@@ -60,7 +60,7 @@ def continue_prompts(model, prompt_ids: torch.Tensor, new_tokens: int, *, seed: 
 
 
 def prompt_batches(tokenizer, domain: Domain, count: int) -> list[torch.Tensor]:
-    """`count` training prompts as rectangular batches of token ids; chat prompts are grouped by their length."""
+    """About `count` training prompts as rectangular batches of token ids; chat prompts are grouped by their length."""
     if domain.chat:
         by_length: dict[int, list[list[int]]] = {}
         for _, text in prompts(domain, 560, side="train"):

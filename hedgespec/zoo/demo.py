@@ -65,7 +65,7 @@ def _mat(stats: list[DecodeStats]) -> float:
 
 def run(*, prompts_per_domain: int = 3, max_new_tokens: int = 64, draft_length: int = 5, temperature: float = 0.0,
         seed: int = 0, plot: Path | None = None, console: Console | None = None) -> dict:  # fmt: skip
-    """Decodes the mixed stream and returns the figures, every mean over domains of a domain's own.
+    """Decodes the mixed stream and returns the figures, each overall one the mean of the domains' own.
 
     Args:
         prompts_per_domain: held-out prompts of each domain, 1..40.

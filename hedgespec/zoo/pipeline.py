@@ -1,4 +1,4 @@
-"""`hedgespec zoo train`: corpora, continuations, heads, held-out prompts, acceptance matrix, each only where it is missing."""
+"""`hedgespec zoo train`: held-out prompts, continuations, heads, each only where it is missing, and the acceptance matrix."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def run(names: tuple[str, ...] | None = None, stage: str = "all", out: Path | No
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target, tokenizer = load_target(device=device)
     if stage in ("collect", "all"):
+        if not (folder / "prompts.jsonl").exists():
+            write_prompts(folder / "prompts.jsonl")
         continuations.collect(target, tokenizer, report=console.print)
     if stage in ("heads", "all"):
         train.train(target, names or NAMES, folder=folder, report=console.print)

@@ -1,7 +1,7 @@
 """The zoo's file format: a head in one safetensors file, matrices as int8 with a scale per row and per column.
 
 What the target already has (embedding, output rows of the draft vocabulary) is not stored. `w[i, j]` is
-`row[i] * int8[i, j] * column[j]`; the column scales carry the unequal sizes of the fused hidden states.
+`row[i] * int8[i, j] * column[j]`; the column scales absorb the unequal sizes of the fused hidden states.
 """
 
 from __future__ import annotations
@@ -66,8 +66,11 @@ def load_head(path: str | Path, target) -> EagleHead:
         raise CheckpointError(f"path: expected a readable safetensors file, got {path} ({error})") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {metadata.get('format')}")
-    saved = json.loads(metadata["config"])
-    config = EagleConfig(**saved | {"aux_layers": tuple(saved["aux_layers"])})
+    try:
+        saved = json.loads(metadata["config"])
+        config = EagleConfig(**saved | {"aux_layers": tuple(saved["aux_layers"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected the head's shapes in its metadata, got none that can be read") from error
     if (config.vocab_size, config.target_hidden_size) != (target.config.vocab_size, target.config.hidden_size):
         raise CheckpointError(
             f"{path}: expected a target of vocabulary {config.vocab_size} and width {config.target_hidden_size}, "
@@ -104,6 +107,8 @@ def _weights(path: Path, config: EagleConfig, tensors: dict[str, torch.Tensor]) 
     faults += [f"{name} is not known" for name in sorted(left)]
     if tensors.get("draft_to_target", torch.empty(0)).shape != (config.draft_vocab_size,):
         faults.append(f"draft_to_target is not of shape ({config.draft_vocab_size},)")
+    elif not 0 <= int(tensors["draft_to_target"].min()) <= int(tensors["draft_to_target"].max()) < config.vocab_size:
+        faults.append(f"draft_to_target leaves 0..{config.vocab_size - 1}")
     if faults:
         raise CheckpointError(f"{path}: " + "; ".join(faults))
     return weights

@@ -40,17 +40,17 @@ class Recipe:
     expert_learning_rate: float = 1e-3
     warmup_steps: int = 20
     depths: tuple[int, ...] = (1, 2, 4)
-    """Unrolled drafting steps in the loss, each for an equal share of a head's training; the last one is what counts."""
+    """Unrolled drafting steps in the loss, each for an equal share of the training, in this order."""
     depth_decay: float = 0.8
     hard_label: float = 0.5
-    """Share of the label that is the target's argmax; the rest is the target's whole distribution at temperature 1."""
+    """Share of the label that is the target's argmax; the rest is its distribution at temperature 1, within the draft vocabulary."""
     prompt_weight: float = 0.3
     """Weight of positions inside the prompt, which the target did not write."""
     seed: int = 0
 
 
 def draft_vocabulary(shards: list[Batch], size: int, vocab_size: int) -> torch.Tensor:
-    """The `size` target ids that the target emits or prefers most often, ascending, int64 [size]."""
+    """The `size` ids most frequent in the rows, prompts included, and among the target's argmaxes; ascending int64 [size]."""
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     for shard in shards:
         for name in ("tokens", "best"):
@@ -71,7 +71,7 @@ def head_config(target, recipe: Recipe) -> EagleConfig:
 
 
 def initial_head(target, recipe: Recipe, vocabulary: torch.Tensor) -> EagleHead:
-    """A head that starts as the target's last layer, reading its highest aux feature; the output projections start small."""
+    """A head that starts as the target's last layer, reading its highest aux layer; the output projections start small."""
     head = EagleHead(head_config(target, recipe), target.get_input_embeddings(), vocabulary)
     hidden, layer = target.config.hidden_size, target.model.layers[-1]
     attention, mlp = layer.self_attn, layer.mlp
