@@ -26,6 +26,9 @@ class DecodeConfig:
         prior: belief in each drafter before the first loss, [N]; None is uniform.
         estimator: of the expected emitted length, "exact" or "product".
         loss: "length" (1 - expected length / (K+1)) or "acceptance_rate" (1 - acceptance_prob).
+        evaluate_every: rounds from one evaluation of all drafters to the next, >= 1, once a request's first few rounds are
+            over; 1 is the paper's. The drafters' weights are read once an evaluation, however many tokens it covers, so its
+            cost falls as 1/m, and the learner sees the same losses later, which its delay queue allows.
         selection: "sample" a drafter from the weights, or take their "argmax".
         track_regret: score every drafter after each round even where the learner does not ask for it.
         backend: of `evaluate`; "auto" or a name from `hedgespec.backends.BACKENDS`.
@@ -42,14 +45,17 @@ class DecodeConfig:
     estimator: str = "exact"
     loss: str = "length"
     selection: str = "sample"
+    evaluate_every: int = 1
     track_regret: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.draft_length, int) or isinstance(self.draft_length, bool):
-            raise TypeError(f"draft_length: expected an int, got {type(self.draft_length).__name__}")
-        if self.draft_length < 1:
-            raise ValueError(f"draft_length: expected at least 1, got {self.draft_length}")
+        for name in ("draft_length", "evaluate_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")

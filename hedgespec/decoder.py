@@ -36,6 +36,10 @@ class DecodeOutput:
     stats: DecodeStats
 
 
+EAGER_ROUNDS = 8
+"""Rounds at the start of a request after each of which the drafters are scored, whatever the cadence."""
+
+
 class Decoder:
     """Speculative decoding of a target with a pool of drafters, one of which a learner picks for every round.
 
@@ -145,8 +149,10 @@ class _Request:
         self.finished = False
         self.target = TargetSession(decoder.target, (drafter.aux_layers for drafter in self.drafters))
         self.sessions: list[DrafterSession] = [drafter.session() for drafter in self.drafters]
-        self.next_logits: list[torch.Tensor | None] = [None] * len(self.drafters)
-        """Each drafter's logits [Vd] for the token after the last it has taken in."""
+        self.given: list[list[torch.Tensor]] = [[] for _ in self.drafters]
+        """Each drafter's logits, chunks [T, Vd], from the first unscored token to the one after the last it has taken in."""
+        self.unscored: list[torch.Tensor] = []
+        """The target's logits, chunks [T, V], of the verified tokens on which the drafters are not scored yet."""
         self.scores_all = learner.feedback == "full" or self.config.track_regret
         self.queue = DelayQueue(
             len(self.drafters), self.config.draft_length, estimator=self.config.estimator, loss=self.config.loss
@@ -181,7 +187,9 @@ class _Request:
             emitted = self._emit(self._verify(logits, choice, draft, tests))
             self.target.keep(len(emitted))
         with self.stats.timed("evaluate"):
-            scores = self._evaluate(logits[: len(emitted)]) if self.scores_all else None
+            if self.scores_all:
+                self.unscored.append(logits[: len(emitted)])
+            scores = self._evaluate() if self._evaluation_is_due() else None
         with self.stats.timed("learn"):
             self._learn(choice if drafted else None, weights, len(emitted), scores)
         self.stats.record_round(choice.drafter if drafted else None, weights, len(emitted))
@@ -213,7 +221,7 @@ class _Request:
             for position in range(choice.draft_length):
                 if position == 0:
                     self._take_in(choice.drafter)
-                    row = self.next_logits[choice.drafter]
+                    row = self.given[choice.drafter][-1][-1]
                 else:
                     row = self._checked(choice.drafter, self.sessions[choice.drafter].step(tokens[-1])[None], 1)[0]
                 token = self._propose(row, uniforms[position])
@@ -263,20 +271,18 @@ class _Request:
         self.finished |= self.length == len(self.tokens)
         return emitted
 
-    def _take_in(self, drafter: int) -> torch.Tensor:
-        """Feeds a drafter the verified tokens it lacks, all in one chunk, and returns its logits [T, Vd] after each.
-
-        From a fresh session only the last row comes back; where nothing is lacking, the row it ended with.
-        """
+    def _take_in(self, drafter: int) -> None:
+        """Feeds a drafter the verified tokens it lacks, all in one chunk; of a fresh session only the last row is kept."""
         session, layers = self.sessions[drafter], self.drafters[drafter].aux_layers
         lacking = slice(session.verified, self.length)
         if lacking.start == lacking.stop:
-            return self.next_logits[drafter][None]
+            return
         keep = 1 if lacking.start == 0 else lacking.stop - lacking.start
         features = self.target.features[layers][lacking] if layers else None
         logits = self._checked(drafter, session.prefill(self.tokens[lacking], features, keep), keep)
-        self.next_logits[drafter] = logits[-1]
-        return logits
+        if not self.scores_all:
+            self.given[drafter].clear()  # nobody will ask for what lies behind
+        self.given[drafter].append(logits)
 
     def _checked(self, drafter: int, logits: torch.Tensor, rows: int) -> torch.Tensor:
         """The logits [rows, Vd] themselves, if they are what a drafter owes. A row's maximum tells NaN, +inf and no mass."""
@@ -286,19 +292,27 @@ class _Request:
             raise ValueError("expected logits with a finite maximum, got NaN, +inf or -inf throughout")
         return logits
 
-    def _evaluate(self, target_logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Lets every drafter take in the new tokens; acceptance_prob and acceptance_ratio float64 [N, T] of each.
+    def _evaluation_is_due(self) -> bool:
+        """Every round while there is much to learn, later as the configuration says, and at the end."""
+        rounds = self.stats.rounds + 1
+        return self.scores_all and (rounds <= EAGER_ROUNDS or rounds % self.config.evaluate_every == 0 or self.finished)
 
-        A drafter's logits for the first new token are those it ended the last round with.
+    def _evaluate(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lets every drafter take in what it lacks; acceptance_prob and acceptance_ratio float64 [N, T] on unscored tokens.
+
+        A drafter's logits for the first of them are those it ended the last evaluation with.
         """
+        target_logits = torch.cat(self.unscored)
+        self.unscored.clear()
         count = target_logits.shape[0]
         rows: dict[int, torch.Tensor] = {}
         for drafter, spec in enumerate(self.drafters):
             if spec.name in self.stats.failures:
                 continue
             try:
-                before = self.next_logits[drafter][None]
-                rows[drafter] = torch.cat([before, self._take_in(drafter)[:-1]])
+                self._take_in(drafter)
+                logits = torch.cat(self.given[drafter])
+                rows[drafter], self.given[drafter] = logits[:-1], [logits[-1:]]
             except Exception as error:
                 self._quarantine(drafter, error)
         prob, ratio = np.zeros((2, len(self.drafters), count))

@@ -428,7 +428,7 @@ _checked_maps = WeakTensorKeyDictionary()
 
 
 def _check_map(draft_to_target: torch.Tensor, vocabulary: int) -> None:
-    # Sorting N vocabularies each round would cost more than scoring them. Inference tensors keep no version, so no record.
+    # Sorting N maps each round would cost more than scoring. Inference tensors keep no version: checked every time.
     seen = None if draft_to_target.is_inference() else (draft_to_target._version, vocabulary)
     if seen is not None and _checked_maps.get(draft_to_target) == seen:
         return

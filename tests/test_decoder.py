@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hedgespec import algorithm
 from hedgespec.config import DecodeConfig
-from hedgespec.decoder import Decoder
+from hedgespec.decoder import EAGER_ROUNDS, Decoder
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
@@ -189,6 +189,21 @@ def test_a_learner_that_asks_for_nothing_scores_nobody_unless_told_to(target):
     assert len(stats.losses) == len(stats.regret) > 0
 
 
+def test_a_slower_cadence_scores_the_same_later(target):
+    """The fixed learner's rounds do not depend on the losses: the same losses come out in the same order."""
+    runs = {}
+    for every in (1, 3, 7):
+        config = DecodeConfig(learner="fixed", track_regret=True, evaluate_every=every, draft_length=3)
+        runs[every] = Decoder(target, pool(target), config).generate(prompt_of(6), max_new_tokens=60, temperature=1.0, seed=0)
+    for every in (3, 7):
+        assert runs[every].sequences.tolist() == runs[1].sequences.tolist()
+        np.testing.assert_allclose(runs[every].stats.losses, runs[1].stats.losses, atol=1e-12)
+    learning = Decoder(target, pool(target), DecodeConfig(evaluate_every=5)).generate(prompt_of(6), max_new_tokens=60, seed=0)
+    changed = [round for round in range(1, learning.stats.rounds)
+               if not np.array_equal(learning.stats.weights[round], learning.stats.weights[round - 1])]  # fmt: skip
+    assert all(round <= EAGER_ROUNDS or round % 5 == 0 for round in changed)
+
+
 def test_regret_is_the_learners_loss_less_the_best_drafters(target):
     stats = Decoder(target, pool(target)).generate(prompt_of(4), max_new_tokens=40, temperature=1.0, seed=0).stats
     losses = np.array(stats.losses)
@@ -265,6 +280,8 @@ def test_bad_pools_and_configurations_are_refused(target):
         Decoder(target, [lookup], DecodeConfig(prior=(0.5, 0.5)))
     with pytest.raises(ValueError, match="draft_length: expected at least 1"):
         DecodeConfig(draft_length=0)
+    with pytest.raises(ValueError, match="evaluate_every: expected at least 1"):
+        DecodeConfig(evaluate_every=0)
     with pytest.raises(TypeError, match="draft_length: expected an int"):
         DecodeConfig(draft_length=2.5)
     with pytest.raises(ValueError, match="mode: expected one of"):
