@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -92,7 +92,7 @@ def generate(options: argparse.Namespace) -> None:
     else:
         print(flush=True)
     if options.stats:
-        Console(stderr=True).print(_stats_table(out.stats))
+        Console(stderr=True).print(_stats(out.stats))
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -304,22 +304,19 @@ class TextStream:
 # What is shown
 
 
-def _stats_table(stats) -> Table:
-    table = Table(
-        title=f"MAT {stats.mean_accepted_tokens:.2f}, {stats.emitted_tokens / stats.seconds:.1f} tokens/s "
-        f"({stats.emitted_tokens} tokens, {stats.rounds} rounds, {stats.seconds:.2f} s)",
-        caption="seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in stats.seconds_by_stage.items()),
-        title_justify="left",
-        caption_justify="left",
-        box=None,
-    )
-    table.add_column("drafter")
-    table.add_column("picks", justify="right")
-    table.add_column("final weight", justify="right")
+def _stats(stats) -> Group:
+    table = Table("drafter", box=None)
+    for column in ("picks", "final weight"):
+        table.add_column(column, justify="right")
     final = stats.weights[-1] if stats.weights else [math.nan] * len(stats.drafters)
     for name, picks, weight in zip(stats.drafters, stats.picks, final, strict=True):
         table.add_row(escape(name), str(picks), f"{weight:.3f}")
-    return table
+    return Group(
+        f"MAT {stats.mean_accepted_tokens:.2f}, {stats.emitted_tokens / stats.seconds:.1f} tokens/s "
+        f"({stats.emitted_tokens} tokens, {stats.rounds} rounds, {stats.seconds:.2f} s)",
+        table,
+        "seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in stats.seconds_by_stage.items()),
+    )
 
 
 def _role(name: str) -> str:

@@ -52,9 +52,8 @@ def speaker(tokenizer, vocabulary: int = 257) -> LlamaForCausalLM:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     follows = np.arange(vocabulary)
-    for text, end in ((STORY, EOS), (DIGITS, tokenizer(DIGITS[0]).input_ids[0])):
-        ids = [*tokenizer(text).input_ids, end]
-        follows[ids[:-1]] = ids[1:]
+    for ids in ([*tokenizer(STORY).input_ids, EOS], tokenizer(DIGITS).input_ids):
+        follows[ids] = [*ids[1:], ids[0]]
     with torch.no_grad():
         for layer in model.model.layers:  # the layers add nothing: a token's state is its embedding
             layer.self_attn.o_proj.weight.zero_()

@@ -85,6 +85,8 @@ def run(*, prompts_per_domain: int = 3, max_new_tokens: int = 64, draft_length: 
     if not 1 <= prompts_per_domain <= 40:
         raise ValueError(f"prompts_per_domain: expected 1..40, got {prompts_per_domain}")
     console = console or Console()
+    if plot is not None:
+        import matplotlib  # noqa: F401  missing, it is missed now and not after minutes of work
     zoo = load_zoo()
     hedge = Decoder(zoo.target, zoo.drafters, DecodeConfig(draft_length=draft_length))
     alone = [drafter for drafter in zoo.drafters if drafter.name == GENERALIST]

@@ -33,19 +33,22 @@ class Recipe:
 
     draft_vocab_size: int = 4096
     intermediate_size: int = 1024
-    generalist_steps: int = 1100
-    expert_steps: int = 280
+    generalist_steps: int = 1000
+    expert_steps: int = 340
     batch_size: int = 6
     generalist_learning_rate: float = 2e-3
     expert_learning_rate: float = 1e-3
     warmup_steps: int = 20
-    depths: tuple[int, ...] = (1, 2, 4)
+    generalist_depths: tuple[int, ...] = (1, 2, 4)
     """Unrolled drafting steps in the loss, each for an equal share of the training, in this order."""
+    expert_depths: tuple[int, ...] = (2, 4)
     depth_decay: float = 0.8
     hard_label: float = 0.5
     """Share of the label that is the target's argmax; the rest is its distribution at temperature 1, within the draft vocabulary."""
     prompt_weight: float = 0.3
     """Weight of positions inside the prompt, which the target did not write."""
+    checkpoint_every: int = 100
+    """Steps from one checkpoint to the next."""
     seed: int = 0
 
 
@@ -192,7 +195,7 @@ def feature_scale(rows: list[Batch]) -> torch.Tensor:
     return sample.square().mean(0).clamp_min(1e-6).rsqrt()
 
 
-def train_head(head: EagleHead, rows: list[Batch], steps: int, learning_rate: float, recipe: Recipe,
+def train_head(head: EagleHead, rows: list[Batch], steps: int, learning_rate: float, depths: tuple[int, ...], recipe: Recipe,
                checkpoint: Path, report: Callable[[str], None] = print) -> EagleHead:  # fmt: skip
     """Trains in place and returns the head, going on from `checkpoint` if there is one.
 
@@ -209,7 +212,7 @@ def train_head(head: EagleHead, rows: list[Batch], steps: int, learning_rate: fl
         head.load_state_dict(saved["head"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-    began, smooth = time.time(), [0.0] * (1 + max(recipe.depths))
+    began, smooth = time.time(), [0.0] * (1 + max(depths))
     for step in range(first, steps):
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
@@ -218,7 +221,7 @@ def train_head(head: EagleHead, rows: list[Batch], steps: int, learning_rate: fl
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed + epoch))
         chosen = order[place * recipe.batch_size : (place + 1) * recipe.batch_size]
-        depth = recipe.depths[step * len(recipe.depths) // steps]
+        depth = depths[step * len(depths) // steps]
         loss, agreement = batch_loss(head, collate([rows[index] for index in chosen]), scale, recipe, depth)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -229,7 +232,7 @@ def train_head(head: EagleHead, rows: list[Batch], steps: int, learning_rate: fl
         if step % 20 == 19 or step == steps - 1:
             shown = " ".join(f"{value:.3f}" for value in smooth[: depth + 1])
             report(f"step {step + 1}/{steps} loss, agreement by depth {shown} ({time.time() - began:.0f} s)")
-        if step % 100 == 99:
+        if (step + 1) % recipe.checkpoint_every == 0:
             state = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, scratch := checkpoint.with_suffix(".part"))
             scratch.rename(checkpoint)
@@ -255,12 +258,14 @@ def train(target, names: tuple[str, ...] = (GENERALIST, *EXPERTS), recipe: Recip
         vocabulary = draft_vocabulary(rows, recipe.draft_vocab_size, target.config.vocab_size)
         torch.manual_seed(recipe.seed)
         if name == GENERALIST:
-            head, steps, rate = initial_head(target, recipe, vocabulary), recipe.generalist_steps, recipe.generalist_learning_rate
+            head = initial_head(target, recipe, vocabulary)
+            plan = recipe.generalist_steps, recipe.generalist_learning_rate, recipe.generalist_depths
         else:
             trunk = storage.load_head(folder / f"{GENERALIST}.safetensors", target).requires_grad_(True)
-            head, steps, rate = with_vocabulary(trunk, target, vocabulary), recipe.expert_steps, recipe.expert_learning_rate
+            head = with_vocabulary(trunk, target, vocabulary)
+            plan = recipe.expert_steps, recipe.expert_learning_rate, recipe.expert_depths
         checkpoint = folder / f"{name}.checkpoint"
-        train_head(head, rows, steps, rate, recipe, checkpoint, lambda line: report(f"{name}: {line}"))
+        train_head(head, rows, *plan, recipe, checkpoint, lambda line, name=name: report(f"{name}: {line}"))
         torch.save(head.state_dict(), folder / f"{name}.float.pt")  # for measuring what the compact file loses
         storage.save_head(head, path, name=name, recipe=json.dumps(asdict(recipe)), licence="Apache-2.0")
         checkpoint.unlink(missing_ok=True)
