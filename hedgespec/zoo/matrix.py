@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,34 +20,67 @@ MEASURES = {
 }
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out prompt with the target's continuation."""
+
+    domain: str
+    kind: str
+    """"greedy", or "sampled" at temperature 1."""
+    prompt_length: int
+    tokens: list[int]
+
+
 @torch.inference_mode()
-def continuations(target, tokenizer, drafters: Sequence[Drafter], *, prompts_per_domain: int, new_tokens: int,
-                  report: Callable[[str], None] = print) -> dict[str, dict[str, list[replay.Text]]]:  # fmt: skip
-    """Held-out texts by domain: "greedy" and "sampled" (temperature 1, seeded) continuations by the target."""
-    texts = {}
+def held_out_texts(target, tokenizer, path: Path, *, prompts_per_domain: int = 10, new_tokens: int = 128,
+                   report: Callable[[str], None] = print) -> list[HeldOut]:  # fmt: skip
+    """The target's continuations of held-out prompts, a domain and kind a batch, kept in the file `path`."""
+    if path.exists():
+        return [HeldOut(**entry) for entry in json.loads(path.read_text())]
+    tokenizer.padding_side = "left"
+    texts = []
     for domain in EXPERTS:
-        texts[domain] = {"greedy": [], "sampled": []}
-        for number, prompt in enumerate(load_prompts(domain)[:prompts_per_domain]):
-            ids = tokenizer(prompt.text, return_tensors="pt").to(target.device)
-            for kind in ("greedy", "sampled"):
-                torch.manual_seed(number)
-                tokens = target.generate(**ids, max_new_tokens=new_tokens, do_sample=kind == "sampled", top_k=0)[0]
-                texts[domain][kind].append(replay.read(target, tokens, ids.input_ids.shape[1], drafters))
-        report(f"{domain}: {prompts_per_domain} held-out prompts continued")
+        prompts = [prompt.text for prompt in load_prompts(domain)[:prompts_per_domain]]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True).to(target.device)
+        width = batch.input_ids.shape[1]
+        for kind in ("greedy", "sampled"):
+            torch.manual_seed(0)
+            options = {"do_sample": True, "top_k": 0} if kind == "sampled" else {"do_sample": False}
+            rows = target.generate(**batch, max_new_tokens=new_tokens, **options)
+            for row, mask in zip(rows.tolist(), batch.attention_mask.tolist(), strict=True):
+                prompt, new = row[width - sum(mask) : width], row[width:]
+                if tokenizer.eos_token_id in new:
+                    new = new[: new.index(tokenizer.eos_token_id) + 1]
+                texts.append(HeldOut(domain, kind, len(prompt), prompt + new))
+        report(f"{domain}: {len(prompts)} held-out prompts continued")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(text) for text in texts]))
     return texts
 
 
-def measure(drafters: Sequence[Drafter], texts: dict[str, dict[str, list[replay.Text]]], draft_length: int = 5) -> dict:
+@torch.inference_mode()
+def measure(target, drafters: Sequence[Drafter], held_out: Sequence[HeldOut], draft_length: int = 5) -> dict:
     """{measure: {domain: {drafter: number}}} over the texts, and the draft length."""
-    result: dict = {name: {} for name in MEASURES} | {"draft_length": draft_length}
-    for domain, kinds in texts.items():
-        prob = torch.cat([replay.teacher_forced(drafters, text, 1.0) for text in kinds["sampled"]], 1).mean(1)
-        agreement = torch.cat([replay.teacher_forced(drafters, text, 0.0) for text in kinds["greedy"]], 1).mean(1)
-        rounds = [np.concatenate([replay.fixed_rounds(drafter, text, draft_length) for text in kinds["greedy"]])
-                  for drafter in drafters]  # fmt: skip
-        for name, values in (("acceptance_prob", prob), ("greedy_agreement", agreement),
-                             ("emitted_per_round", [emitted.mean() for emitted in rounds])):  # fmt: skip
-            result[name][domain] = {drafter.name: round(float(v), 4) for drafter, v in zip(drafters, values, strict=True)}
+    seen: dict[str, dict[str, list]] = {name: {domain: [] for domain in EXPERTS} for name in MEASURES}
+    for one in held_out:
+        if len(one.tokens) < one.prompt_length + 3:
+            continue  # it ended before a drafter could say anything
+        text = replay.read(target, torch.tensor(one.tokens, device=target.device), one.prompt_length, drafters)
+        if one.kind == "sampled":
+            seen["acceptance_prob"][one.domain].append(replay.teacher_forced(drafters, text, 1.0))
+        else:
+            seen["greedy_agreement"][one.domain].append(replay.teacher_forced(drafters, text, 0.0))
+            rounds = [replay.fixed_rounds(drafter, text, draft_length) for drafter in drafters]
+            seen["emitted_per_round"][one.domain].append(rounds)
+    result: dict = {"draft_length": draft_length}
+    for name, domains in seen.items():
+        result[name] = {}
+        for domain, parts in domains.items():
+            if name == "emitted_per_round":
+                means = [np.mean(np.concatenate(rounds)) for rounds in zip(*parts, strict=True)]
+            else:
+                means = torch.cat(parts, 1).mean(1)
+            result[name][domain] = {each.name: round(float(mean), 4) for each, mean in zip(drafters, means, strict=True)}
     return result
 
 

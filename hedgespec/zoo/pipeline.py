@@ -69,18 +69,18 @@ def write_prompts(path: Path) -> None:
 def _matrix(target, tokenizer, folder: Path, console: Console) -> None:
     """Writes the acceptance matrix, with what the compact storage costs where the uncompressed heads are still there."""
     heads = [load_head(folder / f"{name}.safetensors", target) for name in NAMES]
-    texts = matrix.continuations(target, tokenizer, heads, prompts_per_domain=10, new_tokens=64, report=console.print)
-    result = matrix.measure(heads, texts)
+    texts = matrix.held_out_texts(target, tokenizer, cache_dir() / "held-out.json", report=console.print)
+    result = matrix.measure(target, heads, texts)
+    result["own_expert_mat"] = _own_mat(result)
     exact = [folder / f"{name}.float.pt" for name in NAMES]
     if all(path.exists() for path in exact):
         for head, path in zip(heads, exact, strict=True):
             head.load_state_dict(torch.load(path, weights_only=True))
-        uncompressed = matrix.measure(heads, texts)["emitted_per_round"]
-        result["emitted_per_round_uncompressed"] = uncompressed
-    own = [result["emitted_per_round"][name][name] for name in EXPERTS]
-    result["own_expert_mat"] = round(sum(own) / len(own), 4)
-    if "emitted_per_round_uncompressed" in result:
-        exact_own = [result["emitted_per_round_uncompressed"][name][name] for name in EXPERTS]
-        result["own_expert_mat_uncompressed"] = round(sum(exact_own) / len(exact_own), 4)
+        result["own_expert_mat_uncompressed"] = _own_mat(matrix.measure(target, heads, texts))
     matrix.write(result, folder)
-    console.print(matrix.table(result))
+    console.print(matrix.table(result), markup=False)
+
+
+def _own_mat(result: dict) -> float:
+    """Mean over domains of what the domain's own expert emits a round."""
+    return round(sum(result["emitted_per_round"][name][name] for name in EXPERTS) / len(EXPERTS), 4)
