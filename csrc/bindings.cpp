@@ -1,4 +1,4 @@
-// hedgespec._native: raw pointers, shapes and strides in, nothing out. Validation lives in Python (hedgespec/evaluate.py).
+// hedgespec._native: raw pointers, shapes and strides in, nothing out. Validation lives in Python, beside each operation.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -60,6 +60,20 @@ void evaluate(Address target_logits, bool target_is_bfloat16, std::array<std::in
   });
 }
 
+void linear(Address x, std::int64_t x_stride, Address weight, Address out, std::int64_t rows, std::int64_t columns,
+            std::int64_t inner, int threads) {
+  hedgespec::linear_cpu({
+      .rows = rows,
+      .columns = columns,
+      .inner = inner,
+      .x = at<const float>(x),
+      .x_stride = x_stride,
+      .weight = at<const float>(weight),
+      .out = at<float>(out),
+      .threads = threads,
+  });
+}
+
 // The clone of the row loops that runs on this machine.
 const char* instruction_set() {
 #if HEDGESPEC_HAS_CLONES
@@ -73,8 +87,9 @@ const char* instruction_set() {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "HedgeSpec's CPU kernels; call them through hedgespec.evaluate, which validates.";
+  module.doc() = "HedgeSpec's CPU kernels; call them through hedgespec.evaluate and hedgespec.linear, which validate.";
   module.def("evaluate", &evaluate, py::call_guard<py::gil_scoped_release>());
+  module.def("linear", &linear, py::call_guard<py::gil_scoped_release>());
   module.def("instruction_set", &instruction_set);
   module.attr("compiler") =
 #if defined(__clang__)

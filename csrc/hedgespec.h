@@ -1,7 +1,7 @@
 // Parameters of the native kernels, shared by the kernels and by bindings.cpp.
 //
-// Pointers are raw and nothing here is checked: hedgespec/evaluate.py validates every shape, stride, token and map entry
-// before it calls. Strides count elements; the vocabulary is always the innermost dimension, with stride 1.
+// Pointers are raw and nothing here is checked: the Python function that calls has validated every shape, stride, token and
+// map entry. Strides count elements; the vocabulary is always the innermost dimension, with stride 1.
 #pragma once
 
 #include <cstdint>
@@ -63,5 +63,19 @@ struct EvaluateParams {
 };
 
 void evaluate_cpu(const EvaluateParams& params);
+
+// out[m, n] = sum_k x[m, k] * weight[n, k]
+struct LinearParams {
+  std::int64_t rows, columns, inner;
+
+  const float* x;         // [rows, inner]
+  std::int64_t x_stride;  // from row to row; within a row contiguous
+  const float* weight;    // [columns, inner], contiguous
+  float* out;             // [rows, columns], contiguous
+
+  int threads;
+};
+
+void linear_cpu(const LinearParams& params);
 
 }  // namespace hedgespec

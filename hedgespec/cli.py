@@ -92,7 +92,7 @@ def generate(options: argparse.Namespace) -> None:
     else:
         print(flush=True)
     if options.stats:
-        Console(stderr=True).print(_stats(out.stats))
+        _wide_console(stderr=True).print(_stats(out.stats))
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -135,12 +135,12 @@ def zoo_list(options: argparse.Namespace) -> None:
     table = Table("name", "domain or role", box=None)
     table.add_column("MB", justify="right")
     table.add_column("draft vocabulary", justify="right")
-    table.add_column("where", overflow="fold")
+    table.add_column("where")
     for row in rows:
         size = "not there" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
         vocabulary = "" if row["draft_vocabulary"] is None else str(row["draft_vocabulary"])
         table.add_row(row["name"], row["role"], size, vocabulary, escape(row["path"]))
-    Console().print(table)
+    _wide_console().print(table)
 
 
 def zoo_path(options: argparse.Namespace) -> None:
@@ -215,9 +215,7 @@ def _load_drafter(spec: str, target):
     if spec not in zoo.NAMES and Path(spec).is_dir():
         model = _load_model(Path(spec), target.dtype).to(target.device)
         return CausalLMDrafter(model, target, name=Path(spec).resolve().name)
-    head = load_head(zoo.head_path(spec) if spec in zoo.NAMES else spec, target)
-    head.name = spec if spec in zoo.NAMES else Path(spec).stem
-    return head
+    return load_head(zoo.head_path(spec) if spec in zoo.NAMES else spec, target)
 
 
 def _load_model(folder: Path, dtype):
@@ -317,6 +315,11 @@ def _stats(stats) -> Group:
         table,
         "seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in stats.seconds_by_stage.items()),
     )
+
+
+def _wide_console(stderr: bool = False) -> Console:
+    """One that breaks no line, so that a path can be copied and a line be searched for."""
+    return Console(stderr=stderr, width=1000)
 
 
 def _role(name: str) -> str:

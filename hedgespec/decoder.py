@@ -19,6 +19,7 @@ from hedgespec.delay import DelayQueue
 from hedgespec.drafters import Drafter, DrafterSession
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.evaluate import evaluate
+from hedgespec.linear import few_row_view
 from hedgespec.metrics import DecodeStats
 from hedgespec.records import Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
@@ -69,6 +70,7 @@ class Decoder:
                     f"drafter {drafter.name}: expected the target's vocabulary of {vocabulary} tokens, or a map into it, "
                     f"got {drafter.vocab_size}"
                 )
+        self.view = few_row_view(target)
         self.groups = _groups(self.drafters, target.device)
         self._new_learner()  # a wrong name, prior or option is refused here, not at the first request
 
@@ -147,7 +149,7 @@ class _Request:
         self.tokens = torch.cat([prompt, prompt.new_zeros(max_new_tokens)])
         self.length = len(prompt)
         self.finished = False
-        self.target = TargetSession(decoder.target, (drafter.aux_layers for drafter in self.drafters))
+        self.target = TargetSession(decoder.view, (drafter.aux_layers for drafter in self.drafters))
         self.sessions: list[DrafterSession] = [drafter.session() for drafter in self.drafters]
         self.given: list[list[torch.Tensor]] = [[] for _ in self.drafters]
         """Each drafter's logits, chunks [T, Vd], from the first unscored token to the one after the last it has taken in."""

@@ -31,7 +31,8 @@ def distribution(logits: list[float], temperature: float, threshold: float) -> l
     if temperature == 0:
         return [1.0 if i == kept.index(highest) else 0.0 for i in range(len(kept))]
     weights = [math.exp((logit - highest) / temperature) for logit in kept]
-    return [weight / math.fsum(weights) for weight in weights]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
 
 
 def score(

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hedgespec"
 
 STAGES = {"evaluate", "verify", "prefill", "delay", "learners", "selection", "drafters"}
-FOUNDATIONS = {"records", "config", "errors", "backends", "cache"}
-"""What every stage may know: data, names, and the store of keys and values that drafters and decoder share."""
+FOUNDATIONS = {"records", "config", "errors", "backends", "cache", "linear"}
+"""What every stage may know: data, names, and what the models of drafters and decoder are made of."""
 ENTRANCES = {"hf", "engines", "zoo", "cli"}
 """Rooms above the decoder, which use the package as its users do."""
 KNOW_THE_STAGES = {"__init__", "algorithm", "decoder"} | ENTRANCES

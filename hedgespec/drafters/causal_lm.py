@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from hedgespec.errors import VocabularyMismatchError
+from hedgespec.linear import few_row_view
 
 
 class CausalLMDrafter:
@@ -25,7 +26,7 @@ class CausalLMDrafter:
         own, wanted = model.config.vocab_size, target.config.vocab_size
         if abs(own - wanted) > wanted // 10:
             raise VocabularyMismatchError(f"drafter {name}: expected a vocabulary of {wanted} tokens, got {own}")
-        self.model, self.name, self.vocab_size = model, name, min(own, wanted)
+        self.model, self.name, self.vocab_size = few_row_view(model), name, min(own, wanted)
         same = own >= wanted
         self.draft_to_target = None if same else torch.arange(own, device=target.device)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hedgespec.cache import KVCache
+from hedgespec.linear import FewRowLinear
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class EagleHead(nn.Module):
         self._shared = (embed,)  # in a tuple: not registered, so neither saved nor moved with the head
         for name, shape in config.shapes.items():
             stem = name.removesuffix(".weight")
-            module = nn.Linear(shape[1], shape[0], bias=False) if len(shape) == 2 else nn.RMSNorm(shape, config.rms_norm_eps)
+            module = FewRowLinear(shape[1], shape[0], bias=False) if len(shape) == 2 else nn.RMSNorm(shape, config.rms_norm_eps)
             setattr(self, stem, module)
         self.register_buffer("draft_to_target", draft_to_target, persistent=False)
         self.set_rope_frequency()
