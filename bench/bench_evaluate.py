@@ -6,8 +6,6 @@ torch's fastest call over ours, the two taking turns. Set OMP_NUM_THREADS to cho
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -15,7 +13,6 @@ from hedgespec.evaluate import evaluate
 
 # drafters, positions, target vocabulary, draft vocabulary
 SHAPES = [(7, 1, 49152, 4096), (7, 6, 49152, 4096), (7, 6, 49152, 49152), (7, 9, 151936, 151936)]
-SECONDS = 1.0  # for one comparison
 
 
 def eager(target_logits, drafter_logits, draft_to_target):
@@ -36,21 +33,9 @@ def inputs(shape, dtype):
     return target_logits, drafter_logits, tokens, None if draft_vocabulary == vocabulary else maps
 
 
-def fastest(*calls):
-    """Each call's fastest time in seconds, the calls taking turns so that what disturbs one disturbs all."""
-    best = [float("inf")] * len(calls)
-    until = time.perf_counter() + SECONDS
-    while time.perf_counter() < until:
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "N{}-T{}-V{}-Vd{}".format(*shape))
-def test_evaluate(benchmark, capsys, shape, dtype):
+def test_evaluate(benchmark, capsys, fastest, shape, dtype):
     target_logits, drafter_logits, tokens, maps = inputs(shape, dtype)
 
     def ours():
