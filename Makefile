@@ -29,10 +29,10 @@ $(BIN)/python:
 
 $(VENV)/.installed-zoo: $(INGREDIENTS) | $(BIN)/python
 	$(INSTALL) -e ".[zoo]"
-	$(BIN)/python -m hedgespec.doctor
+	$(BIN)/hedgespec doctor
 	touch $@
 
 $(VENV)/.installed-test: $(INGREDIENTS) | $(BIN)/python
 	$(INSTALL) -e ".[zoo,test]"
-	$(BIN)/python -m hedgespec.doctor
+	$(BIN)/hedgespec doctor
 	touch $@ $(VENV)/.installed-zoo

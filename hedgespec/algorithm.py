@@ -51,7 +51,7 @@ def decode(
         return dist if mode == "sampled" else point_mass(dist)
 
     # The prompt's own forward gives the first token: a head needs it before it can draft.
-    trace = Trace(list(prompt) + [inverse_cdf(p(list(prompt)), random.random(1)[0])])
+    trace = Trace([*prompt, inverse_cdf(p(list(prompt)), random.random(1)[0])])
     end = len(prompt) + max_new_tokens
     while len(trace.tokens) < end and trace.tokens[-1] not in eos:
         x = trace.tokens

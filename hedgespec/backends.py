@@ -114,9 +114,7 @@ def resolve(operation: str, backend: str, device: str, dtype: torch.dtype | None
             f"the {backend} backend of {operation} cannot run here ({found}); to get it: {_HOW_TO_GET[backend]}"
         ) from found
     if not entry.serves(device, None):
-        raise ValueError(
-            f"backend: {backend!r} takes tensors on {' or '.join(sorted(entry.devices))}; got tensors on {device}"
-        )
+        raise ValueError(f"backend: {backend!r} takes tensors on {' or '.join(sorted(entry.devices))}; got tensors on {device}")
     if not entry.serves(device, dtype):
         expected = " or ".join(sorted(str(each).removeprefix("torch.") for each in entry.dtypes))
         raise TypeError(f"backend: {backend!r} takes {expected} logits; got {str(dtype).removeprefix('torch.')}")
@@ -156,9 +154,7 @@ def report() -> dict[str, object]:
         for backend in (name for name in BACKENDS if name in entries):
             found = _load(operation, backend)
             operations[operation][backend] = (
-                f"unavailable: {found}; to get it: {_HOW_TO_GET[backend]}"
-                if isinstance(found, ImportError)
-                else "available"
+                f"unavailable: {found}; to get it: {_HOW_TO_GET[backend]}" if isinstance(found, ImportError) else "available"
             )
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _REPORTED_PACKAGES},

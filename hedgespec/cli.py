@@ -1,4 +1,7 @@
-"""The command line: parses, calls the package, prints. torch and transformers are imported only once there is work for them."""
+"""The command line: parses, calls the package, prints.
+
+torch and transformers are imported only once there is work for them.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,12 @@ def generate(options: argparse.Namespace) -> None:
     prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
     if not prompt:
         raise UsageError("PROMPT: expected some text, got none")
-    config = DecodeConfig(draft_length=options.draft_length, mode=options.mode, learner=options.learner)
+    config = DecodeConfig(
+        draft_length=options.draft_length,
+        mode=options.mode,
+        learner=options.learner,
+        evaluate_every=options.evaluate_every,
+    )
     target, tokenizer, drafters = _load(options.target, options.drafter)
     decoder = hedgespec.Decoder(target, drafters, config)
     prompt_ids = _encode(tokenizer, prompt, options.chat)
@@ -191,8 +199,8 @@ def _load(target_folder: Path | None, specs: Sequence[str] | None) -> tuple[Any,
     for spec in specs:
         if spec not in (*zoo.NAMES, "ngram") and not Path(spec).exists() and Path(spec).suffix not in WEIGHTS:
             raise UsageError(
-                f"argument --drafter: expected one of {', '.join(zoo.NAMES)}, ngram, a .safetensors file or a model's folder, "
-                f"got {spec!r}"
+                f"argument --drafter: expected one of {', '.join(zoo.NAMES)}, ngram, a .safetensors file "
+                f"or a model's folder, got {spec!r}"
             )
     if repeated := {spec for spec in specs if specs.count(spec) > 1}:
         raise UsageError(f"argument --drafter: expected each once, got {', '.join(sorted(repeated))} again")
@@ -439,23 +447,23 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate(command("generate", generate, "continue a prompt, streaming the text"))
 
-    add = command("demo", demo, "decode a mixed stream of domains: plain, with the generalist, with HedgeSpec").add_argument
+    add = command("demo", demo, "decode a mixed stream plainly, with the generalist, with HedgeSpec").add_argument
     add("--json", metavar="FILE", type=_output_or_stdout, help="write the figures here; - is stdout")
     add("--plot", metavar="FILE", type=_output_or_none, default="hedgespec-demo.png",
         help="draw the weights over time here; '' for no plot (default: %(default)s)")  # fmt: skip
     add("--prompts", metavar="N", type=_number(int, 1), default=3, help="prompts a domain (default: %(default)s)")
     # One token comes from the prompt's own forward: with no more than that there is no round to report on.
-    add("--max-new-tokens", metavar="M", type=_number(int, 2), default=64, help="tokens a prompt (default: %(default)s)")
+    add("--max-new-tokens", metavar="M", type=_number(int, 2), default=64, help="of each text (default: %(default)s)")
     _add_draft_length(add)
     _add_temperature(add)
     add("--seed", type=_number(int, 0), default=0, help="of the first prompt (default: %(default)s)")
 
-    zoo = commands.add_parser("zoo", help="the embedded target and heads", allow_abbrev=False).add_subparsers(required=True)
+    zoo = commands.add_parser("zoo", help="the embedded target and heads").add_subparsers(required=True)
     add = command("list", zoo_list, "what there is, how large and where", zoo).add_argument
     add("--json", action="store_true", help="as JSON")
     add = command("path", zoo_path, "where the converted target, or a head, is", zoo).add_argument
     add("name", metavar="NAME", nargs="?", help="a head; without it the target's folder, made on the first call")
-    add = command("train", zoo_train, "collect the target's continuations, train the heads, measure them", zoo).add_argument
+    add = command("train", zoo_train, "collect the target's texts, train the heads, measure them", zoo).add_argument
     add("--only", metavar="NAME", nargs="+", help="heads to train (default: all)")
     add("--stage", choices=STAGES, default="all", help="a part of the work (default: %(default)s)")
     add("--out", metavar="FOLDER", type=Path, help="where heads and matrix go (default: in the cache)")
@@ -468,7 +476,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", metavar="PROMPT", help="the text to continue; - reads stdin, less one newline at its end")
-    add("--target", metavar="FOLDER", type=Path, help="a transformers causal language model (default: the zoo's target)")
+    add("--target", metavar="FOLDER", type=Path, help="a causal language model (default: the zoo's target)")
     add("--drafter", metavar="NAME", action="append",
         help="a zoo head's name, ngram, a zoo-format .safetensors head, or the folder of a causal language model; "
         "repeatable (default: all the zoo's heads)")  # fmt: skip
@@ -476,14 +484,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
         help="draft from the drafter's distribution or its argmax (default: %(default)s)")  # fmt: skip
     _add_draft_length(add)
+    add("--evaluate-every", metavar="m", type=_number(int, 1), default=DecodeConfig.evaluate_every,
+        help="rounds from one scoring of all drafters to the next, after the first few (default: %(default)s)")  # fmt: skip
     _add_temperature(add)
     add("--top-k", metavar="k", type=_number(int, 1), help="keep the k likeliest tokens")
     add("--top-p", metavar="p", type=_number(float, 0, 1, above=True), help="keep the likeliest tokens of mass p")
-    add("--min-p", metavar="p", type=_number(float, 0, 1), help="keep tokens at least p times as likely as the likeliest")
+    add("--min-p", metavar="p", type=_number(float, 0, 1), help="keep tokens p times as likely as the likeliest")
     add("--seed", type=_number(int, 0), help="makes sampling repeatable (default: a fresh one)")
     add("--max-new-tokens", metavar="M", type=_number(int, 1), default=128, help="(default: %(default)s)")
     add("--chat", action="store_true", help="put the prompt into the target's chat template")
-    add("--stats", action="store_true", help="after the text, a table on stderr: MAT, speed, picks, weights, seconds by stage")
+    add("--stats", action="store_true", help="then, on stderr: MAT, speed, picks, weights, seconds by stage")
     add("--json", action="store_true", help='instead of streaming, {"text", "tokens", "stats"} at the end')
 
 

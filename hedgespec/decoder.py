@@ -390,6 +390,8 @@ def _check_prompt(input_ids: torch.Tensor, max_new_tokens: int, target) -> torch
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     context = getattr(target.config, "max_position_embeddings", None)
+    if context is not None and max_new_tokens >= context:
+        raise ValueError(f"max_new_tokens: expected less than the target's context of {context}, got {max_new_tokens}")
     if context is not None and input_ids.shape[0] + max_new_tokens > context:
         raise ValueError(
             f"input_ids: expected a prompt of at most {context - max_new_tokens} tokens, so that {max_new_tokens} more fit "
@@ -397,9 +399,7 @@ def _check_prompt(input_ids: torch.Tensor, max_new_tokens: int, target) -> torch
         )
     low, high = (bound.item() for bound in input_ids.aminmax())
     if low < 0 or high >= target.config.vocab_size:
-        raise ValueError(
-            f"input_ids: expected ids in 0..{target.config.vocab_size - 1}, got {low if low < 0 else high}"
-        )
+        raise ValueError(f"input_ids: expected ids in 0..{target.config.vocab_size - 1}, got {low if low < 0 else high}")
     return input_ids.to(target.device)
 
 

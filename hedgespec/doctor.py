@@ -27,9 +27,3 @@ def describe(report: dict[str, object] | None = None) -> str:
     for operation, entries in report["operations"].items():
         lines += [f"  {operation:<14}{backend:<11}{state}" for backend, state in entries.items()]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    import hedgespec.decoder  # noqa: F401  the operations register their backends when they are imported
-
-    print(describe())

@@ -389,9 +389,7 @@ def _check_logits(target_logits: torch.Tensor, drafter_logits: torch.Tensor) -> 
         if logits.dtype not in _LOGITS_DTYPES:
             raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16; got {logits.dtype}")
         if logits.ndim != ndim or logits.shape[-1] == 0:
-            raise ValueError(
-                f"{name}: expected shape {dims} with a vocabulary of at least 1; got {tuple(logits.shape)}"
-            )
+            raise ValueError(f"{name}: expected shape {dims} with a vocabulary of at least 1; got {tuple(logits.shape)}")
     if drafter_logits.shape[1:3] != target_logits.shape[:2] or drafter_logits.shape[0] == 0:
         batch, positions, _ = target_logits.shape
         raise ValueError(
@@ -448,8 +446,6 @@ def _check_temperature(name: str, temperature: float | torch.Tensor, batch: int,
         if not usable.all():
             raise ValueError(f"{name}: expected finite values >= 0; got {temperature[~usable][0].item()}")
     elif not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
-        raise TypeError(
-            f"{name}: expected a float or a torch.Tensor of shape [{batch}]; got {type(temperature).__name__}"
-        )
+        raise TypeError(f"{name}: expected a float or a torch.Tensor of shape [{batch}]; got {type(temperature).__name__}")
     elif not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"{name}: expected a finite value >= 0; got {temperature}")

@@ -37,7 +37,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> t
     if x.dtype != weight.dtype:
         raise TypeError(f"x: expected {weight.dtype} as weight, got {x.dtype}")
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: expected [..., inner] for a weight [columns, inner], got {list(x.shape)} and {list(weight.shape)}")
+        raise ValueError(
+            f"x: expected [..., inner] for a weight [columns, inner], got {list(x.shape)} and {list(weight.shape)}"
+        )
     if x.device != weight.device:
         raise ValueError(f"x: expected device {weight.device} as weight, got {x.device}")
     return backends.resolve("linear", backend, x.device.type, x.dtype)(x, weight)

@@ -16,8 +16,7 @@ STAGES = ("prefill", "select", "draft", "verify", "evaluate", "learn")
 
 @dataclass
 class DecodeStats:
-    """Statistics of one request. Sizes: N drafters; [R] marks one entry a round, [F] one entry a completed loss.
-    """
+    """Statistics of one request. Sizes: N drafters; [R] marks one entry a round, [F] one entry a completed loss."""
 
     drafters: tuple[str, ...]
     draft_length: int
@@ -89,12 +88,13 @@ class DecodeStats:
             self.seconds_by_stage[stage] += time.perf_counter() - began
 
     def to_dict(self) -> dict:
-        """Plain numbers, for JSON."""
+        """Plain numbers, for JSON; what is not defined yet is None."""
         return {
             "drafters": list(self.drafters),
+            "draft_length": self.draft_length,
             "rounds": self.rounds,
             "emitted_tokens": self.emitted_tokens,
-            "mean_accepted_tokens": self.mean_accepted_tokens,
+            "mean_accepted_tokens": self.mean_accepted_tokens if self.rounds else None,
             "picks": self.picks.tolist(),
             "final_weights": self.weights[-1].tolist() if self.weights else [],
             "regret": float(self.regret[-1]) if self.losses else 0.0,

@@ -10,9 +10,7 @@ from numpy.typing import ArrayLike
 from hedgespec.records import Choice
 
 
-def select(
-    weights: ArrayLike, uniform: float, *, draft_length: int, rule: Literal["sample", "argmax"] = "sample"
-) -> Choice:
+def select(weights: ArrayLike, uniform: float, *, draft_length: int, rule: Literal["sample", "argmax"] = "sample") -> Choice:
     """sample: the first i with cumsum(weights)[i] > uniform * sum(weights). argmax: the first i of the largest weight.
 
     Sampling is what the regret bounds assume. A drafter of weight 0 is never picked.

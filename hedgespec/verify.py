@@ -139,9 +139,7 @@ def verify(
     )
 
 
-def sample(
-    logits: Tensor, uniforms: Tensor, *, temperature: float | Tensor = 1.0, threshold: Tensor | None = None
-) -> Tensor:
+def sample(logits: Tensor, uniforms: Tensor, *, temperature: float | Tensor = 1.0, threshold: Tensor | None = None) -> Tensor:
     """Draw one token a row by inverse CDF: the smallest v with cumsum(softmax(logits / temperature))[v] > u * total.
 
     The conventions are those of `verify`: what this draws from draft_logits, `verify` with the same temperature and

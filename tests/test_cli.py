@@ -72,7 +72,7 @@ def save_tiny_head(path: Path, target, seed: int = 0, vocabulary: int = 257) -> 
 def place(tmp_path_factory) -> SimpleNamespace:
     """Folders and files of the tiny target and of what drafts, or does not draft, for it."""
     folder = tmp_path_factory.mktemp("cli")
-    at = SimpleNamespace(target=folder / "target", twin=folder / "twin", head=folder / "head.safetensors", folder=folder)
+    at = SimpleNamespace(target=folder / "target", twin=folder / "twin", head=folder / "head.safetensors")
     at.tokenizer = byte_tokenizer()
     at.model = speaker(at.tokenizer)
     for path in (at.target, at.twin):
@@ -218,7 +218,8 @@ def test_draft_length_and_max_new_tokens(stats, place):
     """The twin is always right: the first token comes from the prompt, then K + 1 a round."""
     for length, emitted, rounds in ((5, 13, 2), (2, 13, 4), (1, 5, 2)):
         found = stats("0", "--draft-length", length, "--max-new-tokens", emitted, drafters=[place.twin])["stats"]
-        assert (found["emitted_tokens"], found["rounds"], found["mean_accepted_tokens"]) == (emitted, rounds, length + 1)
+        assert (found["emitted_tokens"], found["rounds"]) == (emitted, rounds)
+        assert found["mean_accepted_tokens"] == length + 1
 
 
 def test_the_default_draft_length_is_five(stats, place):
@@ -265,7 +266,7 @@ def test_each_filter_alone_leaves_the_likeliest_token(option, stats):
 def test_stats_are_a_table_on_stderr(run, place):
     code, out, err = run("0", "--max-new-tokens", 13, "--stats", drafters=[place.twin, "ngram"])
     assert (code, out) == (0, "1234567890123\n")
-    for word in ("MAT", "tokens/s", "13 tokens", "twin", "ngram", "picks", "final weight", "prefill", "verify", "learn"):
+    for word in ("MAT", "tokens/s", "13 tokens", "twin", "ngram", "picks", "final weight", "prefill", "learn"):
         assert word in err
     assert "MAT" not in run("0", "--max-new-tokens", 13)[2]
 
@@ -329,7 +330,8 @@ def test_empty_stdin_is_an_empty_prompt(monkeypatch, capsys):
 
 
 def test_a_prompt_longer_than_the_context(run, capsys):
-    fails(capsys, 1, f"context of {CONTEXT}", "at most 246 tokens", "got 250", outcome=run("0" * 250, "--max-new-tokens", 10))
+    outcome = run("0" * 250, "--max-new-tokens", 10)
+    fails(capsys, 1, f"context of {CONTEXT}", "at most 246 tokens", "got 250", outcome=outcome)
 
 
 def test_chat_without_a_template(run, capsys):
@@ -484,8 +486,9 @@ def test_demo_options(demo, capsys, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text()) == FIGURES
     del demo[0]["console"]
     assert demo == [
-        {"prompts_per_domain": 2, "max_new_tokens": 9, "draft_length": 4, "temperature": 0.5, "seed": 3, "plot": Path("x.png")}
-    ]
+        {"prompts_per_domain": 2, "max_new_tokens": 9, "draft_length": 4, "temperature": 0.5, "seed": 3,
+         "plot": Path("x.png")}
+    ]  # fmt: skip
     assert cli.main(["demo", "--plot", ""]) == 0
     assert demo[1]["plot"] is None
 
@@ -613,5 +616,6 @@ def test_help_into_a_closed_pipe_is_quiet():
 
 
 def test_a_whole_run_leaves_nothing_but_the_text(place):
-    done = enter("generate", "-", "--target", place.target, "--drafter", place.twin, "--drafter", place.head, input="c\n")
+    drafters = ("--drafter", place.twin, "--drafter", place.head)
+    done = enter("generate", "-", "--target", place.target, *drafters, input="c\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, STORY[1:] + "\n", "")

@@ -166,7 +166,7 @@ def test_eos_ends_the_text_and_is_its_last_token(target):
 def test_tokens_stream_as_they_are_emitted(target):
     streamed = []
     out = Decoder(target, pool(target)).generate(prompt_of(1), max_new_tokens=17, on_tokens=streamed.append)
-    assert sum(streamed, []) == out.sequences[0, 11:].tolist()
+    assert [token for tokens in streamed for token in tokens] == out.sequences[0, 11:].tolist()
     assert [len(tokens) for tokens in streamed[1:]] == out.stats.emitted_by_round
 
 
@@ -254,6 +254,7 @@ def test_a_failing_drafter_never_fails_a_request(target, fault):
         ({"input_ids": torch.full((1, 3), VOCABULARY)}, ValueError, "input_ids: expected ids in 0..52, got 53"),
         ({"input_ids": torch.zeros(1, 250, dtype=torch.int64)}, ValueError, "input_ids: expected a prompt of at most 226"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected at least 1"),
+        ({"max_new_tokens": 256}, ValueError, "max_new_tokens: expected less than the target's context of 256"),
         ({"temperature": -0.5}, ValueError, "temperature: expected a finite number >= 0"),
         ({"top_k": 0}, ValueError, "top_k: expected at least 1"),
         ({"top_p": 1.5}, ValueError, "top_p: expected a number in"),

@@ -35,9 +35,7 @@ def distribution(logits: list[float], temperature: float, threshold: float) -> l
     return [weight / total for weight in weights]
 
 
-def score(
-    target: list[float], draft: list[float], draft_logits: list[float], token: int, ids: list[int]
-) -> tuple[float, ...]:
+def score(target: list[float], draft: list[float], draft_logits: list[float], token: int, ids: list[int]) -> tuple[float, ...]:
     """The four numbers of one drafter at one position; draft id j means target id ids[j]."""
     if not any(target) or not any(draft):
         return 0.0, 0.0, 0.0, 0.0

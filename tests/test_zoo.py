@@ -84,7 +84,7 @@ def test_templates_are_reproducible_and_split_by_document():
 def test_temperature_0_is_the_targets_own_text_on_20_prompts(zoo):
     """Whatever the learner, mode and drafters: token-identical to the target's generate, float32."""
     decoders = [Decoder(zoo.target, zoo.drafters, DecodeConfig(learner=learner)) for learner in LEARNERS]
-    decoders.append(Decoder(zoo.target, zoo.drafters[:2] + [NGramDrafter(49152)], DecodeConfig(mode="argmax", draft_length=3)))
+    decoders.append(Decoder(zoo.target, [*zoo.drafters[:2], NGramDrafter(49152)], DecodeConfig(mode="argmax", draft_length=3)))
     for number, prompt in enumerate(load_prompts()[:20]):
         ids = encode(zoo, prompt)
         expected = zoo.target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
@@ -165,7 +165,7 @@ def test_bad_files_are_refused_in_one_line(small, tmp_path):
     storage.save_head(head, good := tmp_path / "good.safetensors", name="mine")
     tensors = load_file(good)
 
-    with pytest.raises(CheckpointError, match="expected a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="expected a readable safetensors file, found none at"):
         storage.load_head(tmp_path / "missing.safetensors", target)
     (corrupt := tmp_path / "corrupt.safetensors").write_bytes(good.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="expected a readable safetensors file"):
@@ -186,6 +186,18 @@ def test_bad_files_are_refused_in_one_line(small, tmp_path):
     wrong["extra"] = torch.ones(1)
     save_file(wrong, path := tmp_path / "wrong.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=r"fc.weight.row has shape \(3,\).*norm.weight is missing.*extra is not known"):
+        storage.load_head(path, target)
+
+    for ids, message in ((torch.full((30,), 7), "repeats ids"), (torch.arange(25, 55), "leaves 0..49")):
+        save_file(tensors | {"draft_to_target": ids.int()}, path, metadata=metadata)
+        with pytest.raises(CheckpointError, match=f"draft_to_target {message}"):
+            storage.load_head(path, target)
+    deeper = json.loads(metadata["config"]) | {"aux_layers": [1, 2, 9]}
+    save_file(tensors, path, metadata=metadata | {"config": json.dumps(deeper)})
+    with pytest.raises(CheckpointError, match="expected a target of more than 9 layers, got 4"):
+        storage.load_head(path, target)
+    save_file(tensors, path, metadata=metadata | {"config": "{}"})
+    with pytest.raises(CheckpointError, match="expected the head's shapes in its metadata"):
         storage.load_head(path, target)
 
     other = LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2,

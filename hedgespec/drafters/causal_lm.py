@@ -54,8 +54,6 @@ class CausalLMSession:
         return self._forward(token, 1)[0]
 
     def _forward(self, tokens: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
-        out = self.drafter.model(
-            tokens[None], past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep
-        )
+        out = self.drafter.model(tokens[None], past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep)
         self._held += tokens.shape[0]
         return out.logits[0, :, : self.drafter.vocab_size]

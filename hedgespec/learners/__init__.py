@@ -15,8 +15,7 @@ from hedgespec.learners.normal_hedge import NormalHedge
 from hedgespec.learners.ucb import UCBSpec
 
 _LEARNERS: dict[str, type[Learner]] = {
-    learner.name: learner
-    for learner in (NormalHedge, Hedge, AdaNormalHedge, UCBSpec, EXP3Spec, FixedLearner, Uniform)
+    learner.name: learner for learner in (NormalHedge, Hedge, AdaNormalHedge, UCBSpec, EXP3Spec, FixedLearner, Uniform)
 }
 
 NAMES = tuple(_LEARNERS)

@@ -117,7 +117,7 @@ class Learner(ABC):
         if prior.shape != (self.num_drafters,):
             raise ValueError(f"prior: expected shape ({self.num_drafters},), got {prior.shape}")
         total = float(prior.sum())
-        if not (prior.min() >= 0 and 0 < total and isfinite(total)):
+        if not (prior.min() >= 0 and total > 0 and isfinite(total)):
             raise ValueError(f"prior: expected finite non-negative values with a positive sum, got {prior}")
         if abs(total - 1) > 1e-12:  # one that is normalised keeps its bits, so that a saved state loads unchanged
             prior /= total

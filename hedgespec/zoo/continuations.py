@@ -82,7 +82,9 @@ def shards(name: str) -> list[Path]:
     return sorted((cache_dir() / "continuations").glob(f"{name}-*.safetensors"))
 
 
-def collect(model, tokenizer, *, prompts_per_domain: int = 448, new_tokens: int = 128, domains=tuple(DOMAINS), report=print) -> None:
+def collect(
+    model, tokenizer, *, prompts_per_domain: int = 448, new_tokens: int = 128, domains=tuple(DOMAINS), report=print
+) -> None:
     """Writes every missing shard, a batch of each domain in turn, so that an interrupted run leaves all domains alike."""
     folder = cache_dir() / "continuations"
     folder.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ def scripture() -> Iterator[Document]:
 
 
 def legal() -> Iterator[Document]:
-    """The licence texts of the SPDX list, a document a licence: ASCII paragraphs that no earlier licence has, 1000 characters up."""
+    """The licence texts of the SPDX list, a document a licence: ASCII paragraphs that are new, if 1000 characters long."""
     seen: set[str] = set()
     for name, entry in sorted(json.loads((_npm("spdx-license-list") / "package/spdx-full.json").read_text()).items()):
         fresh = []
@@ -143,7 +143,7 @@ def prompts(domain: Domain, count: int, *, side: str, seed: int = 0, characters:
     documents = [entry for entry in domain.documents() if held_out(entry[0]) == (side == "held_out")]
     rng.shuffle(documents)
     found: dict[str, str] = {}
-    for sweep in range(40):
+    for _ in range(40):
         for identifier, text in documents:
             if len(found) == count:
                 return [(name, cut) for cut, name in found.items()]

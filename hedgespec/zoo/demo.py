@@ -108,7 +108,9 @@ def run(*, prompts_per_domain: int = 3, max_new_tokens: int = 64, draft_length: 
             domain, ids = domains[prompt.domain], encode(prompt.text)
             torch.manual_seed(seed + number)
             began = time.perf_counter()
-            plain = zoo.target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **plain_options)
+            plain = zoo.target.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **plain_options
+            )
             domain.plain_seconds += time.perf_counter() - began
             domain.plain_tokens += plain.shape[1] - ids.shape[1]
             domain.generalist.append(generalist.generate(ids, seed=seed + number, **sampling).stats)

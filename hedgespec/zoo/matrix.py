@@ -91,7 +91,12 @@ def table(result: dict) -> str:
         rows = result[measure_name]
         names = list(next(iter(rows.values())))
         at = f", K = {result['draft_length']}" if measure_name == "emitted_per_round" else ""
-        lines += [f"{measure_name}: {meaning}{at}", "", "| domain | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        lines += [
+            f"{measure_name}: {meaning}{at}",
+            "",
+            "| domain | " + " | ".join(names) + " |",
+            "|---" * (len(names) + 1) + "|",
+        ]
         for domain, row in rows.items():
             best = max(row.values())
             cells = [f"**{row[name]:.2f}**" if row[name] == best else f"{row[name]:.2f}" for name in names]

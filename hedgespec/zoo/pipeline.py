@@ -51,9 +51,7 @@ def run(names: tuple[str, ...] | None = None, stage: str = "all", out: Path | No
 def write_prompts(path: Path) -> None:
     """The held-out prompts of the mixed stream, a prompt of each domain in turn, cut at a word."""
     found = {
-        name: corpora.prompts(
-            corpora.DOMAINS[name], HELD_OUT_PROMPTS, side="held_out", seed=7, characters=HELD_OUT_CHARACTERS
-        )
+        name: corpora.prompts(corpora.DOMAINS[name], HELD_OUT_PROMPTS, side="held_out", seed=7, characters=HELD_OUT_CHARACTERS)
         for name in EXPERTS
     }
     with path.open("w", encoding="utf-8") as file:

@@ -47,15 +47,15 @@ def fixed_rounds(drafter: Drafter, text: Text, draft_length: int) -> list[int]:
         new = slice(session.verified, length)
         row = session.prefill(text.tokens[new], None if features is None else features[new], 1)[-1]
         accepted, room = 0, min(draft_length, len(text.tokens) - length - 1)
-        for position in range(room):
-            if position:
-                row = session.step(token.view(1))
+        while accepted < room:
             token = row.argmax()
             if drafter.draft_to_target is not None:
                 token = drafter.draft_to_target[token]
-            if token != text.tokens[length + position]:
+            if token != text.tokens[length + accepted]:
                 break
             accepted += 1
+            if accepted < room:
+                row = session.step(token.view(1))
         emitted.append(accepted + 1)
         length += accepted + 1
     return emitted
@@ -68,7 +68,9 @@ def teacher_forced(drafters: Sequence[Drafter], text: Text, temperature: float) 
     prob = []
     for drafter in drafters:
         features = text.features.get(drafter.aux_layers)
-        logits = drafter.session().prefill(text.tokens[:-1], None if features is None else features[:-1], len(text.tokens) - start)
+        logits = drafter.session().prefill(
+            text.tokens[:-1], None if features is None else features[:-1], len(text.tokens) - start
+        )
         mapping = drafter.draft_to_target
         result = evaluate(
             text.logits[None, 1:], logits[None, None], text.tokens[None, start:],

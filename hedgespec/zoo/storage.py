@@ -61,7 +61,9 @@ def load_head(path: str | Path, target) -> EagleHead:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    except FileNotFoundError as error:
+        raise CheckpointError(f"path: expected a readable safetensors file, found none at {path}") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"path: expected a readable safetensors file, got {path} ({error})") from error
     if metadata.get("format") != FORMAT:
@@ -75,6 +77,10 @@ def load_head(path: str | Path, target) -> EagleHead:
         raise CheckpointError(
             f"{path}: expected a target of vocabulary {config.vocab_size} and width {config.target_hidden_size}, "
             f"got {target.config.vocab_size} and {target.config.hidden_size}"
+        )
+    if max(config.aux_layers) > target.config.num_hidden_layers:
+        raise CheckpointError(
+            f"{path}: expected a target of more than {max(config.aux_layers)} layers, got {target.config.num_hidden_layers}"
         )
     weights = _weights(path, config, tensors)
     vocabulary = tensors["draft_to_target"].long()
@@ -109,6 +115,8 @@ def _weights(path: Path, config: EagleConfig, tensors: dict[str, torch.Tensor]) 
         faults.append(f"draft_to_target is not of shape ({config.draft_vocab_size},)")
     elif not 0 <= int(tensors["draft_to_target"].min()) <= int(tensors["draft_to_target"].max()) < config.vocab_size:
         faults.append(f"draft_to_target leaves 0..{config.vocab_size - 1}")
+    elif tensors["draft_to_target"].unique().numel() < config.draft_vocab_size:
+        faults.append("draft_to_target repeats ids")
     if faults:
         raise CheckpointError(f"{path}: " + "; ".join(faults))
     return weights

@@ -17,11 +17,28 @@ def _documents(kind: str, count: int) -> Iterator[tuple[str, random.Random]]:
 # --- SQL ------------------------------------------------------------------------------------------------------------
 
 COLUMNS = {
-    "name": "VARCHAR(100) NOT NULL", "email": "VARCHAR(255) UNIQUE", "price": "DECIMAL(10, 2)", "quantity": "INTEGER",
-    "created_at": "TIMESTAMP DEFAULT CURRENT_TIMESTAMP", "status": "VARCHAR(20)", "description": "TEXT",
-    "age": "INTEGER", "salary": "DECIMAL(10, 2)", "city": "VARCHAR(50)", "country": "VARCHAR(50)", "phone": "VARCHAR(20)",
-    "address": "TEXT", "title": "VARCHAR(200)", "rating": "FLOAT", "birth_date": "DATE", "is_active": "BOOLEAN",
-    "amount": "DECIMAL(12, 2)", "weight": "FLOAT", "updated_at": "TIMESTAMP", "category": "VARCHAR(50)", "score": "INTEGER",
+    "name": "VARCHAR(100) NOT NULL",
+    "email": "VARCHAR(255) UNIQUE",
+    "price": "DECIMAL(10, 2)",
+    "quantity": "INTEGER",
+    "created_at": "TIMESTAMP DEFAULT CURRENT_TIMESTAMP",
+    "status": "VARCHAR(20)",
+    "description": "TEXT",
+    "age": "INTEGER",
+    "salary": "DECIMAL(10, 2)",
+    "city": "VARCHAR(50)",
+    "country": "VARCHAR(50)",
+    "phone": "VARCHAR(20)",
+    "address": "TEXT",
+    "title": "VARCHAR(200)",
+    "rating": "FLOAT",
+    "birth_date": "DATE",
+    "is_active": "BOOLEAN",
+    "amount": "DECIMAL(12, 2)",
+    "weight": "FLOAT",
+    "updated_at": "TIMESTAMP",
+    "category": "VARCHAR(50)",
+    "score": "INTEGER",
 }
 TABLES = """customers orders products employees departments suppliers invoices payments students courses teachers books
 authors loans members flights airports bookings hotels rooms patients doctors appointments vehicles drivers shipments
@@ -35,19 +52,22 @@ def _sql_statement(rng: random.Random, table: str, columns: list[str], other: st
     numeric = [name for name in columns if name in NUMERIC] or ["id"]
     key, number, text = f"{table.rstrip('s')}_id", rng.choice(numeric), rng.choice(columns)
     few = ", ".join(rng.sample(columns, min(3, len(columns))))
-    return rng.choice((
-        f"SELECT {few}\nFROM {table}\nWHERE {number} > {rng.randrange(10, 500)}\nORDER BY {number} DESC;",
-        f"SELECT {text}, COUNT(*) AS total\nFROM {table}\nGROUP BY {text}\nHAVING COUNT(*) > {rng.randrange(2, 20)};",
-        f"SELECT a.{text}, b.id\nFROM {table} AS a\nINNER JOIN {other} AS b ON a.id = b.{key}\n"
-        f"WHERE a.{number} < {rng.randrange(10, 900)};",
-        f"UPDATE {table}\nSET {number} = {number} + {rng.randrange(1, 50)}\nWHERE id = {rng.randrange(1, 999)};",
-        f"DELETE FROM {table}\nWHERE {number} < {rng.randrange(1, 30)};",
-        f"CREATE INDEX idx_{table}_{text} ON {table} ({text});",
-        f"ALTER TABLE {other}\nADD COLUMN {key} INTEGER REFERENCES {table} (id);",
-        f"SELECT AVG({number}) AS average_{number}, MAX({number}) AS highest_{number}\nFROM {table};",
-        f"INSERT INTO {table} (id, city, {number})\nVALUES "
-        + ",\n       ".join(f"({i}, '{rng.choice(CITIES)}', {rng.randrange(1, 999)})" for i in range(1, 4)) + ";",
-    ))
+    return rng.choice(
+        (
+            f"SELECT {few}\nFROM {table}\nWHERE {number} > {rng.randrange(10, 500)}\nORDER BY {number} DESC;",
+            f"SELECT {text}, COUNT(*) AS total\nFROM {table}\nGROUP BY {text}\nHAVING COUNT(*) > {rng.randrange(2, 20)};",
+            f"SELECT a.{text}, b.id\nFROM {table} AS a\nINNER JOIN {other} AS b ON a.id = b.{key}\n"
+            f"WHERE a.{number} < {rng.randrange(10, 900)};",
+            f"UPDATE {table}\nSET {number} = {number} + {rng.randrange(1, 50)}\nWHERE id = {rng.randrange(1, 999)};",
+            f"DELETE FROM {table}\nWHERE {number} < {rng.randrange(1, 30)};",
+            f"CREATE INDEX idx_{table}_{text} ON {table} ({text});",
+            f"ALTER TABLE {other}\nADD COLUMN {key} INTEGER REFERENCES {table} (id);",
+            f"SELECT AVG({number}) AS average_{number}, MAX({number}) AS highest_{number}\nFROM {table};",
+            f"INSERT INTO {table} (id, city, {number})\nVALUES "
+            + ",\n       ".join(f"({i}, '{rng.choice(CITIES)}', {rng.randrange(1, 999)})" for i in range(1, 4))
+            + ";",
+        )
+    )
 
 
 def sql() -> Iterator[tuple[str, str]]:
@@ -72,20 +92,40 @@ def _problem(rng: random.Random) -> str:
     who, friend = rng.sample(NAMES, 2)
     thing, other = rng.sample(THINGS, 2)
     a, b, c = rng.randrange(12, 90), rng.randrange(2, 12), rng.randrange(2, 10)
-    question, steps, answer = rng.choice((
-        (f"{who} has {a} {thing}. {friend} gives {who} {b} more {thing}. How many {thing} does {who} have now?",
-         f"{who} has {a} {thing} and gets {b} more. {a} + {b} = {a + b}.", a + b),
-        (f"{who} has {a} {thing} and loses {b} of them. How many {thing} are left?",
-         f"{who} had {a} {thing} and lost {b}. {a} - {b} = {a - b}.", a - b),
-        (f"There are {b} boxes with {c} {thing} in each box. How many {thing} are there in all?",
-         f"There are {b} boxes and each has {c} {thing}. {b} * {c} = {b * c}.", b * c),
-        (f"{who} shares {b * c} {thing} equally among {b} friends. How many {thing} does each friend get?",
-         f"{b * c} {thing} are shared among {b} friends. {b * c} / {b} = {c}.", c),
-        (f"{who} buys {b} {thing} at {c} dollars each and pays with {b * c + a} dollars. How much change does {who} get?",
-         f"The {thing} cost {b} * {c} = {b * c} dollars. {b * c + a} - {b * c} = {a}.", a),
-        (f"{who} has {a} {thing} and {b} {other}. {friend} has {c} {thing}. How many {thing} do they have together?",
-         f"{who} has {a} {thing} and {friend} has {c} {thing}. {a} + {c} = {a + c}.", a + c),
-    ))
+    question, steps, answer = rng.choice(
+        (
+            (
+                f"{who} has {a} {thing}. {friend} gives {who} {b} more {thing}. How many {thing} does {who} have now?",
+                f"{who} has {a} {thing} and gets {b} more. {a} + {b} = {a + b}.",
+                a + b,
+            ),
+            (
+                f"{who} has {a} {thing} and loses {b} of them. How many {thing} are left?",
+                f"{who} had {a} {thing} and lost {b}. {a} - {b} = {a - b}.",
+                a - b,
+            ),
+            (
+                f"There are {b} boxes with {c} {thing} in each box. How many {thing} are there in all?",
+                f"There are {b} boxes and each has {c} {thing}. {b} * {c} = {b * c}.",
+                b * c,
+            ),
+            (
+                f"{who} shares {b * c} {thing} equally among {b} friends. How many {thing} does each friend get?",
+                f"{b * c} {thing} are shared among {b} friends. {b * c} / {b} = {c}.",
+                c,
+            ),
+            (
+                f"{who} buys {b} {thing} at {c} dollars each and pays with {b * c + a} dollars. How much change does {who} get?",
+                f"The {thing} cost {b} * {c} = {b * c} dollars. {b * c + a} - {b * c} = {a}.",
+                a,
+            ),
+            (
+                f"{who} has {a} {thing} and {b} {other}. {friend} has {c} {thing}. How many {thing} do they have together?",
+                f"{who} has {a} {thing} and {friend} has {c} {thing}. {a} + {c} = {a + c}.",
+                a + c,
+            ),
+        )
+    )
     return f"Question: {question}\nAnswer: {steps} The answer is {answer}.\n"
 
 
@@ -142,12 +182,21 @@ power|dinosaurs|meditation|bread baking|computer memory|the Amazon rainforest|te
 colonies|antibiotics|the Great Wall of China|online privacy|soccer|painting|earthquakes|mountain climbing|money saving|time
 management|learning a language|public speaking|gardening|job interviews|healthy breakfasts|dog training|long-distance running|
 camping|photography|wine|glaciers|the printing press|robots|trains|libraries|honey|deserts|clouds|the nervous system""".replace(
-    "\n", " ").split("|")
+    "\n", " "
+).split("|")
 REQUESTS = (
-    "What is the most important thing to know about {}?", "Explain {} to a ten year old child.", "Write a short poem about {}.",
-    "Give me five tips about {}.", "Write a short story in which {} plays a role.", "What are the pros and cons of {}?",
-    "Summarize the history of {} in one paragraph.", "Write an email to a friend about {}.", "Why do people care about {}?",
-    "List three common mistakes people make with {}.", "How would you teach a class about {}?", "Tell me a fun fact about {}.",
+    "What is the most important thing to know about {}?",
+    "Explain {} to a ten year old child.",
+    "Write a short poem about {}.",
+    "Give me five tips about {}.",
+    "Write a short story in which {} plays a role.",
+    "What are the pros and cons of {}?",
+    "Summarize the history of {} in one paragraph.",
+    "Write an email to a friend about {}.",
+    "Why do people care about {}?",
+    "List three common mistakes people make with {}.",
+    "How would you teach a class about {}?",
+    "Tell me a fun fact about {}.",
 )
 
 

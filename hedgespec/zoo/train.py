@@ -44,7 +44,7 @@ class Recipe:
     expert_depths: tuple[int, ...] = (2, 4)
     depth_decay: float = 0.8
     hard_label: float = 0.5
-    """Share of the label that is the target's argmax; the rest is its distribution at temperature 1, within the draft vocabulary."""
+    """Share of the label that is the target's argmax; the rest is its distribution, within the draft vocabulary."""
     prompt_weight: float = 0.3
     """Weight of positions inside the prompt, which the target did not write."""
     checkpoint_every: int = 100
