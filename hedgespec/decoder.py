@@ -165,7 +165,7 @@ class _Request:
         with self.stats.timed("prefill"):
             logits = self.target.forward(self.tokens[: self.length], 1)
             emitted = self._emit(self._verify(logits, None, Draft(self.tokens.new_empty(1, 0), None), self._uniforms(1)))
-            for drafter in range(len(self.drafters)) if self.scores_all else ():
+            for drafter in range(len(self.drafters)) if self.scores_all and not self.finished else ():
                 try:
                     self._take_in(drafter)
                 except Exception as error:
