@@ -451,9 +451,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", type=_output_or_stdout, help="write the figures here; - is stdout")
     add("--plot", metavar="FILE", type=_output_or_none, default="hedgespec-demo.png",
         help="draw the weights over time here; '' for no plot (default: %(default)s)")  # fmt: skip
-    add("--prompts", metavar="N", type=_number(int, 1), default=3, help="prompts a domain (default: %(default)s)")
+    add("--prompts", metavar="N", type=_number(int, 1), default=2, help="prompts a domain (default: %(default)s)")
     # One token comes from the prompt's own forward: with no more than that there is no round to report on.
-    add("--max-new-tokens", metavar="M", type=_number(int, 2), default=64, help="of each text (default: %(default)s)")
+    add("--max-new-tokens", metavar="M", type=_number(int, 2), default=80, help="of each text (default: %(default)s)")
     _add_draft_length(add)
     _add_temperature(add)
     add("--seed", type=_number(int, 0), default=0, help="of the first prompt (default: %(default)s)")

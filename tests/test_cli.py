@@ -475,13 +475,13 @@ def test_demo_defaults(demo, capsys):
     assert capsys.readouterr().out == "on the console\n"
     del demo[0]["console"]
     assert demo == [
-        {"prompts_per_domain": 3, "max_new_tokens": 64, "draft_length": 5, "temperature": 0.0, "seed": 0,
+        {"prompts_per_domain": 2, "max_new_tokens": 80, "draft_length": 5, "temperature": 0.0, "seed": 0,
          "plot": Path("hedgespec-demo.png")}
     ]  # fmt: skip
 
 
 def test_demo_options(demo, capsys, tmp_path):
-    options = "--prompts 2 --max-new-tokens 9 --draft-length 4 --temperature 0.5 --seed 3 --plot x.png --json out.json"
+    options = "--prompts 5 --max-new-tokens 9 --draft-length 4 --temperature 0.5 --seed 3 --plot x.png --json out.json"
     assert cli.main(["demo", *options.split()]) == 0
     assert json.loads((tmp_path / "out.json").read_text()) == FIGURES
     del demo[0]["console"]

@@ -23,6 +23,8 @@ from hedgespec.zoo import EXPERTS, GENERALIST, NAMES, load_prompts, load_zoo, re
 
 SETTLED = 16
 """Tokens after which the pick of the own expert is counted."""
+EVALUATE_EVERY = 4
+"""Rounds from one evaluation of all drafters to the next, after a request's first few."""
 
 
 class _Domain:
@@ -63,7 +65,7 @@ def _mat(stats: list[DecodeStats]) -> float:
     return float(np.mean(np.concatenate([one.emitted_by_round for one in stats])))
 
 
-def run(*, prompts_per_domain: int = 3, max_new_tokens: int = 64, draft_length: int = 5, temperature: float = 0.0,
+def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: int = 5, temperature: float = 0.0,
         seed: int = 0, plot: Path | None = None, console: Console | None = None) -> dict:  # fmt: skip
     """Decodes the mixed stream and returns the figures, each overall one the mean of the domains' own.
 
@@ -88,7 +90,7 @@ def run(*, prompts_per_domain: int = 3, max_new_tokens: int = 64, draft_length: 
     if plot is not None:
         import matplotlib  # noqa: F401  missing, it is missed now and not after minutes of work
     zoo = load_zoo()
-    hedge = Decoder(zoo.target, zoo.drafters, DecodeConfig(draft_length=draft_length))
+    hedge = Decoder(zoo.target, zoo.drafters, DecodeConfig(draft_length=draft_length, evaluate_every=EVALUATE_EVERY))
     alone = [drafter for drafter in zoo.drafters if drafter.name == GENERALIST]
     generalist = Decoder(zoo.target, alone, DecodeConfig(draft_length=draft_length, learner="fixed"))
     stream = load_prompts()[: prompts_per_domain * len(EXPERTS)]
@@ -144,10 +146,7 @@ def _result(domains: dict[str, dict]) -> dict:
 
 
 def _print(result: dict, domains: dict[str, _Domain], console: Console) -> None:
-    shares = Table(title="rounds drafted by each drafter, % (rows: domain of the prompt)")
-    shares.add_column("domain")
-    for name in NAMES:
-        shares.add_column(name, justify="right")
+    shares = _table("rounds drafted by each drafter, %, by domain of the prompt", "domain", *(name[:7] for name in NAMES))
     for name, domain in domains.items():
         picks = np.sum([stats.picks for stats in domain.stats], axis=0)
         cells = [f"{100 * pick / max(picks.sum(), 1):.0f}" for pick in picks]
@@ -155,18 +154,25 @@ def _print(result: dict, domains: dict[str, _Domain], console: Console) -> None:
         shares.add_row(name, *cells)
     console.print(shares)
 
-    figures = Table(title="MAT: tokens a target forward; x: speed as a ratio of tokens/s, same process, interleaved")
-    for column in ("domain", "MAT", "generalist", "best fixed", "own expert %", "tokens/s plain", "generalist",
-                   "HedgeSpec", "x plain", "x generalist"):  # fmt: skip
-        figures.add_column(column, justify="left" if column == "domain" else "right")
-    for name, row in [*result["domains"].items(), ("mean", result)]:
-        speed = row.get("tokens_per_second")
-        figures.add_row(
-            name, f"{row['mat']:.2f}", f"{row['mat_generalist']:.2f}",
-            f"{row['mat_best_fixed']:.2f}" + (f" ({row['best_fixed']})" if row.get("best_fixed") else ""),
-            f"{100 * row['own_expert_share_after_16']:.0f}",
-            *([f"{speed[way]:.1f}" for way in ("plain", "generalist", "hedgespec")] if speed else ["", "", ""]),
-            f"{row['speedup_vs_plain']:.2f}", f"{row['speedup_vs_generalist']:.2f}",
-            style="bold" if name == "mean" else None,
-        )  # fmt: skip
-    console.print(figures)
+    means = [*result["domains"].items(), ("mean", result)]
+    rounds = _table("tokens a target forward (MAT), and the own expert's share of rounds after 16 tokens",
+                    "domain", "HedgeSpec", "generalist", "best fixed", "", "own, %")  # fmt: skip
+    speeds = _table("tokens/s in this process, the three ways in turn; x: HedgeSpec's speed over it",
+                    "domain", "plain", "generalist", "HedgeSpec", "x plain", "x generalist")  # fmt: skip
+    for name, row in means:
+        style = "bold" if name == "mean" else None
+        best = f"{row['mat_best_fixed']:.2f}", row.get("best_fixed", "")
+        share = f"{100 * row['own_expert_share_after_16']:.0f}"
+        rounds.add_row(name, f"{row['mat']:.2f}", f"{row['mat_generalist']:.2f}", *best, share, style=style)
+        speed = [f"{value:.1f}" for value in row.get("tokens_per_second", {}).values()] or [""] * 3
+        ratios = f"{row['speedup_vs_plain']:.2f}", f"{row['speedup_vs_generalist']:.2f}"
+        speeds.add_row(name, *speed, *ratios, style=style)
+    console.print(rounds)
+    console.print(speeds)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number and column else "left")
+    return table

@@ -115,7 +115,8 @@ def _problem(rng: random.Random) -> str:
                 c,
             ),
             (
-                f"{who} buys {b} {thing} at {c} dollars each and pays with {b * c + a} dollars. How much change does {who} get?",
+                f"{who} buys {b} {thing} at {c} dollars each and pays with {b * c + a} dollars. "
+                f"How much change does {who} get?",
                 f"The {thing} cost {b} * {c} = {b * c} dollars. {b * c + a} - {b * c} = {a}.",
                 a,
             ),
