@@ -486,7 +486,7 @@ def test_demo_options(demo, capsys, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text()) == FIGURES
     del demo[0]["console"]
     assert demo == [
-        {"prompts_per_domain": 2, "max_new_tokens": 9, "draft_length": 4, "temperature": 0.5, "seed": 3,
+        {"prompts_per_domain": 5, "max_new_tokens": 9, "draft_length": 4, "temperature": 0.5, "seed": 3,
          "plot": Path("x.png")}
     ]  # fmt: skip
     assert cli.main(["demo", "--plot", ""]) == 0
