@@ -1,4 +1,4 @@
-# make demo   the embedded zoo, decoding        make lint    ruff
+# make demo   the embedded zoo, decoding        make lint    ruff      (ARGS="..." goes to hedgespec demo)
 # make test   the tests a laptop can run        make clean   everything these targets made
 #
 # Everything happens in $(VENV), made once; an installation is repeated only when what it is made from has changed.
@@ -12,7 +12,7 @@ INGREDIENTS := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed-zoo
-	$(BIN)/hedgespec demo
+	$(BIN)/hedgespec demo $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
