@@ -33,11 +33,12 @@ def continue_prompts(model, prompt_ids: torch.Tensor, new_tokens: int, *, seed: 
     """
     from transformers import DynamicCache
 
-    generator = torch.Generator().manual_seed(seed)
-    batch, _ = prompt_ids.shape
-    greedy = torch.arange(batch) % 5 < GREEDY_IN_FIVE
+    device = model.device
+    prompt_ids = prompt_ids.to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    greedy = torch.arange(len(prompt_ids), device=device) % 5 < GREEDY_IN_FIVE
     layers = aux_layers(model.config.num_hidden_layers)
-    ends = torch.tensor(sorted({0, model.config.eos_token_id}))  # 0 is <|endoftext|>, between documents
+    ends = torch.tensor(sorted({0, model.config.eos_token_id}), device=device)  # 0 is <|endoftext|>, between documents
     cache = DynamicCache(config=model.config)
     tokens, kept = prompt_ids, {name: [] for name in ("aux", "last", "log_normalizer", "best")}
     fresh = prompt_ids
@@ -52,11 +53,11 @@ def continue_prompts(model, prompt_ids: torch.Tensor, new_tokens: int, *, seed: 
         fresh = kept["best"][-1].long()
         fresh[~greedy] = torch.multinomial(logits[~greedy].softmax(-1), 1, generator=generator)
         tokens = torch.cat([tokens, fresh], 1)
-    made = {name: torch.cat(parts, 1).contiguous() for name, parts in kept.items()}
+    made = {name: torch.cat(parts, 1).contiguous().cpu() for name, parts in kept.items()}
     ended = torch.isin(tokens, ends)
     ended[:, : prompt_ids.shape[1]] = False
     length = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
-    return made | {"tokens": tokens.int(), "length": length.int()}
+    return made | {"tokens": tokens.int().cpu(), "length": length.int().cpu()}
 
 
 def prompt_batches(tokenizer, domain: Domain, count: int) -> list[torch.Tensor]:

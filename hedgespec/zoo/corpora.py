@@ -129,8 +129,6 @@ DOMAINS: dict[str, Domain] = {
         Domain("chat", f"questions and requests from templates {OWN[0]}", OWN[1], templates.chat, 40, chat=True),
     )
 }
-EXPERTS = tuple(name for name in DOMAINS if name != "chat")
-"""Domains with an expert of their own; the generalist learns from all of them and from chat."""
 
 
 def prompts(domain: Domain, count: int, *, side: str, seed: int = 0, characters: int | None = None) -> list[tuple[str, str]]:

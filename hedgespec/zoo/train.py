@@ -19,11 +19,10 @@ import torch.nn.functional as F
 
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import ZooError
-from hedgespec.zoo import continuations, storage
-from hedgespec.zoo.corpora import DOMAINS, EXPERTS
+from hedgespec.zoo import GENERALIST, NAMES, continuations, storage
+from hedgespec.zoo.corpora import DOMAINS
 from hedgespec.zoo.target import cache_dir
 
-GENERALIST = "generalist"
 Batch = dict[str, torch.Tensor]
 
 
@@ -75,12 +74,12 @@ def head_config(target, recipe: Recipe) -> EagleConfig:
 
 def initial_head(target, recipe: Recipe, vocabulary: torch.Tensor) -> EagleHead:
     """A head that starts as the target's last layer, reading its highest aux layer; the output projections start small."""
-    head = EagleHead(head_config(target, recipe), target.get_input_embeddings(), vocabulary)
+    head = EagleHead(head_config(target, recipe), target.get_input_embeddings(), vocabulary).to(target.device)
     hidden, layer = target.config.hidden_size, target.model.layers[-1]
     attention, mlp = layer.self_attn, layer.mlp
     with torch.no_grad():
         torch.nn.init.normal_(head.fc.weight, std=0.01)
-        head.fc.weight[:, -hidden:] += 0.5 * torch.eye(hidden)
+        head.fc.weight[:, -hidden:] += 0.5 * torch.eye(hidden, device=target.device)
         own = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
         torch.nn.init.normal_(head.qkv_proj.weight, std=0.02)
         head.qkv_proj.weight[:, hidden:] += own
@@ -96,7 +95,7 @@ def initial_head(target, recipe: Recipe, vocabulary: torch.Tensor) -> EagleHead:
 
 def with_vocabulary(head: EagleHead, target, vocabulary: torch.Tensor) -> EagleHead:
     """Gives the head a draft vocabulary: the target's own output rows, frozen."""
-    head.draft_to_target = vocabulary
+    head.draft_to_target = vocabulary = vocabulary.to(target.device)
     head.lm_head.weight = torch.nn.Parameter(target.lm_head.weight[vocabulary].detach().clone(), requires_grad=False)
     return head
 
@@ -109,7 +108,7 @@ def unrolled(head: EagleHead, tokens: torch.Tensor, feature: torch.Tensor, depth
         feature: [B, T, H], the fused features f_t.
     """
     embedded, length, heads = head.embed(tokens), tokens.shape[1], head.config.num_attention_heads
-    positions = torch.arange(length)
+    positions = torch.arange(length, device=tokens.device)
     own: list[tuple[torch.Tensor, torch.Tensor]] = []
     for step in range(depth):
         queries, keys, values = head.project(embedded, feature, positions)
@@ -144,7 +143,7 @@ def batch_loss(
     """The distillation loss, and per depth the share of greedy agreement with the target on what it wrote itself."""
     tokens, length = batch["tokens"].long(), batch["length"]
     seen = tokens.shape[1] - 2
-    positions = torch.arange(seen)
+    positions = torch.arange(seen, device=tokens.device)
     with torch.no_grad():
         logits = batch["last"][:, 1:].float()[:, :seen] @ head.lm_head.weight.T
         label = (1 - recipe.hard_label) * (logits - batch["log_normalizer"][:, 1 : seen + 1, None]).exp()
@@ -201,14 +200,15 @@ def train_head(head: EagleHead, rows: list[Batch], steps: int, learning_rate: fl
 
     `fc` sees scaled features while it trains; the scale is folded back into it at the end.
     """
-    scale = feature_scale(rows)
+    device = head.fc.weight.device
+    scale = feature_scale(rows).to(device)
     with torch.no_grad():
         head.fc.weight.div_(scale)
     weights = [parameter for parameter in head.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     first = 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location=device)
         head.load_state_dict(saved["head"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
@@ -222,7 +222,8 @@ def train_head(head: EagleHead, rows: list[Batch], steps: int, learning_rate: fl
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed + epoch))
         chosen = order[place * recipe.batch_size : (place + 1) * recipe.batch_size]
         depth = depths[step * len(depths) // steps]
-        loss, agreement = batch_loss(head, collate([rows[index] for index in chosen]), scale, recipe, depth)
+        batch = {key: value.to(device) for key, value in collate([rows[index] for index in chosen]).items()}
+        loss, agreement = batch_loss(head, batch, scale, recipe, depth)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -241,7 +242,7 @@ def train_head(head: EagleHead, rows: list[Batch], steps: int, learning_rate: fl
     return head
 
 
-def train(target, names: tuple[str, ...] = (GENERALIST, *EXPERTS), recipe: Recipe = Recipe(), *,
+def train(target, names: tuple[str, ...] = NAMES, recipe: Recipe = Recipe(), *,
           folder: Path | None = None, report: Callable[[str], None] = print) -> Path:  # fmt: skip
     """Trains the named heads that are not there yet, the generalist first, and returns the folder they are in."""
     folder = folder or cache_dir() / "heads"
