@@ -19,45 +19,89 @@ Element* at(Address address) {
   return reinterpret_cast<Element*>(address);
 }
 
-hedgespec::Dtype dtype(bool is_bfloat16) {
-  return is_bfloat16 ? hedgespec::Dtype::bfloat16 : hedgespec::Dtype::float32;
-}
+using Triple = std::array<std::int64_t, 3>;
 
-void evaluate(Address target_logits, bool target_is_bfloat16, std::array<std::int64_t, 3> target_strides,
-              Address drafter_logits, bool drafter_is_bfloat16, Shape drafter_strides, Shape drafter_shape,
-              std::int64_t vocabulary, Address tokens, Address lengths, Address draft_to_target, Address target_threshold,
-              Address drafter_threshold, float target_temperature, Address target_temperatures, float drafter_temperature,
-              Address drafter_temperatures, Address out, int threads) {
+hedgespec::EvaluateParams evaluate_params(Shape drafter_shape, std::int64_t vocabulary, Address target_logits,
+                                          int target_dtype, Triple target_strides, Address drafter_logits,
+                                          int drafter_dtype, Shape drafter_strides, Address tokens, Address lengths,
+                                          Address draft_to_target, Address target_threshold, Address drafter_threshold,
+                                          float target_temperature, Address target_temperatures, float drafter_temperature,
+                                          Address drafter_temperatures, std::int64_t top_k, std::int64_t draft_length,
+                                          bool product_estimator, int length_plane, Address planes,
+                                          Address expected_accepted_length, Address length_losses) {
   const auto [drafters, batch, positions, draft_vocabulary] = drafter_shape;
-  const std::int64_t plane = drafters * batch * positions;
-  hedgespec::evaluate_cpu({
+  const auto plane = [&](int index) { return at<float>(planes) + index * drafters * batch * positions; };
+  return {
       .drafters = drafters,
       .batch = batch,
       .positions = positions,
       .vocabulary = vocabulary,
       .draft_vocabulary = draft_vocabulary,
       .target_logits = at<const void>(target_logits),
-      .target_dtype = dtype(target_is_bfloat16),
+      .target_dtype = static_cast<hedgespec::Dtype>(target_dtype),
       .target_stride_batch = target_strides[0],
       .target_stride_position = target_strides[1],
       .drafter_logits = at<const void>(drafter_logits),
-      .drafter_dtype = dtype(drafter_is_bfloat16),
+      .drafter_dtype = static_cast<hedgespec::Dtype>(drafter_dtype),
       .drafter_stride_drafter = drafter_strides[0],
       .drafter_stride_batch = drafter_strides[1],
       .drafter_stride_position = drafter_strides[2],
       .tokens = at<const std::int64_t>(tokens),
       .lengths = at<const std::int64_t>(lengths),
-      .draft_to_target = at<const std::int64_t>(draft_to_target),
+      .draft_to_target = at<const std::int32_t>(draft_to_target),
       .target_threshold = at<const float>(target_threshold),
       .drafter_threshold = at<const float>(drafter_threshold),
       .target_temperature = {target_temperature, at<const float>(target_temperatures)},
       .drafter_temperature = {drafter_temperature, at<const float>(drafter_temperatures)},
-      .acceptance_prob = at<float>(out),
-      .acceptance_ratio = at<float>(out) + plane,
-      .argmax_acceptance_prob = at<float>(out) + 2 * plane,
-      .argmax_acceptance_ratio = at<float>(out) + 3 * plane,
-      .threads = threads,
-  });
+      .top_k = top_k,
+      .draft_length = draft_length,
+      .product_estimator = product_estimator,
+      .length_prob = plane(length_plane),
+      .length_ratio = plane(length_plane + 1),
+      .acceptance_prob = plane(0),
+      .acceptance_ratio = plane(1),
+      .argmax_acceptance_prob = plane(2),
+      .argmax_acceptance_ratio = plane(3),
+      .top_k_acceptance_prob = top_k ? plane(4) : nullptr,
+      .top_k_acceptance_ratio = top_k ? plane(5) : nullptr,
+      .expected_accepted_length = at<float>(expected_accepted_length),
+      .length_losses = at<float>(length_losses),
+  };
+}
+
+hedgespec::VerifyParams verify_params(Shape shape, Address target_logits, int target_dtype, Triple target_strides,
+                                      Address draft_logits, int draft_dtype, Triple draft_strides, Address draft_tokens,
+                                      Address uniforms, bool uniforms_are_float64, Address lengths, Address draft_to_target,
+                                      std::int64_t map_stride_batch, Address target_threshold, Address draft_threshold,
+                                      float target_temperature, Address target_temperatures, float draft_temperature,
+                                      Address draft_temperatures, Address accepted_length, Address tokens) {
+  const auto [batch, draft_length, vocabulary, draft_vocabulary] = shape;
+  return {
+      .batch = batch,
+      .draft_length = draft_length,
+      .vocabulary = vocabulary,
+      .draft_vocabulary = draft_vocabulary,
+      .target_logits = at<const void>(target_logits),
+      .target_dtype = static_cast<hedgespec::Dtype>(target_dtype),
+      .target_stride_batch = target_strides[0],
+      .target_stride_position = target_strides[1],
+      .draft_logits = at<const void>(draft_logits),
+      .draft_dtype = static_cast<hedgespec::Dtype>(draft_dtype),
+      .draft_stride_batch = draft_strides[0],
+      .draft_stride_position = draft_strides[1],
+      .draft_tokens = at<const std::int64_t>(draft_tokens),
+      .uniforms = at<const void>(uniforms),
+      .uniforms_are_float64 = uniforms_are_float64,
+      .lengths = at<const std::int64_t>(lengths),
+      .draft_to_target = at<const std::int32_t>(draft_to_target),
+      .map_stride_batch = map_stride_batch,
+      .target_threshold = at<const float>(target_threshold),
+      .draft_threshold = at<const float>(draft_threshold),
+      .target_temperature = {target_temperature, at<const float>(target_temperatures)},
+      .draft_temperature = {draft_temperature, at<const float>(draft_temperatures)},
+      .accepted_length = at<std::int64_t>(accepted_length),
+      .tokens = at<std::int64_t>(tokens),
+  };
 }
 
 void linear(Address x, std::int64_t x_stride, Address weight, Address out, std::int64_t rows, std::int64_t columns,
@@ -87,9 +131,26 @@ const char* instruction_set() {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "HedgeSpec's CPU kernels; call them through hedgespec.evaluate and hedgespec.linear, which validate.";
-  module.def("evaluate", &evaluate, py::call_guard<py::gil_scoped_release>());
-  module.def("linear", &linear, py::call_guard<py::gil_scoped_release>());
+  module.doc() = "HedgeSpec's compiled kernels; call them through the package's operations, which validate.";
+  const py::call_guard<py::gil_scoped_release> without_the_gil;
+  py::class_<hedgespec::EvaluateParams>(module, "EvaluateParams", py::module_local()).def(py::init(&evaluate_params));
+  py::class_<hedgespec::VerifyParams>(module, "VerifyParams", py::module_local()).def(py::init(&verify_params));
+  module.def("evaluate_cpu", &hedgespec::evaluate_cpu, without_the_gil);
+  module.def("verify_cpu", &hedgespec::verify_cpu, without_the_gil);
+#if defined(HEDGESPEC_CUDA)
+  module.attr("cuda") = HEDGESPEC_CUDA;  // the architectures it was built for
+  module.def("evaluate_cuda_workspace_bytes", &hedgespec::evaluate_cuda_workspace_bytes);
+  module.def("verify_cuda_workspace_bytes", &hedgespec::verify_cuda_workspace_bytes);
+  module.def("evaluate_cuda", [](const hedgespec::EvaluateParams& params, Address workspace, Address stream) {
+    hedgespec::evaluate_cuda(params, at<void>(workspace), at<void>(stream));
+  });
+  module.def("verify_cuda", [](const hedgespec::VerifyParams& params, Address workspace, Address stream) {
+    hedgespec::verify_cuda(params, at<void>(workspace), at<void>(stream));
+  });
+#else
+  module.attr("cuda") = "";
+#endif
+  module.def("linear", &linear, without_the_gil);
   module.def("instruction_set", &instruction_set);
   module.attr("compiler") =
 #if defined(__clang__)

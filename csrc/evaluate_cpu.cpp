@@ -137,7 +137,7 @@ HEDGESPEC_CLONES double overlap(const float* target, float target_scale, const f
 
 // The same over a reduced vocabulary: draft id i means target id map[i].
 HEDGESPEC_CLONES double overlap_mapped(const float* target, float target_scale, const float* draft, float draft_scale,
-                                       const std::int64_t* map, std::int64_t size) {
+                                       const std::int32_t* map, std::int64_t size) {
   double total = 0.0;
   for (std::int64_t begin = 0; begin < size; begin += block_size) {
     const std::int64_t end = std::min(begin + block_size, size);
@@ -153,7 +153,7 @@ HEDGESPEC_CLONES double overlap_mapped(const float* target, float target_scale, 
 }
 
 // The draft id that means `token`, or -1. No early exit: the loop vectorises without one.
-HEDGESPEC_CLONES std::int64_t draft_id_of(std::int64_t token, const std::int64_t* map, std::int64_t size) {
+HEDGESPEC_CLONES std::int64_t draft_id_of(std::int64_t token, const std::int32_t* map, std::int64_t size) {
   std::int64_t found = -1;
 #pragma omp simd reduction(max : found)
   for (std::int64_t i = 0; i < size; ++i) {
@@ -200,7 +200,7 @@ struct Scores {
 // A drafter at a position: what the target's mass (unnormalised, [V]) makes of the drafter's row.
 template <typename Target, typename Draft>
 Scores score(const Target* target_row, const Distribution& target, const float* target_mass, const Draft* draft_row,
-             const Distribution& draft, const float* draft_mass, std::int64_t token, const std::int64_t* map,
+             const Distribution& draft, const float* draft_mass, std::int64_t token, const std::int32_t* map,
              std::int64_t draft_vocabulary) {
   if (target.empty() || draft.empty()) return {0.0f, 0.0f, 0.0f, 0.0f};
   const auto target_prob = [&](std::int64_t id) {
@@ -235,11 +235,11 @@ Scores score(const Target* target_row, const Distribution& target, const float* 
 }
 
 template <typename Target, typename Draft>
-void run(const EvaluateParams& params) {
+void run(const EvaluateParams& params, int most_threads) {
   const std::int64_t rows = params.batch * params.positions;
   const std::int64_t vocabulary = params.vocabulary, draft_vocabulary = params.draft_vocabulary;
   const std::int64_t work = rows * (vocabulary + params.drafters * draft_vocabulary);
-  const int threads = work < parallel_from ? 1 : std::max(params.threads, 1);
+  const int threads = work < parallel_from ? 1 : std::max(most_threads, 1);
 
   // Rows go in groups, which bounds the scratch. It is kept from call to call: fresh pages cost more than the arithmetic.
   const std::int64_t group = std::min(rows, std::max<std::int64_t>(8, threads));
@@ -303,13 +303,13 @@ void run(const EvaluateParams& params) {
 
 }  // namespace
 
-void evaluate_cpu(const EvaluateParams& params) {
+void evaluate_cpu(const EvaluateParams& params, int threads) {
   const bool narrow_target = params.target_dtype == Dtype::bfloat16;
   const bool narrow_draft = params.drafter_dtype == Dtype::bfloat16;
-  if (narrow_target && narrow_draft) return run<Bfloat16, Bfloat16>(params);
-  if (narrow_target) return run<Bfloat16, float>(params);
-  if (narrow_draft) return run<float, Bfloat16>(params);
-  return run<float, float>(params);
+  if (narrow_target && narrow_draft) return run<Bfloat16, Bfloat16>(params, threads);
+  if (narrow_target) return run<Bfloat16, float>(params, threads);
+  if (narrow_draft) return run<float, Bfloat16>(params, threads);
+  return run<float, float>(params, threads);
 }
 
 }  // namespace hedgespec

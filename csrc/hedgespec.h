@@ -1,9 +1,12 @@
 // Parameters of the native kernels, shared by the kernels and by bindings.cpp.
 //
-// Pointers are raw and nothing here is checked: the Python function that calls has validated every shape, stride, token and
-// map entry. Strides count elements; the vocabulary is always the innermost dimension, with stride 1.
+// Pointers are raw and nothing here is checked: the Python function that calls has validated every shape, stride and map
+// entry, and on the CPU every value. On a GPU, where looking would wait for the device, a kernel takes a token outside the
+// vocabulary for one that nobody can emit and brings a length into its range; it never reads out of bounds.
+// Strides count elements; the vocabulary is always the innermost dimension, with stride 1.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 // Row loops marked HEDGESPEC_CLONES are compiled once per instruction set and chosen when the module loads. Other compilers
@@ -22,20 +25,26 @@
 #define HEDGESPEC_INLINE inline
 #endif
 
+#if defined(__CUDACC__)
+#define HEDGESPEC_HOST_DEVICE __host__ __device__
+#else
+#define HEDGESPEC_HOST_DEVICE
+#endif
+
 namespace hedgespec {
 
-enum class Dtype { float32, bfloat16 };
+enum class Dtype : std::int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 
-// One temperature for every row, or one for each.
+// One temperature for every row, or one for each; 0 is a point mass on the argmax, ties to the lowest id.
 struct Temperature {
   float shared;
   const float* per_row;  // [B], or null: `shared` holds for every row
 
-  float at(std::int64_t row) const { return per_row ? per_row[row] : shared; }
+  HEDGESPEC_HOST_DEVICE float at(std::int64_t row) const { return per_row ? per_row[row] : shared; }
 };
 
 struct EvaluateParams {
-  std::int64_t drafters, batch, positions, vocabulary, draft_vocabulary;
+  std::int64_t drafters, batch, positions, vocabulary, draft_vocabulary;  // N, B, T, V, Vd
 
   const void* target_logits;  // [B, T, V]
   Dtype target_dtype;
@@ -48,21 +57,86 @@ struct EvaluateParams {
   // From here on everything is contiguous.
   const std::int64_t* tokens;           // [B, T]
   const std::int64_t* lengths;          // [B], or null: every row is T long
-  const std::int64_t* draft_to_target;  // [N, Vd], or null: Vd = V and ids agree
+  const std::int32_t* draft_to_target;  // [N, Vd], or null: Vd = V and ids agree
   const float* target_threshold;        // [B, T], or null: nothing is masked out
   const float* drafter_threshold;       // [N, B, T], or null
   Temperature target_temperature, drafter_temperature;
 
-  // Outputs, each [N, B, T].
+  std::int64_t top_k;           // candidates of the tree mode, 0 where it is not asked for
+  std::int64_t draft_length;    // K of the losses, 0 where they are not asked for
+  bool product_estimator;       // else exact
+  const float* length_prob;     // the two outputs below that the losses are made of, of the mode asked for
+  const float* length_ratio;
+
+  // Outputs, each [N, B, T]; 0 past a row's length. The top-k ones are null where top_k is 0.
   float* acceptance_prob;
   float* acceptance_ratio;
   float* argmax_acceptance_prob;
   float* argmax_acceptance_ratio;
-
-  int threads;
+  float* top_k_acceptance_prob;
+  float* top_k_acceptance_ratio;
+  // Outputs where draft_length > 0, else null. NaN where the row ends before the sum is complete.
+  float* expected_accepted_length;  // [N, B]
+  float* length_losses;             // [N, B, T, K]
 };
 
-void evaluate_cpu(const EvaluateParams& params);
+struct VerifyParams {
+  std::int64_t batch, draft_length, vocabulary, draft_vocabulary;  // B, K, V, Vd
+
+  const void* target_logits;  // [B, K+1, V]
+  Dtype target_dtype;
+  std::int64_t target_stride_batch, target_stride_position;
+
+  const void* draft_logits;  // [B, K, Vd], or null: the proposal is a point mass on the drafted token
+  Dtype draft_dtype;
+  std::int64_t draft_stride_batch, draft_stride_position;
+
+  // From here on everything is contiguous.
+  const std::int64_t* draft_tokens;     // [B, K]
+  const void* uniforms;                 // [B, K+1]
+  bool uniforms_are_float64;            // else float32
+  const std::int64_t* lengths;          // [B], or null: K
+  const std::int32_t* draft_to_target;  // [Vd] or [B, Vd], or null; ids that repeat add up
+  std::int64_t map_stride_batch;        // 0 where all rows share one map
+  const float* target_threshold;        // [B, K+1], or null
+  const float* draft_threshold;         // [B, K], or null
+  Temperature target_temperature, draft_temperature;
+
+  std::int64_t* accepted_length;  // [B]
+  std::int64_t* tokens;           // [B, K+1], padded with -1
+};
+
+void evaluate_cpu(const EvaluateParams& params, int threads);
+void verify_cpu(const VerifyParams& params, int threads);
+
+// Each enqueues one launch on `stream` of the current device, allocates nothing and may be captured in a CUDA graph.
+// `workspace` is device memory of at least the size that the function of that name gives, zeroed once: every launch leaves
+// it zeroed where it must be, so launches that follow each other on a stream share it. A failed launch throws
+// std::runtime_error.
+std::size_t evaluate_cuda_workspace_bytes(const EvaluateParams& params);
+void evaluate_cuda(const EvaluateParams& params, void* workspace, void* stream);
+std::size_t verify_cuda_workspace_bytes(const VerifyParams& params);
+void verify_cuda(const VerifyParams& params, void* workspace, void* stream);
+
+// The losses of one drafter for rounds that start at one position: losses[k-1] for a draft of k tokens, NaN where it would end
+// past the row's length; [K]. `prob` and `ratio` are the row's, [T]. Returns the expected length for K, NaN likewise.
+// Source: algorithm.md, section 3.
+HEDGESPEC_HOST_DEVICE inline float length_losses(const float* prob, const float* ratio, std::int64_t start, std::int64_t length,
+                                                 std::int64_t draft_length, bool product, float* losses) {
+  const float unknown = __builtin_nanf("");
+  float alive = 1.0f, expected = 1.0f;
+  for (std::int64_t k = 1; k <= draft_length; ++k) {
+    const std::int64_t at = start + k - 1;
+    if (at < length) {
+      expected += alive * prob[at];
+      alive *= product ? prob[at] : ratio[at];
+      losses[k - 1] = 1.0f - expected / static_cast<float>(k + 1);
+    } else {
+      losses[k - 1] = expected = unknown;
+    }
+  }
+  return expected;
+}
 
 // out[m, n] = sum_k x[m, k] * weight[n, k]
 struct LinearParams {

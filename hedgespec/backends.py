@@ -21,6 +21,9 @@ from hedgespec.errors import BackendUnavailableError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
+TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+"""Device types that Triton kernels take; the CPU's only in Triton's interpreter, which is for tests."""
+
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _HOW_TO_GET = {
     "cpu": (

@@ -1,46 +1,41 @@
 """Evaluation: what every drafter would have been worth at positions whose tokens are already emitted.
 
-One call compares all N drafters with the target and yields, for both proposal modes, the two numbers a loss is made of:
+One call compares all N drafters with the target and yields, for every proposal mode, the two numbers a loss is made of:
 
     acceptance_prob    the probability that the drafter's proposal is accepted, given what came before
     acceptance_ratio   the same, given also the token that was really emitted
 
-`expected_accepted_length` turns them into the expected tokens of a round, and `length_loss` that into a loss.
+`expected_accepted_length` turns them into the expected tokens of a round, and `length_loss` that into a loss; with
+`draft_length` the same call yields those too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from hedgespec import backends
+from hedgespec.backends import TRITON_DEVICES, register, resolve
+from hedgespec.checks import (
+    FLOATING,
+    check_ids,
+    check_logits,
+    check_map,
+    check_temperature,
+    check_tensor,
+    rarer,
+    wrong,
+)  # fmt: skip
+from hedgespec.records import Evaluation
 
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 ESTIMATORS = ("exact", "product")
-
-_LOGITS_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-"""In the order of how few backends take them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Every drafter at every position, for both proposal modes; float [N, B, T] in [0, 1], 0 past a row's length."""
-
-    acceptance_prob: torch.Tensor
-    """Sampled mode: sum_v min(target_prob(v), draft_prob(v)) = 1 - total variation."""
-    acceptance_ratio: torch.Tensor
-    """Sampled mode: min(1, draft_prob(x) / target_prob(x)) for the emitted token x."""
-    argmax_acceptance_prob: torch.Tensor
-    """Argmax mode: target_prob(d) for the drafter's likeliest token d."""
-    argmax_acceptance_ratio: torch.Tensor
-    """Argmax mode: 1 where x = d, else 0."""
+MODES = ("sampled", "argmax", "top_k")
+MOST_CANDIDATES = 32
+"""The largest `top_k`."""
 
 
 def evaluate(
@@ -54,17 +49,22 @@ def evaluate(
     drafter_temperature: float | torch.Tensor = 1.0,
     target_threshold: torch.Tensor | None = None,
     drafter_threshold: torch.Tensor | None = None,
+    top_k: int | None = None,
+    draft_length: int | None = None,
+    estimator: str = "exact",
+    mode: str = "sampled",
     backend: str = "auto",
 ) -> Evaluation:
-    """Scores all N drafters against the target in one call.
+    """Scores all N drafters against the target in one call, and on a GPU in one launch.
 
         p, q = (target_logits / target_temperature).softmax(-1), (drafter_logits / drafter_temperature).softmax(-1)
         acceptance_prob = torch.minimum(p, q).sum(-1);  acceptance_ratio = (q[x] / p[x]).clamp(max=1)
 
-    Where a definition is needed: temperature 0 is a point mass on the argmax; ties in an argmax go to the lowest id
-    (for a drafter, the lowest draft id); a token the target cannot emit (target_prob 0) has ratio 1 if the drafter can
-    propose it, else 0; a row without any mass (every logit -inf or under its threshold) scores 0. NaN and +inf logits
-    are not supported. No gradient is promised.
+    Where a definition is needed: temperature 0 is a point mass on the argmax; ties go to the lowest id (for a drafter,
+    the lowest draft id); a token the target cannot emit (target_prob 0) has ratio 1 if the drafter can propose it, else
+    0; a row without any mass (every logit -inf or under its threshold) scores 0. The top-k candidates are the likeliest
+    tokens with a logit above -inf and not under the threshold, at any drafter temperature. NaN and +inf logits are not
+    supported. No gradient is promised.
 
     Args:
         target_logits: [B, T, V] float32, bfloat16, float16 or float64. Strides are free; logits whose last
@@ -72,14 +72,21 @@ def evaluate(
         drafter_logits: [N, B, T, Vd], N >= 1, the same dtypes; Vd = V unless `draft_to_target` is given.
         tokens: [B, T] int64, the emitted tokens, in 0..V-1 (anything past a row's length).
         lengths: [B] int64, in 0..T: valid positions of each row; None: all T. Later positions are filled with 0.
-        draft_to_target: [N, Vd] int64: the target id that each draft id means, in 0..V-1, distinct for each drafter.
-            Checked when first seen, and again after torch wrote to it.
+        draft_to_target: [N, Vd] int64 or int32: the target id that each draft id means, in 0..V-1, distinct for each
+            drafter. Checked when first seen, and again after torch wrote to it.
         target_temperature: a finite float >= 0, or [B] of them.
         drafter_temperature: likewise.
         target_threshold: [B, T] floating point: target logits below it are masked out, which is how top-k, top-p and
             min-p come in. In units of the logits as they are handed in, before the temperature.
         drafter_threshold: [N, B, T], likewise.
+        top_k: candidates at a tree's node, 1..MOST_CANDIDATES (Vd if that is fewer); adds the two top-k outputs.
+        draft_length: K >= 1, tokens drafted in a round; adds `expected_accepted_length` and `length_losses`.
+        estimator: "exact" or "product", as in the function `expected_accepted_length`.
+        mode: the proposals whose acceptance the losses are made of: "sampled", "argmax" or "top_k".
         backend: "auto", or a name from `hedgespec.backends.BACKENDS`.
+
+    Shapes, dtypes and devices are checked always, values (tokens, lengths, temperatures) only on the CPU, where looking
+    waits for no device. On a GPU a token outside the vocabulary scores as one that nobody can emit.
 
     Returns:
         An `Evaluation` in float64 if any logits are float64, else in float32.
@@ -89,36 +96,53 @@ def evaluate(
         ValueError: a wrong shape, device or value.
         BackendUnavailableError: a backend asked for by name that cannot run here.
 
-    Source: arXiv 2510.20064, section 3 (acceptance_prob is its gamma); the ratios and the argmax mode are ours.
+    Source: arXiv 2510.20064, section 3 (acceptance_prob is its gamma); the ratios and the other modes are ours.
     """
-    _check_logits(target_logits, drafter_logits)
-    drafters, batch, positions, draft_vocabulary = drafter_logits.shape
-    vocabulary, device = target_logits.shape[-1], target_logits.device
-    _check_tensor("tokens", tokens, torch.int64, (batch, positions), device)
-    if lengths is not None:
-        _check_tensor("lengths", lengths, torch.int64, (batch,), device)
-        _check_range("lengths", lengths, positions)
-        _check_range("tokens", tokens[_within(lengths, positions)], vocabulary - 1)
-    else:
-        _check_range("tokens", tokens, vocabulary - 1)
-    if draft_to_target is not None:
-        _check_tensor("draft_to_target", draft_to_target, torch.int64, (drafters, draft_vocabulary), device)
-        _check_map(draft_to_target, vocabulary)
-    elif draft_vocabulary != vocabulary:
-        raise ValueError(
-            f"drafter_logits: expected a vocabulary of {vocabulary}, the target's, or a draft_to_target map; "
-            f"got {draft_vocabulary}"
+    check_logits("target_logits", target_logits, "[B, T, V]", 3)
+    check_logits("drafter_logits", drafter_logits, "[N, B, T, Vd]", 4)
+    batch, positions, vocabulary = target_logits.shape
+    drafters, *rows, draft_vocabulary = drafter_logits.shape
+    if rows != [batch, positions] or drafters == 0:
+        raise wrong(
+            "drafter_logits",
+            f"shape [N >= 1, {batch}, {positions}, Vd], as target_logits has [B, T] = [{batch}, {positions}]",
+            list(drafter_logits.shape),
         )
-    _check_temperature("target_temperature", target_temperature, batch, device)
-    _check_temperature("drafter_temperature", drafter_temperature, batch, device)
+    device = target_logits.device
+    if drafter_logits.device != device:
+        raise wrong("drafter_logits", f"device {device}, like the target's logits", drafter_logits.device)
+    check_tensor("tokens", tokens, (torch.int64,), (batch, positions), device)
+    if lengths is None:
+        check_ids("tokens", tokens, vocabulary - 1)
+    else:
+        check_tensor("lengths", lengths, (torch.int64,), (batch,), device)
+        if device.type == "cpu":
+            check_ids("lengths", lengths, positions)
+            check_ids("tokens", tokens[_within(lengths, positions)], vocabulary - 1)
+    if draft_to_target is not None:
+        shape = (drafters, draft_vocabulary)
+        draft_to_target = check_map("draft_to_target", draft_to_target, shape, device, vocabulary, distinct=True)
+    elif draft_vocabulary != vocabulary:
+        raise wrong("drafter_logits", f"a vocabulary of {vocabulary}, the target's, or a draft_to_target map", draft_vocabulary)
+    target_temperature = check_temperature("target_temperature", target_temperature, (batch,), device)
+    drafter_temperature = check_temperature("drafter_temperature", drafter_temperature, (batch,), device)
     if target_threshold is not None:
-        _check_tensor("target_threshold", target_threshold, None, (batch, positions), device)
+        check_tensor("target_threshold", target_threshold, FLOATING, (batch, positions), device)
     if drafter_threshold is not None:
-        _check_tensor("drafter_threshold", drafter_threshold, None, (drafters, batch, positions), device)
+        check_tensor("drafter_threshold", drafter_threshold, FLOATING, (drafters, batch, positions), device)
+    if top_k is not None:
+        _check_count("top_k", top_k, MOST_CANDIDATES)
+        top_k = min(top_k, draft_vocabulary)
+    if draft_length is not None:
+        _check_count("draft_length", draft_length)
+    if estimator not in ESTIMATORS:
+        raise wrong("estimator", f"one of {', '.join(ESTIMATORS)}", repr(estimator))
+    if mode not in MODES:
+        raise wrong("mode", f"one of {', '.join(MODES)}", repr(mode))
+    if mode == "top_k" and top_k is None:
+        raise wrong("top_k", "a number of candidates in mode 'top_k'", None)
 
-    # Of two dtypes the rarer decides: a backend that takes it takes the commoner beside it.
-    dtype = max(target_logits.dtype, drafter_logits.dtype, key=_LOGITS_DTYPES.index)
-    run = backends.resolve("evaluate", backend, device.type, dtype)
+    run = resolve("evaluate", backend, device.type, rarer(target_logits.dtype, drafter_logits.dtype))
     return run(
         target_logits,
         drafter_logits,
@@ -129,6 +153,10 @@ def evaluate(
         drafter_temperature=drafter_temperature,
         target_threshold=target_threshold,
         drafter_threshold=drafter_threshold,
+        top_k=top_k,
+        draft_length=draft_length,
+        estimator=estimator,
+        mode=mode,
     )
 
 
@@ -143,36 +171,65 @@ def evaluate_reference(
     drafter_temperature: float | torch.Tensor = 1.0,
     target_threshold: torch.Tensor | None = None,
     drafter_threshold: torch.Tensor | None = None,
+    top_k: int | None = None,
+    draft_length: int | None = None,
+    estimator: str = "exact",
+    mode: str = "sampled",
 ) -> Evaluation:
     """`evaluate` in plain torch: float64 where any logits are, else float32. Arguments are taken as checked."""
-    vocabulary = target_logits.shape[-1]
+    _, positions, vocabulary = target_logits.shape
     dtype = torch.promote_types(torch.promote_types(target_logits.dtype, drafter_logits.dtype), torch.float32)
     target_log_probs, _ = _log_probs(target_logits.to(dtype), target_temperature, target_threshold)
     draft_log_probs, proposals = _log_probs(drafter_logits.to(dtype), drafter_temperature, drafter_threshold)
     has_mass = draft_log_probs.isfinite().any(-1)
-    if draft_to_target is not None:
-        ids = draft_to_target[:, None, None, :].expand_as(draft_log_probs)
+    has_target = target_log_probs.isfinite().any(-1)
+    ids = None if draft_to_target is None else draft_to_target.long()[:, None, None, :].expand_as(draft_log_probs)
+    if ids is not None:
         proposals = ids.gather(-1, proposals)
         everywhere_else = draft_log_probs.new_full((*draft_log_probs.shape[:-1], vocabulary), -math.inf)
         draft_log_probs = everywhere_else.scatter(-1, ids, draft_log_probs)
 
     target_probs = target_log_probs.exp()
-    if lengths is not None:
-        valid = _within(lengths, tokens.shape[1])
-        tokens = tokens.where(valid, 0)
-    emitted = tokens[..., None]
+    valid = torch.ones_like(tokens, dtype=torch.bool) if lengths is None else _within(lengths, positions)
+    emitted = tokens.where(valid, 0)[..., None]
     log_target, log_draft = target_log_probs.gather(-1, emitted), _gather(draft_log_probs, emitted)
-    has_target = target_log_probs.isfinite().any(-1)
 
     # In logarithms: the quotient stays right where both probabilities underflow.
     ratio = (log_draft - log_target[..., 0]).clamp(max=0).exp().where(log_draft.isfinite() & has_target, 0)
-    scores = (
+    scores = [
         torch.minimum(target_probs, draft_log_probs.exp()).sum(-1).clamp(max=1),
         ratio,
         _gather(target_probs.expand_as(draft_log_probs), proposals).where(has_mass, 0),
-        ((proposals[..., 0] == tokens) & has_mass & has_target).to(dtype),
-    )
-    return Evaluation(*scores) if lengths is None else Evaluation(*(score.where(valid, 0) for score in scores))
+        ((proposals == emitted)[..., 0] & has_mass & has_target).to(dtype),
+    ]
+    if top_k is not None:
+        kept = drafter_logits.to(dtype)
+        if drafter_threshold is not None:
+            kept = kept.masked_fill(kept < drafter_threshold.to(dtype)[..., None], -math.inf)
+        best, candidates = (part[..., :top_k] for part in kept.sort(-1, descending=True, stable=True))
+        candidates, usable = candidates if ids is None else ids.gather(-1, candidates), best > -math.inf
+        probs = target_probs.expand_as(draft_log_probs).gather(-1, candidates)
+        scores += [
+            probs.where(usable, 0).sum(-1).clamp(max=1),
+            (((candidates == emitted) & usable).any(-1) & has_target).to(dtype),
+        ]
+    scores = [score.where(valid, 0) for score in scores]
+    result = Evaluation(*scores)
+    if draft_length is None:
+        return result
+    prob, ratio = (score.masked_fill(~valid, math.nan) for score in of_mode(result, mode))
+    prob, ratio = (torch.nn.functional.pad(score, (0, draft_length), value=math.nan) for score in (prob, ratio))
+    expected = expected_accepted_length(prob, ratio, draft_length, estimator, all_lengths=True)
+    whole = expected[:, :, 0, -1]  # padded by K, so there is a first position even where T = 0
+    losses = 1 - expected[:, :, :positions] / torch.arange(2, draft_length + 2, dtype=dtype, device=expected.device)
+    scores += [None] * (6 - len(scores))
+    return Evaluation(*scores, expected_accepted_length=whole, length_losses=losses)
+
+
+def of_mode(result: Evaluation, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """acceptance_prob and acceptance_ratio of one proposal mode."""
+    prefix = "" if mode == "sampled" else f"{mode}_"
+    return getattr(result, f"{prefix}acceptance_prob"), getattr(result, f"{prefix}acceptance_ratio")
 
 
 def _log_probs(
@@ -198,85 +255,6 @@ def _gather(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def _within(lengths: torch.Tensor, positions: int) -> torch.Tensor:
     """bool [B, T]: the positions below their row's length."""
     return torch.arange(positions, device=lengths.device) < lengths[:, None]
-
-
-def _evaluate_cpu(
-    target_logits: torch.Tensor,
-    drafter_logits: torch.Tensor,
-    tokens: torch.Tensor,
-    *,
-    lengths: torch.Tensor | None = None,
-    draft_to_target: torch.Tensor | None = None,
-    target_temperature: float | torch.Tensor = 1.0,
-    drafter_temperature: float | torch.Tensor = 1.0,
-    target_threshold: torch.Tensor | None = None,
-    drafter_threshold: torch.Tensor | None = None,
-) -> Evaluation:
-    """`evaluate` by csrc/evaluate_cpu.cpp. Arguments are taken as checked."""
-    from hedgespec import _native
-
-    # Every tensor whose address is handed over must keep a name until the call returns.
-    target_logits, drafter_logits = _dense_vocabulary(target_logits), _dense_vocabulary(drafter_logits)
-    shape = drafter_logits.shape
-    out = torch.empty((4, *shape[:3]), dtype=torch.float32)
-    tokens = tokens.contiguous()
-    lengths = lengths if lengths is None else lengths.contiguous()
-    draft_to_target = draft_to_target if draft_to_target is None else draft_to_target.contiguous()
-    target_threshold, drafter_threshold = _float32(target_threshold), _float32(drafter_threshold)
-    target_shared, target_temperature = _split_temperature(target_temperature)
-    drafter_shared, drafter_temperature = _split_temperature(drafter_temperature)
-    _native.evaluate(
-        target_logits.data_ptr(),
-        target_logits.dtype is torch.bfloat16,
-        target_logits.stride(),
-        drafter_logits.data_ptr(),
-        drafter_logits.dtype is torch.bfloat16,
-        drafter_logits.stride(),
-        shape,
-        target_logits.shape[-1],
-        tokens.data_ptr(),
-        _address(lengths),
-        _address(draft_to_target),
-        _address(target_threshold),
-        _address(drafter_threshold),
-        target_shared,
-        _address(target_temperature),
-        drafter_shared,
-        _address(drafter_temperature),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return Evaluation(*out.unbind(0))
-
-
-def _dense_vocabulary(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
-
-
-def _float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _split_temperature(temperature: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    return (0.0, _float32(temperature)) if isinstance(temperature, torch.Tensor) else (temperature, None)
-
-
-def _load_reference() -> Callable[..., Evaluation]:
-    return evaluate_reference
-
-
-def _load_cpu() -> Callable[..., Evaluation]:
-    from hedgespec import _native  # noqa: F401  (the backend is there if this import works)
-
-    return _evaluate_cpu
-
-
-backends.register("evaluate", "reference", _load_reference)
-backends.register("evaluate", "cpu", _load_cpu, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))
 
 
 def expected_accepted_length(
@@ -338,7 +316,7 @@ def length_loss(expected_length: Array, draft_length: int) -> Array:
 
     Source: arXiv 2510.20064, the loss f_t.
     """
-    _check_draft_length(draft_length)
+    _check_count("draft_length", draft_length)
     return 1.0 - expected_length / (draft_length + 1)
 
 
@@ -362,7 +340,7 @@ def _check_acceptance(acceptance_prob: Array, acceptance_ratio: Array, draft_len
             f"acceptance_ratio: expected acceptance_prob's shape {tuple(acceptance_prob.shape)}; "
             f"got {tuple(acceptance_ratio.shape)}"
         )
-    _check_draft_length(draft_length)
+    _check_count("draft_length", draft_length)
     if acceptance_prob.ndim == 0 or acceptance_prob.shape[-1] < draft_length:
         raise ValueError(
             f"acceptance_prob: expected at least draft_length = {draft_length} positions in its last dimension; "
@@ -372,80 +350,35 @@ def _check_acceptance(acceptance_prob: Array, acceptance_ratio: Array, draft_len
         raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}; got {estimator!r}")
 
 
-def _check_draft_length(draft_length: int) -> None:
-    if not isinstance(draft_length, int) or isinstance(draft_length, bool):
-        raise TypeError(f"draft_length: expected an int; got {type(draft_length).__name__}")
-    if draft_length < 1:
-        raise ValueError(f"draft_length: expected at least 1; got {draft_length}")
+def _check_count(name: str, count: int, most: int | None = None) -> None:
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise wrong(name, "an int", type(count).__name__, TypeError)
+    if count < 1 or (most is not None and count > most):
+        raise wrong(name, "at least 1" if most is None else f"1..{most}", count)
 
 
-def _check_logits(target_logits: torch.Tensor, drafter_logits: torch.Tensor) -> None:
-    for name, logits, dims, ndim in (
-        ("target_logits", target_logits, "[B, T, V]", 3),
-        ("drafter_logits", drafter_logits, "[N, B, T, Vd]", 4),
-    ):
-        if not isinstance(logits, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor; got {type(logits).__name__}")
-        if logits.dtype not in _LOGITS_DTYPES:
-            raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16; got {logits.dtype}")
-        if logits.ndim != ndim or logits.shape[-1] == 0:
-            raise ValueError(f"{name}: expected shape {dims} with a vocabulary of at least 1; got {tuple(logits.shape)}")
-    if drafter_logits.shape[1:3] != target_logits.shape[:2] or drafter_logits.shape[0] == 0:
-        batch, positions, _ = target_logits.shape
-        raise ValueError(
-            f"drafter_logits: expected shape [N >= 1, {batch}, {positions}, Vd], as target_logits has [B, T] = "
-            f"[{batch}, {positions}]; got {tuple(drafter_logits.shape)}"
-        )
-    if drafter_logits.device != target_logits.device:
-        raise ValueError(f"drafter_logits: expected device {target_logits.device}; got {drafter_logits.device}")
+def _load_cpu():
+    from hedgespec import native
+
+    return native.evaluate_cpu
 
 
-def _check_tensor(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype | None, shape: tuple[int, ...], device: torch.device
-) -> None:
-    """Checks a tensor argument; `dtype` None means any floating-point dtype."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor; got {type(tensor).__name__}")
-    if tensor.dtype is not dtype if dtype is not None else not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected {dtype or 'a floating-point dtype'}; got {tensor.dtype}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}; got {list(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, like target_logits; got {tensor.device}")
+def _load_cuda():
+    from hedgespec import native
+
+    native.require_cuda()
+    return native.evaluate_cuda
 
 
-def _check_range(name: str, values: torch.Tensor, highest: int) -> None:
-    if values.numel() == 0:
-        return
-    low, high = (bound.item() for bound in values.aminmax())
-    if low < 0 or high > highest:
-        raise ValueError(f"{name}: expected values in 0..{highest}; got {low if low < 0 else high}")
+def _load_triton():
+    from hedgespec.triton_kernels.evaluate import evaluate_triton
+
+    return evaluate_triton
 
 
-_checked_maps = WeakTensorKeyDictionary()
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def _check_map(draft_to_target: torch.Tensor, vocabulary: int) -> None:
-    # Sorting N maps each round would cost more than scoring. Inference tensors keep no version: checked every time.
-    seen = None if draft_to_target.is_inference() else (draft_to_target._version, vocabulary)
-    if seen is not None and _checked_maps.get(draft_to_target) == seen:
-        return
-    _check_range("draft_to_target", draft_to_target, vocabulary - 1)
-    ids = draft_to_target.sort(-1).values
-    repeated = ids[:, 1:][ids[:, 1:] == ids[:, :-1]]
-    if repeated.numel():
-        raise ValueError(f"draft_to_target: expected distinct ids for each drafter; got {repeated[0].item()} twice")
-    if seen is not None:
-        _checked_maps[draft_to_target] = seen
-
-
-def _check_temperature(name: str, temperature: float | torch.Tensor, batch: int, device: torch.device) -> None:
-    if isinstance(temperature, torch.Tensor):
-        _check_tensor(name, temperature, None, (batch,), device)
-        usable = temperature.isfinite() & (temperature >= 0)
-        if not usable.all():
-            raise ValueError(f"{name}: expected finite values >= 0; got {temperature[~usable][0].item()}")
-    elif not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
-        raise TypeError(f"{name}: expected a float or a torch.Tensor of shape [{batch}]; got {type(temperature).__name__}")
-    elif not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"{name}: expected a finite value >= 0; got {temperature}")
+register("evaluate", "reference", lambda: evaluate_reference)
+register("evaluate", "cpu", _load_cpu, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))
+register("evaluate", "triton", _load_triton, devices=TRITON_DEVICES, dtypes=_NARROW)
+register("evaluate", "cuda", _load_cuda, devices=("cuda",), dtypes=_NARROW)

@@ -1,4 +1,4 @@
-"""The frozen records that travel between the stages of a round: Choice, Draft, Verdict, Feedback."""
+"""The frozen records that travel between the stages of a round: Choice, Draft, Verdict, Evaluation, Feedback."""
 
 from __future__ import annotations
 
@@ -36,6 +36,30 @@ class Verdict:
     """Drafted tokens accepted, int64 [B], each 0..K."""
     tokens: torch.Tensor
     """Emitted tokens, int64 [B, K+1]: the accepted ones, then the recovered or bonus token, then -1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Every drafter at every position, for every proposal mode; float [N, B, T] in [0, 1], 0 past a row's length."""
+
+    acceptance_prob: torch.Tensor
+    """Sampled mode: sum_v min(target_prob(v), draft_prob(v)) = 1 - total variation."""
+    acceptance_ratio: torch.Tensor
+    """Sampled mode: min(1, draft_prob(x) / target_prob(x)) for the emitted token x."""
+    argmax_acceptance_prob: torch.Tensor
+    """Argmax mode: target_prob(d) for the drafter's likeliest token d."""
+    argmax_acceptance_ratio: torch.Tensor
+    """Argmax mode: 1 where x = d, else 0."""
+    top_k_acceptance_prob: torch.Tensor | None = None
+    """Top-k mode (a tree's node): the target's mass on the drafter's k likeliest tokens. None where `top_k` is not given."""
+    top_k_acceptance_ratio: torch.Tensor | None = None
+    """Top-k mode: 1 where x is one of them, else 0."""
+    expected_accepted_length: torch.Tensor | None = None
+    """[N, B]: expected tokens, in [1, K+1], of a round of K drafts from the row's first position; NaN where the row is
+    shorter than K. None where `draft_length` is not given."""
+    length_losses: torch.Tensor | None = None
+    """[N, B, T, K]: at [..., t, k-1] the loss 1 - L / (k+1) of a round that drafts k tokens from position t; NaN where that
+    would end past the row's length."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,24 @@ lives here too.
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hedgespec.backends import register, resolve
+from hedgespec.backends import TRITON_DEVICES, register, resolve
+from hedgespec.checks import (
+    FLOATING,
+    WIDE,
+    check_ids,
+    check_logits,
+    check_map,
+    check_temperature,
+    check_tensor,
+    check_uniforms,
+    rarer,
+    wrong,
+)  # fmt: skip
 from hedgespec.records import Verdict
 
 MODES = ("sampled", "argmax")
@@ -53,8 +64,9 @@ def verify(
     leaves a rejection without residual (q covers p), w is p. An emitted token always has p > 0.
 
     Distributions are computed in the logits' dtype (float32 for half types), the comparison and the inverse CDF in
-    float64. Shapes and dtypes are checked always, values only on the CPU, where looking waits for no device. Logits are
-    processed already and may hold -inf, not NaN or +inf; a row without any mass has no defined token.
+    float64. Backends round them differently: a uniform within rounding of a step may fall on either side of it. Shapes
+    and dtypes are checked always, values only on the CPU, where looking waits for no device. Logits are processed already
+    and may hold -inf, not NaN or +inf; a row without any mass has no defined token.
 
     Args:
         target_logits: floating [B, K+1, V]; row k scores the position of drafted token k, row K the bonus position.
@@ -83,48 +95,47 @@ def verify(
     Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding", 2023, Algorithm 1;
         a reduced draft vocabulary as in EAGLE-3, 2025.
     """
-    _check_logits("target_logits", target_logits, dimensions=3)
+    check_logits("target_logits", target_logits, "[B, K+1, V]", 3)
     batch, positions, vocabulary = target_logits.shape
     draft_length = positions - 1
-    if draft_length < 0 or vocabulary == 0:
-        raise _wrong("target_logits", "[B, K+1, V] with K >= 0 and V >= 1", list(target_logits.shape))
+    if draft_length < 0:
+        raise wrong("target_logits", "shape [B, K+1, V] with K >= 0", list(target_logits.shape))
     device = target_logits.device
-    _check_tensor("draft_tokens", draft_tokens, (torch.int64,), (batch, draft_length), device)
-    _check_tensor("uniforms", uniforms, _WIDE, (batch, positions), device)
-    _check_range("uniforms", uniforms, 0, 1)
+    check_tensor("draft_tokens", draft_tokens, (torch.int64,), (batch, draft_length), device)
+    check_tensor("uniforms", uniforms, WIDE, (batch, positions), device)
+    check_uniforms("uniforms", uniforms)
     if mode not in MODES:
-        raise _wrong("mode", f"one of {MODES}", repr(mode))
-    if lengths is not None:
-        _check_tensor("lengths", lengths, (torch.int64,), (batch,), device)
-        _check_range("lengths", lengths, 0, draft_length + 1)
-    if draft_tokens.device.type == "cpu":
-        drafted = draft_tokens if lengths is None else draft_tokens[_drafted(draft_length, lengths)]
-        _check_range("draft_tokens", drafted, 0, vocabulary)
-    target_temperature = _check_temperature("target_temperature", target_temperature, (batch,), device)
-    draft_temperature = _check_temperature("draft_temperature", draft_temperature, (batch,), device)
+        raise wrong("mode", f"one of {', '.join(MODES)}", repr(mode))
+    if lengths is None:
+        check_ids("draft_tokens", draft_tokens, vocabulary - 1)
+    else:
+        check_tensor("lengths", lengths, (torch.int64,), (batch,), device)
+        if device.type == "cpu":
+            check_ids("lengths", lengths, draft_length)
+            check_ids("draft_tokens", draft_tokens[_drafted(draft_length, lengths)], vocabulary - 1)
+    target_temperature = check_temperature("target_temperature", target_temperature, (batch,), device)
+    draft_temperature = check_temperature("draft_temperature", draft_temperature, (batch,), device)
     if target_threshold is not None:
-        _check_tensor("target_threshold", target_threshold, _FLOATING, (batch, positions), device)
+        check_tensor("target_threshold", target_threshold, FLOATING, (batch, positions), device)
     if draft_threshold is not None:
-        _check_tensor("draft_threshold", draft_threshold, _FLOATING, (batch, draft_length), device)
+        check_tensor("draft_threshold", draft_threshold, FLOATING, (batch, draft_length), device)
 
     if draft_logits is not None:
-        _check_logits("draft_logits", draft_logits, dimensions=3)
+        check_logits("draft_logits", draft_logits, "[B, K, Vd]", 3)
         draft_vocabulary = draft_logits.shape[-1]
         if draft_to_target is None:
             draft_vocabulary = vocabulary
         else:
             per_row = isinstance(draft_to_target, Tensor) and draft_to_target.dim() == 2
             shape = (batch, draft_vocabulary) if per_row else (draft_vocabulary,)
-            _check_tensor("draft_to_target", draft_to_target, (torch.int64,), shape, device)
-            _check_range("draft_to_target", draft_to_target, 0, vocabulary)
-        _check_tensor("draft_logits", draft_logits, _FLOATING, (batch, draft_length, draft_vocabulary), device)
+            draft_to_target = check_map("draft_to_target", draft_to_target, shape, device, vocabulary, distinct=False)
+        check_tensor("draft_logits", draft_logits, FLOATING, (batch, draft_length, draft_vocabulary), device)
     elif mode == "sampled" and draft_length > 0 and not _is_zero(target_temperature):
-        raise _wrong("draft_logits", 'a tensor in mode "sampled" with a target temperature above 0', None)
+        raise wrong("draft_logits", 'a tensor in mode "sampled" with a target temperature above 0', None)
 
-    # Of two dtypes the rarer among backends decides: one that takes it takes the commoner beside it.
     draft_dtype = target_logits.dtype if draft_logits is None else draft_logits.dtype
-    dtype = max(target_logits.dtype, draft_dtype, key=(torch.bfloat16, torch.float32, torch.float16, torch.float64).index)
-    return resolve("verify", backend, device.type, dtype)(
+    run = resolve("verify", backend, device.type, rarer(target_logits.dtype, draft_dtype))
+    return run(
         target_logits,
         draft_tokens,
         draft_logits,
@@ -158,15 +169,13 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float | Tensor = 1.
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value.
     """
-    _check_logits("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise _wrong("logits", "[..., V] with V >= 1", list(logits.shape))
+    check_logits("logits", logits, "[..., V]", None)
     rows, device = logits.shape[:-1], logits.device
-    _check_tensor("uniforms", uniforms, _WIDE, rows, device)
-    _check_range("uniforms", uniforms, 0, 1)
+    check_tensor("uniforms", uniforms, WIDE, rows, device)
+    check_uniforms("uniforms", uniforms)
     if threshold is not None:
-        _check_tensor("threshold", threshold, _FLOATING, rows, device)
-    temperature = _check_temperature("temperature", temperature, rows, device)
+        check_tensor("threshold", threshold, FLOATING, rows, device)
+    temperature = check_temperature("temperature", temperature, rows, device)
     if _is_zero(temperature):
         return logits.argmax(-1)
     return _inverse_cdf(_distribution(logits, temperature, threshold), uniforms)
@@ -209,7 +218,7 @@ def verify_reference(
         draft_probs, draft_ids = _distribution(draft_logits, _per_position(draft_temperature), draft_threshold), None
         if draft_to_target is not None:
             shared = draft_to_target.dim() == 1
-            draft_ids = (draft_to_target if shared else draft_to_target[:, None]).expand(draft_probs.shape)
+            draft_ids = (draft_to_target if shared else draft_to_target[:, None]).long().expand(draft_probs.shape)
 
     draft_prob = _prob_of(draft_tokens, draft_probs, draft_ids)
     target_prob = _prob_of(draft_tokens, target_probs[:, :-1], None)
@@ -257,7 +266,7 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 def _distribution(logits: Tensor, temperature: float | Tensor, threshold: Tensor | None) -> Tensor:
     """softmax(logits / temperature) over what the threshold leaves; float32 or wider; a point mass at temperature 0."""
-    if logits.dtype not in _WIDE:
+    if logits.dtype not in WIDE:
         logits = logits.float()
     if threshold is not None:
         logits = logits.masked_fill(logits < threshold[..., None], -math.inf)
@@ -314,61 +323,28 @@ def _is_zero(temperature: float | Tensor) -> bool:
     return not isinstance(temperature, Tensor) and temperature == 0
 
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_WIDE = _FLOATING[:2]
+def _load_cpu():
+    from hedgespec import native
+
+    return native.verify_cpu
 
 
-def _wrong(name: str, expected: str, got: object, error: type[Exception] = ValueError) -> Exception:
-    return error(f"{name}: expected {expected}; got {got}")
+def _load_cuda():
+    from hedgespec import native
+
+    native.require_cuda()
+    return native.verify_cuda
 
 
-def _check_logits(name: str, logits: Tensor, dimensions: int | None = None) -> None:
-    if not isinstance(logits, Tensor) or logits.dtype not in _FLOATING:
-        raise _wrong(name, f"a tensor of {_names(_FLOATING)}", _kind(logits), TypeError)
-    if dimensions is not None and logits.dim() != dimensions:
-        raise _wrong(name, f"{dimensions} dimensions", list(logits.shape))
+def _load_triton():
+    from hedgespec.triton_kernels.verify import verify_triton
+
+    return verify_triton
 
 
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple, shape: tuple, device: torch.device) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
-        raise _wrong(name, f"a tensor of {_names(dtypes)}", _kind(tensor), TypeError)
-    if tensor.shape != shape:
-        raise _wrong(name, f"shape {list(shape)}", list(tensor.shape))
-    if tensor.device != device:
-        raise _wrong(name, f"device {device}", tensor.device)
-
-
-def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
-    """Every entry in [low, high), looked at on the CPU only."""
-    if tensor.device.type == "cpu" and tensor.numel() > 0:
-        smallest, largest = (bound.item() for bound in tensor.aminmax())
-        if not (smallest >= low and largest < high):  # written so that NaN fails
-            raise _wrong(name, f"values in [{low}, {high})", f"values from {smallest} to {largest}")
-
-
-def _check_temperature(name: str, temperature: float | Tensor, shape: tuple, device: torch.device) -> float | Tensor:
-    """The temperature checked; a number where the rows are seen to share one, for the number has the quicker paths."""
-    if not isinstance(temperature, Tensor):
-        if isinstance(temperature, bool) or not isinstance(temperature, Real):
-            raise _wrong(name, "a number or a tensor", _kind(temperature), TypeError)
-        if not 0 <= temperature < math.inf:
-            raise _wrong(name, "a finite number >= 0", temperature)
-        return temperature
-    _check_tensor(name, temperature, _FLOATING, shape, device)
-    if device.type != "cpu" or temperature.numel() == 0:
-        return temperature
-    smallest, largest = (bound.item() for bound in temperature.aminmax())
-    if not 0 <= smallest <= largest < math.inf:
-        raise _wrong(name, "finite values >= 0", f"values from {smallest} to {largest}")
-    return smallest if smallest == largest else temperature
-
-
-def _names(dtypes: tuple) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _kind(value: object) -> object:
-    return value.dtype if isinstance(value, Tensor) else type(value).__name__
-
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 register("verify", "reference", lambda: verify_reference)
+register("verify", "cpu", _load_cpu, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))
+register("verify", "triton", _load_triton, devices=TRITON_DEVICES, dtypes=_NARROW)
+register("verify", "cuda", _load_cuda, devices=("cuda",), dtypes=_NARROW)

@@ -1,0 +1,207 @@
+"""Launchers of the compiled kernels: checked tensors become the raw pointers and strides of csrc/hedgespec.h."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from hedgespec import _native
+from hedgespec.records import Evaluation, Verdict
+from hedgespec.workspace import workspace
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+Launch = Callable[[object, torch.device], None]
+"""Runs or enqueues a kernel: parameters of the module's own class, and the device of the tensors."""
+
+
+def evaluator(module: ModuleType, launch: Launch) -> Callable[..., Evaluation]:
+    """`evaluate` by a kernel of `module`. The function that is returned takes its arguments as checked.
+
+    Args:
+        module: the compiled module: hedgespec._native, or another build of it.
+        launch: what runs its kernel.
+    """
+
+    def evaluate(
+        target_logits: torch.Tensor,
+        drafter_logits: torch.Tensor,
+        tokens: torch.Tensor,
+        *,
+        lengths: torch.Tensor | None = None,
+        draft_to_target: torch.Tensor | None = None,
+        target_temperature: float | torch.Tensor = 1.0,
+        drafter_temperature: float | torch.Tensor = 1.0,
+        target_threshold: torch.Tensor | None = None,
+        drafter_threshold: torch.Tensor | None = None,
+        top_k: int | None = None,
+        draft_length: int | None = None,
+        estimator: str = "exact",
+        mode: str = "sampled",
+    ) -> Evaluation:
+        # Every tensor whose address is handed over must keep a name until the launch returns.
+        target_logits, drafter_logits = _dense_vocabulary(target_logits), _dense_vocabulary(drafter_logits)
+        tokens = tokens.contiguous()
+        lengths = None if lengths is None else lengths.contiguous()
+        target_threshold, drafter_threshold = _float32(target_threshold), _float32(drafter_threshold)
+        target_shared, target_temperatures = _split(target_temperature)
+        drafter_shared, drafter_temperatures = _split(drafter_temperature)
+
+        shape, device = drafter_logits.shape, target_logits.device
+        drafters, batch, positions, _ = shape
+        planes = torch.empty((4 if top_k is None else 6, drafters, batch, positions), dtype=torch.float32, device=device)
+        scores = planes.unbind()
+        whole = losses = None
+        if draft_length is not None:
+            whole = torch.empty((drafters, batch), dtype=torch.float32, device=device)
+            losses = torch.empty((drafters, batch, positions, draft_length), dtype=torch.float32, device=device)
+        first = _FIRST_PLANE[mode]
+        if tokens.numel():
+            parameters = module.EvaluateParams(
+                shape,
+                target_logits.shape[2],
+                target_logits.data_ptr(),
+                _DTYPES[target_logits.dtype],
+                target_logits.stride(),
+                drafter_logits.data_ptr(),
+                _DTYPES[drafter_logits.dtype],
+                drafter_logits.stride(),
+                tokens.data_ptr(),
+                _address(lengths),
+                _address(draft_to_target),
+                _address(target_threshold),
+                _address(drafter_threshold),
+                target_shared,
+                _address(target_temperatures),
+                drafter_shared,
+                _address(drafter_temperatures),
+                top_k or 0,
+                draft_length or 0,
+                estimator == "product",
+                first,
+                planes.data_ptr(),
+                _address(whole),
+                _address(losses),
+            )
+            launch(parameters, device)
+        elif whole is not None:
+            whole.fill_(torch.nan)
+        if draft_length is None:
+            return Evaluation(*scores)
+        if top_k is None:
+            scores = (*scores, None, None)
+        return Evaluation(*scores, whole, losses)
+
+    return evaluate
+
+
+_FIRST_PLANE = {"sampled": 0, "argmax": 2, "top_k": 4}
+"""Where a mode's acceptance_prob lies among the outputs; its acceptance_ratio follows."""
+
+
+def verifier(module: ModuleType, launch: Launch) -> Callable[..., Verdict]:
+    """`verify` by a kernel of `module`, likewise."""
+
+    def verify(
+        target_logits: torch.Tensor,
+        draft_tokens: torch.Tensor,
+        draft_logits: torch.Tensor | None,
+        uniforms: torch.Tensor,
+        *,
+        mode: str = "sampled",
+        lengths: torch.Tensor | None = None,
+        draft_to_target: torch.Tensor | None = None,
+        target_temperature: float | torch.Tensor = 1.0,
+        draft_temperature: float | torch.Tensor = 1.0,
+        target_threshold: torch.Tensor | None = None,
+        draft_threshold: torch.Tensor | None = None,
+    ) -> Verdict:
+        target_logits = _dense_vocabulary(target_logits)
+        draft_logits = None if mode == "argmax" or draft_logits is None else _dense_vocabulary(draft_logits)
+        draft_tokens, uniforms = draft_tokens.contiguous(), uniforms.contiguous()
+        lengths = None if lengths is None else lengths.contiguous()
+        target_threshold, draft_threshold = _float32(target_threshold), _float32(draft_threshold)
+        target_shared, target_temperatures = _split(target_temperature)
+        draft_shared, draft_temperatures = _split(draft_temperature)
+
+        device = target_logits.device
+        batch, positions, vocabulary = target_logits.shape
+        accepted_length = torch.empty(batch, dtype=torch.int64, device=device)
+        tokens = torch.empty((batch, positions), dtype=torch.int64, device=device)
+        if batch:
+            shared_map = draft_to_target is None or draft_to_target.dim() == 1
+            parameters = module.VerifyParams(
+                (batch, positions - 1, vocabulary, vocabulary if draft_logits is None else draft_logits.shape[2]),
+                target_logits.data_ptr(),
+                _DTYPES[target_logits.dtype],
+                target_logits.stride(),
+                _address(draft_logits),
+                0 if draft_logits is None else _DTYPES[draft_logits.dtype],
+                (0, 0, 0) if draft_logits is None else draft_logits.stride(),
+                draft_tokens.data_ptr(),
+                uniforms.data_ptr(),
+                uniforms.dtype is torch.float64,
+                _address(lengths),
+                0 if draft_logits is None else _address(draft_to_target),
+                0 if shared_map else draft_to_target.shape[1],
+                _address(target_threshold),
+                _address(draft_threshold),
+                target_shared,
+                _address(target_temperatures),
+                draft_shared,
+                _address(draft_temperatures),
+                accepted_length.data_ptr(),
+                tokens.data_ptr(),
+            )
+            launch(parameters, device)
+        return Verdict(accepted_length, tokens)
+
+    return verify
+
+
+def require_cuda() -> None:
+    """Raises ImportError, with the reason, where the CUDA kernels cannot run."""
+    if not _native.cuda:
+        raise ImportError("the native module was built without CUDA")
+    if not torch.cuda.is_available():
+        raise ImportError("torch sees no CUDA device")
+
+
+def _on_cpu(run: Callable[[object, int], None]) -> Launch:
+    return lambda parameters, device: run(parameters, torch.get_num_threads())
+
+
+def _on_cuda(run: Callable[[object, int, int], None], workspace_bytes: Callable[[object], int], purpose: str) -> Launch:
+    def launch(parameters: object, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            scratch = workspace(device, stream, workspace_bytes(parameters), purpose)
+            run(parameters, scratch.data_ptr(), stream)
+
+    return launch
+
+
+evaluate_cpu = evaluator(_native, _on_cpu(_native.evaluate_cpu))
+verify_cpu = verifier(_native, _on_cpu(_native.verify_cpu))
+if _native.cuda:
+    evaluate_cuda = evaluator(_native, _on_cuda(_native.evaluate_cuda, _native.evaluate_cuda_workspace_bytes, "evaluate"))
+    verify_cuda = verifier(_native, _on_cuda(_native.verify_cuda, _native.verify_cuda_workspace_bytes, "verify"))
+
+
+def _dense_vocabulary(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _split(temperature: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
+    """Temperature for all rows, or else for each."""
+    return (0.0, _float32(temperature)) if isinstance(temperature, torch.Tensor) else (temperature, None)
