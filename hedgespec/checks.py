@@ -46,12 +46,15 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], sha
 
 
 def check_ids(name: str, ids: Tensor, highest: int) -> None:
-    """Integers in 0..highest."""
+    """Integers [n] or [m, n] in 0..highest."""
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
-    if ids.numel() <= _FEW:  # a list is quicker than two reductions
-        values = ids.flatten().tolist()
-        low, high = min(values), max(values)
+    if ids.numel() <= _FEW:  # lists are quicker than reductions
+        values = ids.tolist()
+        if ids.ndim > 1:
+            low, high = min(map(min, values)), max(map(max, values))
+        else:
+            low, high = min(values), max(values)
     else:
         low, high = (bound.item() for bound in ids.aminmax())
     if low < 0 or high > highest:
@@ -69,6 +72,8 @@ def check_uniforms(name: str, uniforms: Tensor) -> None:
 
 def check_temperature(name: str, temperature: float | Tensor, shape: tuple[int, ...], device) -> float | Tensor:
     """A finite number >= 0 or a tensor of them; as a number where the rows are seen to share one, for that is quicker."""
+    if type(temperature) is float and 0 <= temperature < math.inf:
+        return temperature
     if not isinstance(temperature, Tensor):
         if isinstance(temperature, bool) or not isinstance(temperature, Real):
             raise wrong(name, f"a number or a torch.Tensor of shape {list(shape)}", type(temperature).__name__, TypeError)

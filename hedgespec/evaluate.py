@@ -101,8 +101,8 @@ def evaluate(
     check_logits("target_logits", target_logits, "[B, T, V]", 3)
     check_logits("drafter_logits", drafter_logits, "[N, B, T, Vd]", 4)
     batch, positions, vocabulary = target_logits.shape
-    drafters, *rows, draft_vocabulary = drafter_logits.shape
-    if rows != [batch, positions] or drafters == 0:
+    drafters, rows, columns, draft_vocabulary = drafter_logits.shape
+    if rows != batch or columns != positions or drafters == 0:
         raise wrong(
             "drafter_logits",
             f"shape [N >= 1, {batch}, {positions}, Vd], as target_logits has [B, T] = [{batch}, {positions}]",
@@ -206,7 +206,7 @@ def evaluate_reference(
         kept = drafter_logits.to(dtype)
         if drafter_threshold is not None:
             kept = kept.masked_fill(kept < drafter_threshold.to(dtype)[..., None], -math.inf)
-        best, candidates = (part[..., :top_k] for part in kept.sort(-1, descending=True, stable=True))
+        best, candidates = (part[..., :top_k] for part in kept.sort(dim=-1, descending=True, stable=True))
         candidates, usable = candidates if ids is None else ids.gather(-1, candidates), best > -math.inf
         probs = target_probs.expand_as(draft_log_probs).gather(-1, candidates)
         scores += [

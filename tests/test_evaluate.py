@@ -14,10 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgespec import backends
-from hedgespec.evaluate import Evaluation, evaluate, evaluate_reference, expected_accepted_length, length_loss
+from hedgespec.evaluate import evaluate, evaluate_reference, expected_accepted_length, length_loss
+from hedgespec.records import Evaluation
 
 INF = math.inf
-FIELDS = ("acceptance_prob", "acceptance_ratio", "argmax_acceptance_prob", "argmax_acceptance_ratio")
+FIELDS = (
+    "acceptance_prob",
+    "acceptance_ratio",
+    "argmax_acceptance_prob",
+    "argmax_acceptance_ratio",
+    "top_k_acceptance_prob",
+    "top_k_acceptance_ratio",
+)
 
 
 # The definitions once more, in loops over Python floats: what this file trusts.
@@ -35,27 +43,30 @@ def distribution(logits: list[float], temperature: float, threshold: float) -> l
     return [weight / total for weight in weights]
 
 
-def score(target: list[float], draft: list[float], draft_logits: list[float], token: int, ids: list[int]) -> tuple[float, ...]:
-    """The four numbers of one drafter at one position; draft id j means target id ids[j]."""
+def score(target, draft, draft_logits: list[float], token: int, ids: list[int], top_k: int) -> tuple[float, ...]:
+    """The six numbers of one drafter at one position; draft id j means target id ids[j]; masked draft logits are -inf."""
     if not any(target) or not any(draft):
-        return 0.0, 0.0, 0.0, 0.0
+        return (0.0,) * 6
     spread = dict(zip(ids, draft, strict=True))
     draft_prob, target_prob = spread.get(token, 0.0), target[token]
     ratio = min(1.0, draft_prob / target_prob) if target_prob else float(draft_prob > 0)
     proposal = ids[draft_logits.index(max(draft_logits))]
     prob = math.fsum(min(target[v], q) for v, q in spread.items())
-    return prob, ratio, target[proposal], float(token == proposal)
+    order = sorted(range(len(ids)), key=lambda i: (-draft_logits[i], i))
+    candidates = [ids[i] for i in order[:top_k] if draft_logits[i] > -INF]
+    in_tree = math.fsum(target[v] for v in candidates), float(token in candidates)
+    return prob, ratio, target[proposal], float(token == proposal), *in_tree
 
 
 def brute_force(target_logits, drafter_logits, tokens, **options) -> torch.Tensor:
-    """`evaluate` by the loops above; float64 [4, N, B, T]."""
+    """`evaluate` by the loops above; float64 [4, N, B, T], with `top_k` [6, N, B, T]."""
     drafters, batch, positions, draft_vocabulary = drafter_logits.shape
     lengths = options.get("lengths")
     temperatures = [
         torch.as_tensor(options.get(f"{side}_temperature", 1.0), dtype=torch.float64).expand(batch).tolist()
         for side in ("target", "drafter")
     ]
-    out = torch.zeros(4, drafters, batch, positions, dtype=torch.float64)
+    out = torch.zeros(6, drafters, batch, positions, dtype=torch.float64)
     for n, b, t in itertools.product(range(drafters), range(batch), range(positions)):
         if lengths is not None and t >= lengths[b]:
             continue
@@ -63,16 +74,16 @@ def brute_force(target_logits, drafter_logits, tokens, **options) -> torch.Tenso
         target_floor = -INF if thresholds[0] is None else thresholds[0][b, t].item()
         draft_floor = -INF if thresholds[1] is None else thresholds[1][n, b, t].item()
         ids = options["draft_to_target"][n].tolist() if "draft_to_target" in options else range(draft_vocabulary)
-        draft_logits = drafter_logits[n, b, t].tolist()
+        draft_logits = [logit if logit >= draft_floor else -INF for logit in drafter_logits[n, b, t].tolist()]
         target = distribution(target_logits[b, t].tolist(), temperatures[0][b], target_floor)
         draft = distribution(draft_logits, temperatures[1][b], draft_floor)
-        scores = score(target, draft, draft_logits, tokens[b, t].item(), list(ids))
+        scores = score(target, draft, draft_logits, tokens[b, t].item(), list(ids), options.get("top_k") or 0)
         out[:, n, b, t] = torch.tensor(scores, dtype=torch.float64)
-    return out
+    return out if options.get("top_k") else out[:4]
 
 
 def stacked(result: Evaluation) -> torch.Tensor:
-    return torch.stack([getattr(result, field) for field in FIELDS])
+    return torch.stack([getattr(result, field) for field in FIELDS if getattr(result, field) is not None])
 
 
 def example(drafters=3, batch=2, positions=4, vocabulary=37, draft_vocabulary=None, spread=3.0):
@@ -94,7 +105,8 @@ def as_dtype(arguments, dtype):
 
 
 def dtypes_of(backend: str) -> list[torch.dtype]:
-    return [torch.float32, torch.bfloat16] + ([torch.float16, torch.float64] if backend == "reference" else [])
+    more = {"cpu": [], "reference": [torch.float16, torch.float64]}
+    return [torch.float32, torch.bfloat16, *more.get(backend, [torch.float16])]
 
 
 def check(arguments, options, backend):
@@ -155,6 +167,54 @@ def test_extreme_temperatures_stay_finite(backend, temperature):
     assert ((stacked(result) >= 0) & (stacked(result) <= 1)).all()
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 32])
+@pytest.mark.parametrize("draft_vocabulary", [None, 12])
+def test_top_k(backend, top_k, draft_vocabulary):
+    arguments, options = example(draft_vocabulary=draft_vocabulary)
+    arguments[1][0, 0] = arguments[1][0, 0].round() / 2  # ties, also across the border
+    arguments[1][1, :, :, ::2] = -INF  # for the largest k fewer candidates than asked for
+    options |= {"top_k": top_k, "drafter_threshold": arguments[1].float().sort(-1).values[..., -10]}
+    options["drafter_temperature"] = 0.0 if top_k == 3 else 1.0  # which must not matter
+    check(arguments, options, backend)
+
+
+def test_top_k_over_blocks(backend):
+    """The candidates lie anywhere in rows of several blocks, in rising and falling order."""
+    arguments, options = example(drafters=3, batch=1, positions=1, vocabulary=4500)
+    arguments[1][1] = arguments[1][1].sort(-1).values
+    arguments[1][2] = arguments[1][2].sort(-1, descending=True).values
+    check(arguments, options | {"top_k": 7}, backend)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "product"])
+@pytest.mark.parametrize("mode", ["sampled", "argmax", "top_k"])
+@pytest.mark.parametrize("draft_length", [1, 3, 6])
+def test_lengths_and_losses(backend, poisoned_empty, mode, estimator, draft_length):
+    arguments, _ = example(batch=4, positions=5, spread=1.0)
+    lengths = torch.tensor([5, 0, 2, 3])
+    arguments[2] = arguments[0].argmax(-1)  # ratios that are not all 0 in any mode
+    arguments = as_dtype(arguments, torch.float32)
+    options = {"lengths": lengths, "top_k": 4}
+    result = evaluate(*arguments, **options, draft_length=draft_length, estimator=estimator, mode=mode, backend=backend)
+    scores = brute_force(*as_dtype(arguments, torch.float64), **options)
+    torch.testing.assert_close(stacked(result).double(), scores, rtol=0, atol=TOLERANCES[torch.float32])
+
+    prob, ratio = scores[2 * ("sampled", "argmax", "top_k").index(mode) :][:2]
+    assert result.expected_accepted_length.shape == (3, 4)
+    assert result.length_losses.shape == (3, 4, 5, draft_length)
+    for b, t, k in itertools.product(range(4), range(5), range(1, draft_length + 1)):
+        losses = result.length_losses[:, b, t, k - 1].double()
+        if t + k > lengths[b]:
+            assert losses.isnan().all()
+            continue
+        window = slice(t, t + k)
+        expected = expected_accepted_length(prob[:, b, window], ratio[:, b, window], k, estimator)[:, 0]
+        torch.testing.assert_close(losses, length_loss(expected, k), rtol=0, atol=2e-5)
+        if t == 0 and k == draft_length:
+            torch.testing.assert_close(result.expected_accepted_length[:, b].double(), expected, rtol=0, atol=5e-5)
+    assert result.expected_accepted_length[:, lengths < draft_length].isnan().all()
+
+
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
 def test_logits_of_any_size(backend, shift):
     arguments, _ = example()
@@ -162,6 +222,35 @@ def test_logits_of_any_size(backend, shift):
     result = stacked(evaluate(*shifted, backend=backend)).double()
     expected = brute_force(*as_dtype(shifted, torch.float64))
     torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("jump", [30.0, 3e3, 3e7])
+def test_logits_that_rise_from_block_to_block(backend, jump):
+    """What a kernel takes for the highest logit is far too low when the next block comes, or far too high."""
+    (target_logits, drafter_logits, _), _ = example(drafters=4, batch=1, positions=1, vocabulary=6500)
+    steps = torch.arange(6500) // 1100
+    target_logits += steps * jump
+    drafter_logits += steps * torch.tensor([jump, -jump, 0.0, jump])[:, None, None, None]
+    drafter_logits[3, ..., :3000] = -INF
+    tokens = target_logits.argmax(-1)  # the loops' probabilities of most others underflow
+    arguments = [target_logits.float(), drafter_logits.float(), tokens]
+    result = stacked(evaluate(*arguments, backend=backend)).double()
+    expected = brute_force(*as_dtype(arguments, torch.float64))
+    torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCES[torch.float32])
+
+
+def test_few_drafters_many_threads(backend):
+    """Threads share a row where there are more of them than drafters."""
+    for drafters, draft_vocabulary in ((1, None), (2, None), (2, 9000)):
+        arguments, options = example(drafters, 1, 1, vocabulary=20_000, draft_vocabulary=draft_vocabulary)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(5)
+            result = stacked(evaluate(*as_dtype(arguments, torch.float32), **options, backend=backend)).double()
+        finally:
+            torch.set_num_threads(before)
+        expected = brute_force(*as_dtype(as_dtype(arguments, torch.float32), torch.float64), **options)
+        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCES[torch.float32])
 
 
 def test_thresholds_mask(backend):
@@ -233,6 +322,13 @@ def test_empty(backend, batch, positions):
     arguments, _ = example(batch=batch, positions=positions)
     result = evaluate(*as_dtype(arguments, torch.float32), backend=backend)
     assert stacked(result).shape == (4, 3, batch, positions)
+    assert result.top_k_acceptance_prob is result.expected_accepted_length is result.length_losses is None
+    options = {"top_k": 2, "draft_length": 2, "mode": "top_k"}
+    result = evaluate(*as_dtype(arguments, torch.float32), **options, backend=backend)
+    assert stacked(result).shape == (6, 3, batch, positions)
+    assert result.length_losses.shape == (3, batch, positions, 2)
+    assert result.expected_accepted_length.shape == (3, batch)
+    assert result.expected_accepted_length.isnan().all()
 
 
 def test_strides_are_free(backend, poisoned_empty):
@@ -439,36 +535,44 @@ MAP = torch.arange(5).repeat(4, 1)
     ("changes", "error", "message"),
     [
         bad("target_logits: expected a torch.Tensor; got list", TypeError, target_logits=[1.0]),
-        bad("target_logits: expected float64, .* got torch.int64", TypeError, target_logits=LOGITS.long()),
-        bad(r"target_logits: expected shape \[B, T, V\] .* got \(2, 5\)", target_logits=LOGITS[:, 0]),
-        bad(r"target_logits: .* vocabulary of at least 1; got \(2, 3, 0\)", target_logits=LOGITS[..., :0]),
-        bad("drafter_logits: expected float64, .* got torch.int32", TypeError, drafter_logits=DRAFTS.int()),
-        bad(r"drafter_logits: expected shape \[N, B, T, Vd\] .* got \(2, 3, 5\)", drafter_logits=DRAFTS[0]),
-        bad(r"drafter_logits: expected shape \[N >= 1, 2, 3, Vd\].* got \(4, 1, 3, 5\)", drafter_logits=DRAFTS[:, :1]),
-        bad(r"drafter_logits: expected shape \[N >= 1, .* got \(0, 2, 3, 5\)", drafter_logits=DRAFTS[:0]),
+        bad("target_logits: expected torch.float32 or .* got torch.int64", TypeError, target_logits=LOGITS.long()),
+        bad(r"target_logits: expected shape \[B, T, V\] .* got \[2, 5\]", target_logits=LOGITS[:, 0]),
+        bad(r"target_logits: .* vocabulary of at least 1; got \[2, 3, 0\]", target_logits=LOGITS[..., :0]),
+        bad("drafter_logits: expected torch.float32 or .* got torch.int32", TypeError, drafter_logits=DRAFTS.int()),
+        bad(r"drafter_logits: expected shape \[N, B, T, Vd\] .* got \[2, 3, 5\]", drafter_logits=DRAFTS[0]),
+        bad(r"drafter_logits: expected shape \[N >= 1, 2, 3, Vd\].* got \[4, 1, 3, 5\]", drafter_logits=DRAFTS[:, :1]),
+        bad(r"drafter_logits: expected shape \[N >= 1, .* got \[0, 2, 3, 5\]", drafter_logits=DRAFTS[:0]),
         bad("drafter_logits: expected a vocabulary of 5, .* got 4", drafter_logits=DRAFTS[..., :4]),
-        bad("drafter_logits: expected device cpu; got meta", drafter_logits=DRAFTS.to("meta")),
+        bad("drafter_logits: expected device cpu, .* got meta", drafter_logits=DRAFTS.to("meta")),
         bad("tokens: expected torch.int64; got torch.int32", TypeError, tokens=TOKENS.int()),
         bad(r"tokens: expected shape \[2, 3\]; got \[2, 2\]", tokens=TOKENS[:, :2]),
         bad(r"tokens: expected values in 0..4; got 5", tokens=TOKENS + 5),
         bad(r"tokens: expected values in 0..4; got -1", tokens=TOKENS - 1),
-        bad("tokens: expected device cpu, like target_logits; got meta", tokens=TOKENS.to("meta")),
+        bad("tokens: expected device cpu, like the target's logits; got meta", tokens=TOKENS.to("meta")),
         bad("lengths: expected torch.int64; got torch.float32", TypeError, lengths=torch.ones(2)),
         bad(r"lengths: expected shape \[2\]; got \[3\]", lengths=torch.ones(3, dtype=torch.int64)),
         bad("lengths: expected values in 0..3; got 4", lengths=torch.tensor([1, 4])),
-        bad("draft_to_target: expected torch.int64; got torch.int32", TypeError, draft_to_target=MAP.int()),
+        bad("draft_to_target: expected torch.int64 or torch.int32; got torch.int16", TypeError, draft_to_target=MAP.short()),
         bad(r"draft_to_target: expected shape \[4, 5\]; got \[3, 5\]", draft_to_target=MAP[:3]),
         bad("draft_to_target: expected values in 0..4; got 5", draft_to_target=MAP + 1),
         bad("draft_to_target: expected values in 0..4; got -1", draft_to_target=MAP - 1),
         bad("draft_to_target: expected distinct ids for each drafter; got 0 twice", draft_to_target=MAP * 0),
-        bad("target_temperature: expected a finite value >= 0; got -1.0", target_temperature=-1.0),
-        bad("drafter_temperature: expected a finite value >= 0; got nan", drafter_temperature=math.nan),
-        bad("target_temperature: expected a float or .* got str", TypeError, target_temperature="hot"),
+        bad("target_temperature: expected a finite number >= 0; got -1.0", target_temperature=-1.0),
+        bad("drafter_temperature: expected a finite number >= 0; got nan", drafter_temperature=math.nan),
+        bad("target_temperature: expected a number or .* got str", TypeError, target_temperature="hot"),
         bad("drafter_temperature: expected finite values >= 0; got inf", drafter_temperature=torch.tensor([1, INF])),
         bad(r"target_temperature: expected shape \[2\]; got \[3\]", target_temperature=torch.ones(3)),
-        bad("target_temperature: .* floating-point dtype; got torch.int64", TypeError, target_temperature=TOKENS[:, 0]),
+        bad("target_temperature: expected torch.float32 .* got torch.int64", TypeError, target_temperature=TOKENS[:, 0]),
         bad(r"target_threshold: expected shape \[2, 3\]; got \[3\]", target_threshold=torch.ones(3)),
         bad(r"drafter_threshold: expected shape \[4, 2, 3\]; got \[2, 3\]", drafter_threshold=torch.ones(2, 3)),
+        bad("top_k: expected 1..32; got 0", top_k=0),
+        bad("top_k: expected 1..32; got 33", top_k=33),
+        bad("top_k: expected an int; got float", TypeError, top_k=2.0),
+        bad("top_k: expected a number of candidates in mode 'top_k'; got None", mode="top_k"),
+        bad("draft_length: expected at least 1; got 0", draft_length=0),
+        bad("draft_length: expected an int; got bool", TypeError, draft_length=True),
+        bad("estimator: expected one of exact, product; got 'best'", estimator="best"),
+        bad("mode: expected one of sampled, argmax, top_k; got 'tree'", mode="tree"),
         bad("backend: expected 'auto' or one of .* got 'fast'", backend="fast"),
     ],
 )
