@@ -1,7 +1,8 @@
 """The package map, and the one native module, hedgespec._native, which CMakeLists.txt describes and CMake builds.
 
 A machine that cannot build it still installs: the package then runs on its other backends, as `hedgespec doctor` says.
-With HEDGESPEC_REQUIRE_NATIVE=1 in the environment a failed build fails the installation, with the compiler's own words.
+In the environment, HEDGESPEC_REQUIRE_NATIVE=1 makes a failed build fail the installation, with the compiler's own words;
+HEDGESPEC_CUDA=1 does so where the CUDA kernels cannot be built, and HEDGESPEC_CUDA=0 leaves them out.
 """
 
 import os
@@ -16,7 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = "hedgespec._native"
-REQUIRE_NATIVE = os.environ.get("HEDGESPEC_REQUIRE_NATIVE", "0") not in ("", "0")
+CUDA = {"0": "OFF", "1": "ON"}.get(os.environ.get("HEDGESPEC_CUDA", ""), "AUTO")
+REQUIRE_NATIVE = os.environ.get("HEDGESPEC_REQUIRE_NATIVE", "0") not in ("", "0") or CUDA == "ON"
 
 
 class BuildFailedError(Exception):
@@ -44,10 +46,11 @@ class BuildNative(build_ext):
             self.run_cmake(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
         except (ImportError, BuildFailedError) as error:
             if REQUIRE_NATIVE:
-                raise RuntimeError(f"{NATIVE} was not built, and HEDGESPEC_REQUIRE_NATIVE=1 asks for it") from error
+                raise RuntimeError(f"{NATIVE} was not built, and the environment asks for it") from error
             print(f"hedgespec: {NATIVE} was NOT built ({error}): installing without the cpu backend", file=sys.stderr)
         else:
-            print(f"hedgespec: built {NATIVE} (the cpu backend)", file=sys.stderr)
+            cuda = (Path(self.build_temp).resolve() / "cuda.txt").read_text()
+            print(f"hedgespec: built {NATIVE}. CPU kernels: built. CUDA kernels: {cuda}", file=sys.stderr)
 
     def run_cmake(self, destination):
         import pybind11
@@ -60,6 +63,7 @@ class BuildNative(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={destination}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DHEDGESPEC_CUDA={CUDA}",
         )  # fmt: skip
         run("compile", cmake, "--build", build, "--target", "install")
 

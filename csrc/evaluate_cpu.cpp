@@ -62,9 +62,10 @@ struct Row {
   std::int64_t length(std::int64_t block) const { return std::min(block_size, size - block * block_size); }
 };
 
-// The masses of a block count 2^shift times as much as they say; shift is -infinity where the block has none.
+// Its masses count 2^shift times as much as they say, which is `weight` of the row's whole mass; 0 where it has none.
 struct Block {
   float shift, sum, highest;
+  double weight;
 };
 
 // A row as a distribution: softmax(logits / temperature), or a point mass on the peak.
@@ -73,9 +74,8 @@ struct Law {
   std::int64_t index;  // the lowest index that holds it; -1 where no logit is above -inf
   float threshold;
   bool point_mass;
-  double scale;       // 1 / temperature
-  double log_total;   // of the sum of exp((logit - peak) * scale)
-  double log2_total;  // of the sum of the blocks' masses
+  double scale;      // 1 / temperature
+  double log_total;  // of the sum of exp((logit - peak) * scale)
 
   bool empty() const { return index < 0 || peak < threshold; }
   double log_prob(float logit, std::int64_t at) const {
@@ -84,7 +84,6 @@ struct Law {
     if (logit < threshold) return -infinity;
     return (static_cast<double>(logit) - peak) * scale - log_total;
   }
-  double block_weight(const Block& block) const { return std::exp2(block.shift - log2_total); }
 };
 
 // e^x for x <= 0, and exactly 0 below x = -87.7; relative error below 2e-7. For rows that the fast loops cannot take.
@@ -128,21 +127,19 @@ void fill_carefully(const Row<Logit>& row, float* masses, Block* blocks) {
   }
 }
 
-// What the overlap of the drafter before needs while this one's masses are written over its own.
+// The overlap of a drafter with the target, block by block.
 struct Overlap {
   const float* target_masses;
   const Block *target_blocks, *draft_blocks;
-  const Law *target, *draft;
   double sum = 0.0;
 
   // The draft's masses in the units of the target's: 0 where one of the blocks is empty, or next to it.
   float relative_weight(std::int64_t block) const {
-    const double own = target->block_weight(target_blocks[block]);
+    const double own = target_blocks[block].weight;
     if (own < negligible) return 0.0f;
-    const double weight = draft->block_weight(draft_blocks[block]) / own;
-    return static_cast<float>(std::min<double>(weight, std::numeric_limits<float>::max()));
+    return static_cast<float>(std::min<double>(draft_blocks[block].weight / own, std::numeric_limits<float>::max()));
   }
-  void add(std::int64_t block, float overlap) { sum += overlap * target->block_weight(target_blocks[block]); }
+  void add(std::int64_t block, float overlap) { sum += overlap * target_blocks[block].weight; }
 };
 
 // Masses of the blocks [first, last) of a row; `overlap`, if given, is brought up to date with what they replace. False if
@@ -178,7 +175,8 @@ bool fill(const Row<Logit>& row, std::int64_t first, std::int64_t last, float* m
       found = loops.masses(logits, length, scaling, out);
     }
     highest = std::max(highest, found.highest);
-    blocks[b] = found.highest == -infinity ? Block{-infinity, 0.0f, -infinity} : Block{scaling.shift, found.sum, found.highest};
+    blocks[b] = found.highest == -infinity ? Block{0.0f, 0.0f, -infinity, 0.0}
+                                              : Block{scaling.shift, found.sum, found.highest, 0.0};
   }
   return fits;
 }
@@ -196,28 +194,29 @@ std::int64_t find_peak(const Row<Logit>& row, const Block* blocks, float peak) {
   return i;
 }
 
-// The law of a row whose blocks are filled: `carefully` says by which of the two.
+// The law of a row whose blocks are filled, `carefully` or by the fast loops; gives the blocks their weights.
 template <typename Logit>
-Law law_of(const Row<Logit>& row, const Block* blocks, bool carefully) {
-  Law law{-infinity, -1, row.threshold, false, 0.0, 0.0, 0.0};
+Law law_of(const Row<Logit>& row, Block* blocks, bool carefully) {
+  Law law{-infinity, -1, row.threshold, false, 0.0, 0.0};
   const std::int64_t count = blocks_in(row.size);
   for (std::int64_t b = 0; b < count; ++b) law.peak = std::max(law.peak, blocks[b].highest);
   law.index = find_peak(row, blocks, law.peak);
   if (law.empty()) return law;
   const float scale = static_cast<float>(log2_e / row.temperature);
-  const double reference = carefully ? 0.0 : std::ceil(law.peak * scale);
+  const float reference = carefully ? 0.0f : std::ceil(law.peak * scale);
   double total = 0.0;
   for (std::int64_t b = 0; b < count; ++b) {
-    if (blocks[b].sum > 0.0f) total += blocks[b].sum * std::exp2(blocks[b].shift - reference);
+    blocks[b].weight = blocks[b].sum > 0.0f ? std::ldexp(1.0, static_cast<int>(blocks[b].shift - reference)) : 0.0;
+    total += blocks[b].sum * blocks[b].weight;
   }
-  law.log2_total = std::log2(total) + reference;
+  for (std::int64_t b = 0; b < count; ++b) blocks[b].weight /= total;
   if (carefully) {
     law.scale = std::min(1.0f / row.temperature, std::numeric_limits<float>::max());
     law.log_total = std::log(total);
   } else {
-    // With the scale that the loops used, rounding included.
+    // With the scale that the loops used, its rounding included.
     law.scale = static_cast<double>(scale) * ln_2;
-    law.log_total = law.log2_total * ln_2 - static_cast<double>(law.peak) * law.scale;
+    law.log_total = std::log(total) + reference * ln_2 - law.peak * law.scale;
   }
   return law;
 }
@@ -225,7 +224,7 @@ Law law_of(const Row<Logit>& row, const Block* blocks, bool carefully) {
 template <typename Logit>
 Law point_mass(const Row<Logit>& row, Block* blocks) {
   const auto& loops = rows::best_kernels<Logit>();
-  Law law{-infinity, -1, row.threshold, true, 0.0, 0.0, 0.0};
+  Law law{-infinity, -1, row.threshold, true, 0.0, 0.0};
   for (std::int64_t b = 0; b < blocks_in(row.size); ++b) {
     blocks[b].highest = loops.highest(row.logits + b * block_size, row.length(b));
     law.peak = std::max(law.peak, blocks[b].highest);
@@ -372,7 +371,7 @@ class Evaluation {
   // A map leads to any block of the target's masses, so they are brought to one scale.
   void normalise(const Law& law, std::int64_t at) {
     for (std::int64_t b = 0; b < blocks_in(params.vocabulary); ++b) {
-      const float weight = static_cast<float>(law.block_weight(targets->blocks_of(at)[b]));
+      const float weight = static_cast<float>(targets->blocks_of(at)[b].weight);
       float* const masses = targets->masses_of(at) + b * block_size;
       for (std::int64_t i = 0; i < std::min(block_size, params.vocabulary - b * block_size); ++i) masses[i] *= weight;
     }
@@ -386,7 +385,7 @@ class Evaluation {
   };
 
   Overlap overlap_of(const Unit& unit) const {
-    return {targets->masses_of(unit.at), targets->blocks_of(unit.at), unit.blocks, &target_laws[unit.at], &unit.law};
+    return {targets->masses_of(unit.at), targets->blocks_of(unit.at), unit.blocks};
   }
 
   // Each thread takes a run of drafters, row by row, through one buffer.
@@ -491,7 +490,7 @@ class Evaluation {
         continue;
       }
       overlap.sum += loops.overlap_mapped(overlap.target_masses, masses + start, map + start,
-                                          static_cast<float>(unit.law.block_weight(unit.blocks[b])), length);
+                                          static_cast<float>(unit.blocks[b].weight), length);
     }
     return overlap.sum;
   }

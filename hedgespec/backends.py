@@ -31,7 +31,10 @@ _HOW_TO_GET = {
         "HEDGESPEC_REQUIRE_NATIVE=1 pip install . shows why a build fails"
     ),
     "triton": "pip install triton",
-    "cuda": "it is built when HedgeSpec is installed on a machine with nvcc",
+    "cuda": (
+        "it is built when HedgeSpec is installed on a machine with nvcc (HEDGESPEC_CUDA=1 shows why it is not) and runs on "
+        "an NVIDIA GPU of compute capability 8.0 or newer"
+    ),
 }
 _log = logging.getLogger(__name__)
 
@@ -196,4 +199,5 @@ def _native_module() -> dict[str, object]:
         "instruction_set": _native.instruction_set(),
         "compiler": _native.compiler,
         "openmp": _native.openmp,
+        "cuda": _native.cuda,
     }

@@ -21,6 +21,7 @@ def describe(report: dict[str, object] | None = None) -> str:
     if native["built"]:
         threading = "OpenMP" if native["openmp"] else "one thread (no OpenMP)"
         lines += [f"  built with {native['compiler']}, {threading}; runs {native['instruction_set']}"]
+        lines += [f"  CUDA kernels {'for ' + native['cuda'] if native['cuda'] else 'not built'}"]
     else:
         lines += [f"  not built: {native['why']}"]
     lines += ["backends"]

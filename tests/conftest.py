@@ -1,19 +1,96 @@
-"""Shared by the tests: seeds, the backends an operation has here, tolerances, outputs that show what nobody wrote."""
+"""Shared by the tests: seeds, the backends an operation has here, tolerances, outputs that show what nobody wrote.
+
+Where there is no GPU, GPU kernels are tested all the same: Triton's in its interpreter, those in CUDA C++ in the emulator of
+tests/emulator. Where there is one, they run on it, and their tests are marked gpu.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import os
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hedgespec import backends
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+
+from hedgespec import backends  # noqa: E402
+
+GPU_BACKENDS = ("triton", "cuda")
 
 # Largest absolute error of a probability, against float64 on the same (already rounded) logits. Half types are computed
 # in float32, hence share its tolerance.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.float16: 5e-6}
+
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+
+
+class _Emulated:
+    """The native module with its CUDA kernels emulated, built when something of it is first asked for."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(_emulated_module(), name)
+
+
+@functools.cache
+def _emulated_module():
+    import build
+
+    return build.module()
+
+
+def _emulate_cuda(operation: str) -> None:
+    """Registers the emulated kernel as the cuda backend of an operation, for tensors on the CPU."""
+    from hedgespec import native
+
+    emulated = _Emulated()
+
+    def launch(parameters: object, device: torch.device) -> None:
+        size = getattr(emulated, f"{operation}_cuda_workspace_bytes")(parameters)
+        scratch = torch.zeros(size, dtype=torch.uint8)
+        getattr(emulated, f"{operation}_cuda")(parameters, scratch.data_ptr(), 0)
+
+    make = {"evaluate": native.evaluator, "verify": native.verifier}[operation]
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    backends.register(operation, "cuda", lambda: make(emulated, launch), devices=("cpu",), dtypes=narrow)
+
+
+if not HAS_GPU and shutil.which("g++"):
+    for _operation in ("evaluate", "verify"):
+        importlib.import_module(f"hedgespec.{_operation}")
+        try:
+            _emulate_cuda(_operation)
+        except ImportError:  # no native module: then there is nothing to launch with
+            break
+
+
+def anywhere(operation):
+    """The operation for tests that write their tensors on the CPU: a GPU backend gets them on the GPU where there is one."""
+
+    def moved(value: object, device: str) -> object:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    @functools.wraps(operation)
+    def run(*arguments, backend: str = "auto", **options):
+        device = "cuda" if HAS_GPU and backend in GPU_BACKENDS else "cpu"
+        if device == "cpu":
+            return operation(*arguments, backend=backend, **options)
+        arguments = [moved(argument, device) for argument in arguments]
+        options = {name: moved(value, device) for name, value in options.items()}
+        result = operation(*arguments, backend=backend, **options)
+        fields = (field.name for field in dataclasses.fields(result))
+        return dataclasses.replace(result, **{name: moved(getattr(result, name), "cpu") for name in fields})
+
+    return run
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -25,15 +102,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     registered = backends.report()["operations"][operation]
     metafunc.parametrize(
         "backend",
-        [
-            pytest.param(name, marks=() if state == "available" else pytest.mark.skip(reason=f"{name} is {state}"))
-            for name, state in registered.items()
-        ],
+        [pytest.param(name, marks=_marks(name, state)) for name, state in registered.items()],
     )
 
 
+def _marks(name: str, state: str) -> list[pytest.MarkDecorator]:
+    if state != "available":
+        return [pytest.mark.skip(reason=f"{name} is {state}")]
+    return [pytest.mark.gpu] if HAS_GPU and name in GPU_BACKENDS else []
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if HAS_GPU:
         return
     for item in items:
         if "gpu" in item.keywords:

@@ -9,13 +9,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TOLERANCES
+from conftest import GPU_BACKENDS, HAS_GPU, TOLERANCES, anywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgespec import backends
-from hedgespec.evaluate import evaluate, evaluate_reference, expected_accepted_length, length_loss
+from hedgespec import evaluate as public_evaluate
+from hedgespec.evaluate import evaluate_reference, expected_accepted_length, length_loss
 from hedgespec.records import Evaluation
+
+evaluate = anywhere(public_evaluate)
 
 INF = math.inf
 FIELDS = (
@@ -604,8 +607,9 @@ def test_inference_mode_maps_are_checked_too():
 
 
 def test_backends_share_one_signature():
-    public = dict(inspect.signature(evaluate).parameters)
+    public = dict(inspect.signature(public_evaluate).parameters)
     del public["backend"]
     for name in backends.available("evaluate"):
-        assert dict(inspect.signature(backends.resolve("evaluate", name, "cpu")).parameters) == public
+        device = "cuda" if HAS_GPU and name in GPU_BACKENDS else "cpu"
+        assert dict(inspect.signature(backends.resolve("evaluate", name, device)).parameters) == public
     assert dict(inspect.signature(evaluate_reference).parameters) == public
