@@ -216,7 +216,7 @@ Law law_of(const Row<Logit>& row, Block* blocks, bool carefully) {
   } else {
     // With the scale that the loops used, its rounding included.
     law.scale = static_cast<double>(scale) * ln_2;
-    law.log_total = std::log(total) + reference * ln_2 - law.peak * law.scale;
+    law.log_total = std::max(0.0, std::log(total) + reference * ln_2 - law.peak * law.scale);  // the peak alone gives 0
   }
   return law;
 }

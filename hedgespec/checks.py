@@ -23,14 +23,16 @@ def wrong(name: str, expected: object, got: object, error: type[Exception] = Val
     return error(f"{name}: expected {expected}; got {got}")
 
 
-def check_logits(name: str, logits: Tensor, dims: str, ndim: int | None) -> None:
-    """Floating-point logits of `ndim` dimensions (None: at least one) over a vocabulary of at least 1."""
+def check_logits(name: str, logits: Tensor, dims: str, ndim: int | None) -> torch.Size:
+    """Floating-point logits of `ndim` dimensions (None: at least one) over a vocabulary of at least 1; returns their shape."""
     if not isinstance(logits, Tensor):
         raise wrong(name, "a torch.Tensor", type(logits).__name__, TypeError)
     if logits.dtype not in FLOATING:
         raise wrong(name, _either(FLOATING), logits.dtype, TypeError)
-    if (logits.ndim != ndim if ndim is not None else logits.ndim == 0) or logits.shape[-1] == 0:
-        raise wrong(name, f"shape {dims} with a vocabulary of at least 1", list(logits.shape))
+    shape = logits.shape
+    if (len(shape) != ndim if ndim is not None else not shape) or shape[-1] == 0:
+        raise wrong(name, f"shape {dims} with a vocabulary of at least 1", list(shape))
+    return shape
 
 
 def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device) -> None:

@@ -31,7 +31,7 @@ class DecodeConfig:
             cost falls as 1/m, and the learner sees the same losses later, which its delay queue allows.
         selection: "sample" a drafter from the weights, or take their "argmax".
         track_regret: score every drafter after each round even where the learner does not ask for it.
-        backend: of `evaluate`; "auto" or a name from `hedgespec.backends.BACKENDS`.
+        backend: of `evaluate` and `verify`; "auto" or a name from `hedgespec.backends.BACKENDS`.
 
     Raises: TypeError or ValueError naming the argument, what was expected and what came. Learner, its options and the
     prior are checked by `Decoder`, which knows the number of drafters; the backend when it is first used.

@@ -258,6 +258,7 @@ class _Request:
             draft_temperature=self.sampling.temperature,
             target_threshold=self.sampling.threshold(logits[None]),
             draft_threshold=self.sampling.threshold(draft.logits) if sampled else None,
+            backend=self.config.backend,
         )
 
     def _emit(self, verdict: Verdict) -> list[int]:

@@ -98,10 +98,8 @@ def evaluate(
 
     Source: arXiv 2510.20064, section 3 (acceptance_prob is its gamma); the ratios and the other modes are ours.
     """
-    check_logits("target_logits", target_logits, "[B, T, V]", 3)
-    check_logits("drafter_logits", drafter_logits, "[N, B, T, Vd]", 4)
-    batch, positions, vocabulary = target_logits.shape
-    drafters, rows, columns, draft_vocabulary = drafter_logits.shape
+    batch, positions, vocabulary = check_logits("target_logits", target_logits, "[B, T, V]", 3)
+    drafters, rows, columns, draft_vocabulary = check_logits("drafter_logits", drafter_logits, "[N, B, T, Vd]", 4)
     if rows != batch or columns != positions or drafters == 0:
         raise wrong(
             "drafter_logits",

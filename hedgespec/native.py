@@ -41,13 +41,27 @@ def evaluator(module: ModuleType, launch: Launch) -> Callable[..., Evaluation]:
         estimator: str = "exact",
         mode: str = "sampled",
     ) -> Evaluation:
-        # Every tensor whose address is handed over must keep a name until the launch returns.
-        target_logits, drafter_logits = _dense_vocabulary(target_logits), _dense_vocabulary(drafter_logits)
+        # A call takes a few microseconds, so nothing here is done twice, or for arguments that were not given. Every tensor
+        # whose address is handed over must keep a name until the launch returns.
+        target_strides, drafter_strides = target_logits.stride(), drafter_logits.stride()
+        if target_strides[2] != 1:
+            target_logits = target_logits.contiguous()
+            target_strides = target_logits.stride()
+        if drafter_strides[3] != 1:
+            drafter_logits = drafter_logits.contiguous()
+            drafter_strides = drafter_logits.stride()
         tokens = tokens.contiguous()
-        lengths = None if lengths is None else lengths.contiguous()
-        target_threshold, drafter_threshold = _float32(target_threshold), _float32(drafter_threshold)
-        target_shared, target_temperatures = _split(target_temperature)
-        drafter_shared, drafter_temperatures = _split(drafter_temperature)
+        if lengths is not None:
+            lengths = lengths.contiguous()
+        if target_threshold is not None:
+            target_threshold = _float32(target_threshold)
+        if drafter_threshold is not None:
+            drafter_threshold = _float32(drafter_threshold)
+        target_temperatures = drafter_temperatures = None
+        if isinstance(target_temperature, torch.Tensor):
+            target_temperature, target_temperatures = 0.0, _float32(target_temperature)
+        if isinstance(drafter_temperature, torch.Tensor):
+            drafter_temperature, drafter_temperatures = 0.0, _float32(drafter_temperature)
 
         shape, device = drafter_logits.shape, target_logits.device
         drafters, batch, positions, _ = shape
@@ -57,33 +71,32 @@ def evaluator(module: ModuleType, launch: Launch) -> Callable[..., Evaluation]:
         if draft_length is not None:
             whole = torch.empty((drafters, batch), dtype=torch.float32, device=device)
             losses = torch.empty((drafters, batch, positions, draft_length), dtype=torch.float32, device=device)
-        first = _FIRST_PLANE[mode]
-        if tokens.numel():
+        if batch and positions:
             parameters = module.EvaluateParams(
                 shape,
                 target_logits.shape[2],
                 target_logits.data_ptr(),
                 _DTYPES[target_logits.dtype],
-                target_logits.stride(),
+                target_strides,
                 drafter_logits.data_ptr(),
                 _DTYPES[drafter_logits.dtype],
-                drafter_logits.stride(),
+                drafter_strides,
                 tokens.data_ptr(),
-                _address(lengths),
-                _address(draft_to_target),
-                _address(target_threshold),
-                _address(drafter_threshold),
-                target_shared,
-                _address(target_temperatures),
-                drafter_shared,
-                _address(drafter_temperatures),
+                0 if lengths is None else lengths.data_ptr(),
+                0 if draft_to_target is None else draft_to_target.data_ptr(),
+                0 if target_threshold is None else target_threshold.data_ptr(),
+                0 if drafter_threshold is None else drafter_threshold.data_ptr(),
+                target_temperature,
+                0 if target_temperatures is None else target_temperatures.data_ptr(),
+                drafter_temperature,
+                0 if drafter_temperatures is None else drafter_temperatures.data_ptr(),
                 top_k or 0,
                 draft_length or 0,
                 estimator == "product",
-                first,
+                _FIRST_PLANE[mode],
                 planes.data_ptr(),
-                _address(whole),
-                _address(losses),
+                0 if whole is None else whole.data_ptr(),
+                0 if losses is None else losses.data_ptr(),
             )
             launch(parameters, device)
         elif whole is not None:
@@ -170,7 +183,8 @@ def require_cuda() -> None:
 
 
 def _on_cpu(run: Callable[[object, int], None]) -> Launch:
-    return lambda parameters, device: run(parameters, torch.get_num_threads())
+    threads = torch.get_num_threads
+    return lambda parameters, device: run(parameters, threads())
 
 
 def _on_cuda(run: Callable[[object, int, int], None], workspace_bytes: Callable[[object], int], purpose: str) -> Launch:

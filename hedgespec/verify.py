@@ -95,8 +95,7 @@ def verify(
     Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding", 2023, Algorithm 1;
         a reduced draft vocabulary as in EAGLE-3, 2025.
     """
-    check_logits("target_logits", target_logits, "[B, K+1, V]", 3)
-    batch, positions, vocabulary = target_logits.shape
+    batch, positions, vocabulary = check_logits("target_logits", target_logits, "[B, K+1, V]", 3)
     draft_length = positions - 1
     if draft_length < 0:
         raise wrong("target_logits", "shape [B, K+1, V] with K >= 0", list(target_logits.shape))
@@ -121,8 +120,7 @@ def verify(
         check_tensor("draft_threshold", draft_threshold, FLOATING, (batch, draft_length), device)
 
     if draft_logits is not None:
-        check_logits("draft_logits", draft_logits, "[B, K, Vd]", 3)
-        draft_vocabulary = draft_logits.shape[-1]
+        draft_vocabulary = check_logits("draft_logits", draft_logits, "[B, K, Vd]", 3)[-1]
         if draft_to_target is None:
             draft_vocabulary = vocabulary
         else:
