@@ -364,12 +364,12 @@ class Evaluation {
       if (!valid(first + at)) continue;
       const bool filled = std::all_of(parts + at * splits, parts + (at + 1) * splits, [](double part) { return part != 0.0; });
       const Law& law = target_laws[at] = finish(target_row(first + at), targets->masses_of(at), targets->blocks_of(at), filled);
-      if (params.draft_to_target && !law.point_mass && !law.empty()) normalise(law, at);
+      if (params.draft_to_target && !law.point_mass && !law.empty()) normalise(at);
     }
   }
 
   // A map leads to any block of the target's masses, so they are brought to one scale.
-  void normalise(const Law& law, std::int64_t at) {
+  void normalise(std::int64_t at) {
     for (std::int64_t b = 0; b < blocks_in(params.vocabulary); ++b) {
       const float weight = static_cast<float>(targets->blocks_of(at)[b].weight);
       float* const masses = targets->masses_of(at) + b * block_size;

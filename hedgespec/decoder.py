@@ -339,9 +339,8 @@ class _Request:
                 drafter_threshold=self.sampling.threshold(drafter_logits),
                 backend=self.config.backend,
             )
-            argmax = self.config.mode == "argmax"
-            prob[alive] = (result.argmax_acceptance_prob if argmax else result.acceptance_prob)[:, 0].double().cpu()
-            ratio[alive] = (result.argmax_acceptance_ratio if argmax else result.acceptance_ratio)[:, 0].double().cpu()
+            scores = result.scores[:, :, 0].double().cpu()
+            prob[alive], ratio[alive] = scores[2:4] if self.config.mode == "argmax" else scores[:2]
         return prob, ratio
 
     def _learn(self, choice: Choice | None, weights: np.ndarray, emitted: int, scores) -> None:

@@ -211,23 +211,15 @@ def evaluate_reference(
             probs.where(usable, 0).sum(-1).clamp(max=1),
             (((candidates == emitted) & usable).any(-1) & has_target).to(dtype),
         ]
-    scores = [score.where(valid, 0) for score in scores]
-    result = Evaluation(*scores)
+    scores = torch.stack([score.where(valid, 0) for score in scores])
     if draft_length is None:
-        return result
-    prob, ratio = (score.masked_fill(~valid, math.nan) for score in of_mode(result, mode))
+        return Evaluation(scores)
+    prob, ratio = scores[2 * MODES.index(mode) :][:2].masked_fill(~valid, math.nan)
     prob, ratio = (torch.nn.functional.pad(score, (0, draft_length), value=math.nan) for score in (prob, ratio))
     expected = expected_accepted_length(prob, ratio, draft_length, estimator, all_lengths=True)
     whole = expected[:, :, 0, -1]  # padded by K, so there is a first position even where T = 0
     losses = 1 - expected[:, :, :positions] / torch.arange(2, draft_length + 2, dtype=dtype, device=expected.device)
-    scores += [None] * (6 - len(scores))
-    return Evaluation(*scores, expected_accepted_length=whole, length_losses=losses)
-
-
-def of_mode(result: Evaluation, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """acceptance_prob and acceptance_ratio of one proposal mode."""
-    prefix = "" if mode == "sampled" else f"{mode}_"
-    return getattr(result, f"{prefix}acceptance_prob"), getattr(result, f"{prefix}acceptance_ratio")
+    return Evaluation(scores, whole, losses)
 
 
 def _log_probs(

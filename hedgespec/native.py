@@ -65,8 +65,7 @@ def evaluator(module: ModuleType, launch: Launch) -> Callable[..., Evaluation]:
 
         shape, device = drafter_logits.shape, target_logits.device
         drafters, batch, positions, _ = shape
-        planes = torch.empty((4 if top_k is None else 6, drafters, batch, positions), dtype=torch.float32, device=device)
-        scores = planes.unbind()
+        scores = torch.empty((4 if top_k is None else 6, drafters, batch, positions), dtype=torch.float32, device=device)
         whole = losses = None
         if draft_length is not None:
             whole = torch.empty((drafters, batch), dtype=torch.float32, device=device)
@@ -94,18 +93,14 @@ def evaluator(module: ModuleType, launch: Launch) -> Callable[..., Evaluation]:
                 draft_length or 0,
                 estimator == "product",
                 _FIRST_PLANE[mode],
-                planes.data_ptr(),
+                scores.data_ptr(),
                 0 if whole is None else whole.data_ptr(),
                 0 if losses is None else losses.data_ptr(),
             )
             launch(parameters, device)
         elif whole is not None:
             whole.fill_(torch.nan)
-        if draft_length is None:
-            return Evaluation(*scores)
-        if top_k is None:
-            scores = (*scores, None, None)
-        return Evaluation(*scores, whole, losses)
+        return Evaluation(scores, whole, losses)
 
     return evaluate
 

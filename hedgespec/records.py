@@ -40,26 +40,47 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Every drafter at every position, for every proposal mode; float [N, B, T] in [0, 1], 0 past a row's length."""
+    """Every drafter at every position, for every proposal mode."""
 
-    acceptance_prob: torch.Tensor
-    """Sampled mode: sum_v min(target_prob(v), draft_prob(v)) = 1 - total variation."""
-    acceptance_ratio: torch.Tensor
-    """Sampled mode: min(1, draft_prob(x) / target_prob(x)) for the emitted token x."""
-    argmax_acceptance_prob: torch.Tensor
-    """Argmax mode: target_prob(d) for the drafter's likeliest token d."""
-    argmax_acceptance_ratio: torch.Tensor
-    """Argmax mode: 1 where x = d, else 0."""
-    top_k_acceptance_prob: torch.Tensor | None = None
-    """Top-k mode (a tree's node): the target's mass on the drafter's k likeliest tokens. None where `top_k` is not given."""
-    top_k_acceptance_ratio: torch.Tensor | None = None
-    """Top-k mode: 1 where x is one of them, else 0."""
+    scores: torch.Tensor
+    """[M, N, B, T] in [0, 1], 0 past a row's length: acceptance_prob and acceptance_ratio of the sampled mode, of the argmax
+    mode and, where `top_k` was given (M = 6 instead of 4), of the top-k mode. The properties below are views of it."""
     expected_accepted_length: torch.Tensor | None = None
     """[N, B]: expected tokens, in [1, K+1], of a round of K drafts from the row's first position; NaN where the row is
-    shorter than K. None where `draft_length` is not given."""
+    shorter than K. None where `draft_length` was not given."""
     length_losses: torch.Tensor | None = None
     """[N, B, T, K]: at [..., t, k-1] the loss 1 - L / (k+1) of a round that drafts k tokens from position t; NaN where that
     would end past the row's length."""
+
+    @property
+    def acceptance_prob(self) -> torch.Tensor:
+        """Sampled mode, [N, B, T]: sum_v min(target_prob(v), draft_prob(v)) = 1 - total variation."""
+        return self.scores[0]
+
+    @property
+    def acceptance_ratio(self) -> torch.Tensor:
+        """Sampled mode: min(1, draft_prob(x) / target_prob(x)) for the emitted token x."""
+        return self.scores[1]
+
+    @property
+    def argmax_acceptance_prob(self) -> torch.Tensor:
+        """Argmax mode: target_prob(d) for the drafter's likeliest token d."""
+        return self.scores[2]
+
+    @property
+    def argmax_acceptance_ratio(self) -> torch.Tensor:
+        """Argmax mode: 1 where x = d, else 0."""
+        return self.scores[3]
+
+    @property
+    def top_k_acceptance_prob(self) -> torch.Tensor | None:
+        """Top-k mode (a tree's node): the target's mass on the drafter's k likeliest tokens."""
+        return self.scores[4] if len(self.scores) > 4 else None
+
+    @property
+    def top_k_acceptance_ratio(self) -> torch.Tensor | None:
+        """Top-k mode: 1 where x is one of them, else 0."""
+        return self.scores[5] if len(self.scores) > 4 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,7 @@ def brute_force(target_logits, drafter_logits, tokens, **options) -> torch.Tenso
 
 
 def stacked(result: Evaluation) -> torch.Tensor:
+    """The scores under their names, [4 or 6, N, B, T]."""
     return torch.stack([getattr(result, field) for field in FIELDS if getattr(result, field) is not None])
 
 
