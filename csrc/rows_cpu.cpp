@@ -21,7 +21,6 @@ struct Types;
   template <>                                                                \
   struct Types<WIDTH> {                                                      \
     typedef float Floats __attribute__((vector_size(WIDTH * 4)));            \
-    typedef std::int32_t Integers __attribute__((vector_size(WIDTH * 4)));   \
     typedef std::uint32_t Words __attribute__((vector_size(WIDTH * 4)));     \
     typedef std::uint16_t Halves __attribute__((vector_size(WIDTH * 2)));    \
   }
@@ -69,7 +68,7 @@ template <int Width>
 struct Loops {
   using V = Vector<Width>;
   using Floats = typename V::Floats;
-  using Integers = typename V::Integers;
+  using Words = typename V::Words;
   static constexpr std::int64_t step = unroll * Width;
   static_assert(chunk_size % step == 0);
 
@@ -108,8 +107,7 @@ struct Loops {
     for (int j = 0; j < unroll; ++j) value[j] = value[j] * logit[j] + 6.9314697e-1f;
     for (int j = 0; j < unroll; ++j) value[j] = value[j] * logit[j] + 1.0000001f;
     for (int j = 0; j < unroll; ++j) {
-      value[j] = reinterpret_cast<Floats>(reinterpret_cast<Integers>(value[j]) +
-                                          (reinterpret_cast<Integers>(power[j]) << 23));
+      value[j] = reinterpret_cast<Floats>(reinterpret_cast<Words>(value[j]) + (reinterpret_cast<Words>(power[j]) << 23));
     }
     if constexpr (Overlapping) sums.overlap += smaller(target, out, weight);
     for (int j = 0; j < unroll; ++j) V::store(out + j * Width, value[j]);
