@@ -1,7 +1,7 @@
-"""verify on the CPU against the torch reference: `pytest bench/bench_verify.py` (times per call).
+"""verify against the torch reference: `pytest bench/bench_verify.py`, on a GPU with `--device cuda` (times per call).
 
-Each shape first asserts that both give the same tokens, then times them in the same run and prints `speedup`: the
-reference's fastest call over ours, the two taking turns. The kernel does not look past a rejection, so both ends are timed:
+Each shape first asserts that all give the same tokens, then times them in the same run and prints `speedup`: the
+reference's fastest call over a kernel's, taking turns. The kernel does not look past a rejection, so both ends are timed:
 a draft rejected at its first token and one accepted whole. Set OMP_NUM_THREADS to choose the threads.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hedgespec import backends
 from hedgespec.verify import sample, verify
 
 DRAFT_LENGTH = 5
@@ -47,25 +48,34 @@ def inputs(shape, dtype, case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "V{}-Vd{}".format(*shape))
-def test_verify(benchmark, capsys, fastest, shape, case, dtype):
-    arguments = inputs(shape, dtype, case)
+def test_verify(benchmark, capsys, device, fastest_on, shape, case, dtype):
+    arguments = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs(shape, dtype, case).items()
+    }
     expected = verify(**arguments, backend="reference")
     assert expected.accepted_length.item() == (0 if "rejected" in case else DRAFT_LENGTH)
-    assert torch.equal(verify(**arguments, backend="cpu").tokens, expected.tokens)
+    own = {"cpu": ("cpu",)}.get(device.type, ("triton", "cuda"))
+    kernels = [name for name in backends.available("verify") if name in own]
+    assert kernels, f"no kernel for {device}"
+    for name in kernels:
+        assert torch.equal(verify(**arguments, backend=name).tokens, expected.tokens)
 
-    def ours():
-        return verify(**arguments, backend="cpu")
+    def call(name):
+        return lambda given: verify(**given, backend=name)
 
-    own_time, torch_time = fastest(ours, lambda: verify(**arguments, backend="reference"))
-    benchmark.extra_info["speedup"] = torch_time / own_time
-    with capsys.disabled():
-        print(
-            f"\nK={DRAFT_LENGTH} V={shape[0]} Vd={shape[1]} {dtype}, {case}, {torch.get_num_threads()} thread(s): "
-            f"cpu {own_time * 1e3:.3f} ms, torch reference {torch_time * 1e3:.3f} ms, speedup {torch_time / own_time:.2f}"
-        )
-    benchmark(ours)
+    torch_time, *times = fastest_on([arguments], *(call(name) for name in ("reference", *kernels)))
+    for name, own_time in zip(kernels, times):
+        benchmark.extra_info[f"{name}_speedup"] = round(torch_time / own_time, 3)
+        with capsys.disabled():
+            print(
+                f"\nK={DRAFT_LENGTH} V={shape[0]} Vd={shape[1]} {str(dtype)[6:]}, {case}, {name}: {own_time * 1e3:.3f} ms, "
+                f"{torch_time / own_time:.2f} x the torch reference ({torch_time * 1e3:.3f} ms)"
+            )
+    benchmark.pedantic(call(kernels[0]), args=(arguments,), rounds=5, warmup_rounds=1)
 
 
-def test_overhead_on_small_inputs(benchmark):
+def test_overhead_on_small_inputs(benchmark, device):
     """Validation, dispatch and launch: the whole call on logits too small to matter."""
-    benchmark(verify, **inputs((64, 64), torch.float32, "sampled, all accepted"), backend="cpu")
+    arguments = inputs((64, 64), torch.float32, "sampled, all accepted")
+    benchmark(verify, **{key: each.to(device) if isinstance(each, torch.Tensor) else each for key, each in arguments.items()})
