@@ -7,6 +7,10 @@
 
 #include "hedgespec.h"
 
+#if !defined(HEDGESPEC_MODULE)
+#define HEDGESPEC_MODULE _native  // the tests build another one, with the CUDA kernels on the CPU
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -130,7 +134,7 @@ const char* instruction_set() {
 
 }  // namespace
 
-PYBIND11_MODULE(_native, module) {
+PYBIND11_MODULE(HEDGESPEC_MODULE, module) {
   module.doc() = "HedgeSpec's compiled kernels; call them through the package's operations, which validate.";
   const py::call_guard<py::gil_scoped_release> without_the_gil;
   py::class_<hedgespec::EvaluateParams>(module, "EvaluateParams", py::module_local()).def(py::init(&evaluate_params));
