@@ -30,7 +30,7 @@ _HOW_TO_GET = {
         "it is built when HedgeSpec is installed on a machine with a C++20 compiler; "
         "HEDGESPEC_REQUIRE_NATIVE=1 pip install . shows why a build fails"
     ),
-    "triton": "pip install triton",
+    "triton": "pip install triton, on a machine with a GPU that torch can use",
     "cuda": (
         "it is built when HedgeSpec is installed on a machine with nvcc (HEDGESPEC_CUDA=1 shows why it is not) and runs on "
         "an NVIDIA GPU of compute capability 8.0 or newer"
@@ -52,6 +52,12 @@ class _Entry:
 
 
 _table: dict[str, dict[str, _Entry]] = {}
+
+
+def require_gpu() -> None:
+    """Raises ImportError, as a `load` does, where kernels for GPUs have none to run on."""
+    if "cpu" not in TRITON_DEVICES and not torch.cuda.is_available():
+        raise ImportError("torch sees no GPU")
 
 
 def register(

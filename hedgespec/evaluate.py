@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from hedgespec.backends import TRITON_DEVICES, register, resolve
+from hedgespec.backends import TRITON_DEVICES, register, require_gpu, resolve
 from hedgespec.checks import (
     FLOATING,
     check_ids,
@@ -361,6 +361,7 @@ def _load_cuda():
 
 
 def _load_triton():
+    require_gpu()
     from hedgespec.triton_kernels.evaluate import evaluate_triton
 
     return evaluate_triton

@@ -174,7 +174,7 @@ def require_cuda() -> None:
     if not _native.cuda:
         raise ImportError("the native module was built without CUDA")
     if not torch.cuda.is_available():
-        raise ImportError("torch sees no CUDA device")
+        raise ImportError("torch sees no GPU")
 
 
 def _on_cpu(run: Callable[[object, int], None]) -> Launch:

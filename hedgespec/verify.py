@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hedgespec.backends import TRITON_DEVICES, register, resolve
+from hedgespec.backends import TRITON_DEVICES, register, require_gpu, resolve
 from hedgespec.checks import (
     FLOATING,
     WIDE,
@@ -335,6 +335,7 @@ def _load_cuda():
 
 
 def _load_triton():
+    require_gpu()
     from hedgespec.triton_kernels.verify import verify_triton
 
     return verify_triton

@@ -311,6 +311,7 @@ struct Grid {
 };
 
 inline Thread* current = nullptr;
+inline std::vector<void*> ended_fibers;  // thread sanitizer's
 inline std::vector<std::unique_ptr<char[]>> idle_stacks;
 inline std::mt19937_64 random_numbers;
 
@@ -502,11 +503,22 @@ inline void start_cluster(Grid& grid, std::uint64_t first_block) {
   }
 }
 
+// Destroys what thread sanitizer keeps of threads that have ended, but for the last `kept`: the name of a destroyed one is
+// given to another, and a race between the two is not seen.
+inline void destroy_fibers([[maybe_unused]] std::size_t kept) {
+#if defined(__SANITIZE_THREAD__)
+  if (ended_fibers.size() <= kept) return;
+  const auto last = ended_fibers.end() - static_cast<std::ptrdiff_t>(kept);
+  std::for_each(ended_fibers.begin(), last, __tsan_destroy_fiber);
+  ended_fibers.erase(ended_fibers.begin(), last);
+#endif
+}
+
 inline void end_cluster(Grid& grid) {
   for (auto& block : grid.cluster) {
     for (Thread& thread : block->threads) {
 #if defined(__SANITIZE_THREAD__)
-      __tsan_destroy_fiber(thread.sanitizer_fiber);  // and its stack goes: another fiber on it would look like a race
+      ended_fibers.push_back(thread.sanitizer_fiber);  // and its stack goes: another fiber on it would look like a race
 #else
       idle_stacks.push_back(std::move(thread.stack));
 #endif
@@ -586,8 +598,12 @@ inline void launch(Grid& grid) {
       grid.error = std::current_exception();
     }
     end_cluster(grid);
-    if (grid.error) std::rethrow_exception(grid.error);
+    destroy_fibers(4000);  // it has room for 8000 threads at a time
+    if (!grid.error) continue;
+    order_after(&grid.end_mark);
+    std::rethrow_exception(grid.error);
   }
+  destroy_fibers(0);
   order_after(&grid.end_mark);
 }
 

@@ -62,7 +62,9 @@ class Case:
             self.map = np.stack(maps).astype(np.int32)
         self.thresholds = None
         if thresholds:
-            self.thresholds = [random.standard_normal(shape).astype(np.float32) for shape in ((batch, positions), self.shape[:3])]
+            self.thresholds = [
+                random.standard_normal(shape).astype(np.float32) for shape in ((batch, positions), self.shape[:3])
+            ]
         self.temperatures = [np.linspace(0, 2, batch, dtype=np.float32), np.linspace(1, 0, batch, dtype=np.float32)]
 
     def run(self, module, launch):
