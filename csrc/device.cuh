@@ -169,6 +169,29 @@ HEDGESPEC_DEVICE void mbarrier_wait(Mbarrier* mbarrier, unsigned parity) {
 #endif
 }
 
+// The same, where other blocks of the cluster count at the mbarrier: what they did before is seen too.
+HEDGESPEC_DEVICE void mbarrier_wait_cluster(Mbarrier* mbarrier, unsigned parity) {
+#if defined(HEDGESPEC_EMULATED)
+  hedgespec_emulator::mbarrier_wait(mbarrier, parity);
+#elif HEDGESPEC_HAS_CLUSTERS
+  const std::uint32_t address = shared_address(mbarrier);
+  unsigned done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n"
+        "}"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+  } while (!done);
+#else
+  __trap();
+#endif
+}
+
 // Orders this thread's ordinary accesses to shared memory before the copy engine's that follow.
 HEDGESPEC_DEVICE void fence_before_copies() {
 #if !defined(HEDGESPEC_EMULATED) && HEDGESPEC_HAS_CLUSTERS

@@ -8,9 +8,9 @@
 // memory, asynchronously, and the next row's exponentials are taken while that travels: an exchange costs little more than
 // its instructions.
 //
-// Splits (any GPU, and what the clusters cannot hold). Every row is cut into splits, a block for each, which writes a partial
-// peak and sum to the workspace. The block that completes a drafter's pair of rows, by a count in the workspace, merges the
-// partials and reads both rows again, from the L2 cache, for the overlap.
+// Splits (any GPU, and what the clusters cannot hold). Every row is cut into splits, a block for each, which writes a
+// partial peak and sum to the workspace. The block that completes a drafter's pair of rows, by a count in the workspace,
+// merges the partials and reads both rows again, from the L2 cache, for the overlap.
 //
 // Within a position the blocks of a cluster reduce through distributed shared memory: they run at the same time by
 // construction, so a barrier in hardware is all they need. Across positions (the losses of a row need all its T positions)
@@ -42,7 +42,8 @@ using device::Mbarrier;
 
 // A thread takes quads of 4 neighbouring logits, and keeps them in registers. A quad is what one load brings (16 bytes of
 // float32, 8 of a half type); neighbouring threads hold neighbouring quads, so loads from shared memory never meet in a
-// bank, whatever the dtype. Two quads make a group, which a stage of the ring holds for every thread; the last is half empty.
+// bank, whatever the dtype. Two quads make a group, which a stage of the ring holds for every thread; the last is half
+// empty.
 constexpr int quads = 13;
 constexpr int groups = (quads + 1) / 2;
 constexpr int per_group = 8;
@@ -263,10 +264,14 @@ __device__ __forceinline__ Peak exponentials(const Tile<threads>& tile, float sc
 #pragma unroll
   for (int quad = 0; quad < quads; ++quad) {
     float* const e = x + quad * 4;
-    // The highest logit goes first, so that no scale, however large, can overflow.
+    if (quad * threads * 4 < tile.size) {  // the same for all threads
+      // The highest logit goes first, so that no scale, however large, can overflow.
 #pragma unroll
-    for (int i = 0; i < 4; ++i) e[i] = device::exp2_fast((e[i] - shift) * scale);
-    sum += (e[0] + e[1]) + (e[2] + e[3]);
+      for (int i = 0; i < 4; ++i) e[i] = device::exp2_fast((e[i] - shift) * scale);
+      sum += (e[0] + e[1]) + (e[2] + e[3]);
+    } else {
+      e[0] = e[1] = e[2] = e[3] = 0.0f;
+    }
   }
   peak.sum = device::warp_sum(sum);
   // Few lanes hold the highest logit: they look for it once more instead of all lanes carrying ids along.
@@ -392,8 +397,9 @@ __device__ __forceinline__ void finish_losses(const EvaluateParams& params, unsi
   }
 }
 
-__device__ __forceinline__ void write_scores(const EvaluateParams& params, Pair at, float prob, float ratio, float argmax_prob,
-                                             float argmax_ratio, float top_k_prob, float top_k_ratio) {
+__device__ __forceinline__ void write_scores(const EvaluateParams& params, Pair at, float prob, float ratio,
+                                             float argmax_prob, float argmax_ratio, float top_k_prob,
+                                             float top_k_ratio) {
   if (threadIdx.x % 32) return;
   const std::int64_t out = output_index(params, at);
   params.acceptance_prob[out] = prob;
@@ -637,6 +643,7 @@ struct ClusterWorker {
   __device__ __forceinline__ void produce(int freed) const {
     Producer& state = common().producer;
     state.empty += freed;
+    device::fence_before_copies();  // the reads of what the stages held
     while (state.empty > 0) {
       const Row& row = common().queue[state.row];
       if (!row.exists) return;
@@ -665,7 +672,8 @@ struct ClusterWorker {
   // Moves a row that does not consist of whole quads at aligned addresses to where it does: to the beginning of its stages,
   // padded with -inf. What the copies could not bring (at most 7 logits at either end of a stage) comes from global memory.
   template <typename Bits, typename StageAt, typename Wait>
-  __device__ __forceinline__ void align(const Row& row, Bits minus_infinity, const StageAt& stage_at, const Wait& wait) const {
+  __device__ __forceinline__ void align(const Row& row, Bits minus_infinity, const StageAt& stage_at,
+                                        const Wait& wait) const {
 #pragma unroll 1
     for (int group = 0; group < row.stages; ++group) {
       const StageBytes bytes(row, sizeof(Bits), group);
@@ -688,9 +696,9 @@ struct ClusterWorker {
     __syncthreads();
   }
 
-  // Reads the block's slice of the row from the ring into exponentials, and leaves the warps' peaks and candidates. Where the
-  // row does not count it writes x all the same: or else, as the compiler sees it, the registers could still hold an earlier
-  // row, and two rows would have to be kept everywhere.
+  // Reads the block's slice of the row from the ring into exponentials, and leaves the warps' peaks and candidates. Where
+  // the row does not count it writes x all the same: or else, as the compiler sees it, the registers could still hold an
+  // earlier row, and two rows would have to be kept everywhere.
   __device__ __forceinline__ void read(const Row& row, bool counts, float (&x)[per_thread]) const {
     const int slot = row.slot, turn = row.number % 2;
     const auto stage_at = [&](int group) { return slot + group < plan.stages ? slot + group : slot + group - plan.stages; };
@@ -735,7 +743,8 @@ struct ClusterWorker {
       const Peak of_block = merge_lanes(lane < warps ? common().of_warps[turn][lane] : no_peak(), row.scale);
       if (params.draft_to_target) device::fence_cluster();  // this block's target probabilities are there for the others
       if (lane < plan.cluster_size) {
-        const uint4 bits{__float_as_uint(of_block.value), static_cast<unsigned>(of_block.id), __float_as_uint(of_block.sum), 0};
+        const uint4 bits{__float_as_uint(of_block.value), static_cast<unsigned>(of_block.id),
+                         __float_as_uint(of_block.sum), 0};
         device::store_async(&common().of_blocks[turn][rank], static_cast<unsigned>(lane), bits, exchanged);
       }
     }
@@ -754,7 +763,7 @@ struct ClusterWorker {
     // When this returns, every block has read this row and used all rows before it: it stores its peak after that. So this
     // row may overwrite the target's probabilities, a drafter finds those of all the cluster, and the exchange of the next
     // row but one may overwrite this one's.
-    device::mbarrier_wait(common().exchanged + turn, static_cast<unsigned>(row.number / 2 % 2));
+    device::mbarrier_wait_cluster(common().exchanged + turn, static_cast<unsigned>(row.number / 2 % 2));
     const Peak peak = merge_lanes(lane < plan.cluster_size ? common().of_blocks[turn][lane] : no_peak(), row.scale);
     const float shift = common().of_warps[turn][warp].value - peak.value;
     const float factor = peak.id == no_id ? 0.0f : device::exp2_fast(shift * row.scale) * device::reciprocal(peak.sum);
@@ -764,8 +773,9 @@ struct ClusterWorker {
       for (int quad = 0; quad < quads; ++quad) {
         const int at = (quad * cluster_threads + thread) * 4;
         if (at < plan.target_slice) {
+          const float* const e = x + quad * 4;
           *reinterpret_cast<float4*>(target_probs() + at) =
-              make_float4(x[quad * 4] * factor, x[quad * 4 + 1] * factor, x[quad * 4 + 2] * factor, x[quad * 4 + 3] * factor);
+              make_float4(e[0] * factor, e[1] * factor, e[2] * factor, e[3] * factor);
         }
       }
       return;
@@ -1230,7 +1240,9 @@ Device describe(int index) {
   if (device.capability < 90) return device;
   check(cudaFuncSetAttribute(evaluate_clusters, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes),
         "dynamic shared memory");
-  check(cudaFuncSetAttribute(evaluate_clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "clusters of 16");
+  if (cudaFuncSetAttribute(evaluate_clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // clusters of 16 are not for this device: what is active of them says so
+  }
   for (int i = 0, size = 1; i < 5; ++i, size *= 2) {
     cudaLaunchAttribute cluster{};
     const cudaLaunchConfig_t config = cluster_launch(1, size, device.shared_bytes, nullptr, &cluster);
@@ -1259,13 +1271,17 @@ const Device& current_device() {
 // The clusters' size, number and share of the work; cluster_size 0: they cannot hold these rows.
 //
 // A multiprocessor holds one block (its registers are full), and the pairs are dealt out evenly to the clusters that run at
-// the same time, so there are no waves and no multiprocessors left over but what a cluster's size does not divide: pairs of
-// one position lie next to each other, and a cluster whose share begins within a position reads that target once more, mostly
-// from L2. What counts is the longest share, in logits that one block reads, plus what a row costs however short it is (its
-// barriers and its reductions; an estimate). At N=7, T=9, B=1, V=151936 on 132 multiprocessors that is 16 clusters of 8
-// (128 blocks), 4 pairs each, 5 or 6 slices of 18992 logits: 190 to 230 KB of bfloat16 a block, of which the ring keeps about
-// 140 KB in flight (4.8 TB/s times a latency of 0.8 us asks for 30 KB a multiprocessor). Each logit costs one exponential
-// (16 a clock: 7100 clocks for 6 slices, 4 us) and about nine other instructions.
+// the same time, so there are no waves, and no multiprocessors are left over but those that a cluster's size does not
+// divide. Pairs of one position lie next to each other; a cluster whose share begins within a position reads that target
+// once more, mostly from L2. What counts is the longest share: the logits that a block of it takes, in whole quads for all
+// its threads, and what a row costs however short it is (its barriers, its reductions; an estimate).
+//
+// At N=7, T=9, B=1, V=151936 on 132 multiprocessors that is 16 clusters of 8 (128 blocks) with 4 pairs each, hence 5 or 6
+// rows of 18992 logits a block: 190 to 230 KB of bfloat16, of which the ring keeps about 120 KB in flight (4.8 TB/s times a
+// latency of 0.8 us asks for 30 KB a multiprocessor). A logit costs one exponential (16 a clock: 7500 clocks for 6 rows,
+// 4 us), about ten other instructions (four warps a clock: 9400 clocks, 5 us) and 8 bytes of shared memory written and read
+// (128 a clock: 7100 clocks, 4 us): these, and the 4.6 us that memory takes, overlap. Where 8 clusters of 16 run at the same
+// time, they are about even (8 pairs each, 10 rows of 9496 logits). Worked out on paper: to be measured.
 ClusterPlan plan_clusters(const EvaluateParams& params, const Device& device) {
   ClusterPlan best{};
   if (device.capability < 90 || params.vocabulary > largest_cluster * cluster_threads * per_thread ||
@@ -1292,7 +1308,9 @@ ClusterPlan plan_clusters(const EvaluateParams& params, const Device& device) {
     const std::int64_t clusters = std::min(active, pairs), share = (pairs + clusters - 1) / clusters;
     const std::int64_t targets = std::min(share, (share + params.drafters - 2) / params.drafters + 1);
     const int row_cost = size == 1 ? 1024 : 2048;
-    const std::int64_t cost = share * (draft_slice + row_cost) + targets * (target_slice + row_cost);
+    constexpr int column = cluster_threads * 4;
+    const std::int64_t cost = share * (round_up(draft_slice, column) + row_cost) +
+                              targets * (round_up(target_slice, column) + row_cost);
     if (best.cluster_size && best_cost <= cost) continue;
     best_cost = cost;
     best = {size, static_cast<int>(clusters), target_slice, draft_slice, stage_bytes, stages, fixed + stages * stage_bytes};

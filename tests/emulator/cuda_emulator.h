@@ -4,16 +4,17 @@
 // along x, warp operations over whole warps, mbarriers and bulk copies. csrc/device.cuh maps its own functions to these.
 //
 // Every CUDA thread is a fiber; one operating system thread runs them all, each up to the next point where it must wait
-// (a barrier, a warp operation), in an order drawn anew for every cluster. That is fast, repeatable (HEDGESPEC_EMULATED_SEED)
-// and tells a deadlock from a wait. The blocks of a cluster are alive together; clusters run one after another, shuffled.
+// (a barrier, a warp operation), in an order drawn anew for every cluster. That is fast, repeatable (by the variable
+// HEDGESPEC_EMULATED_SEED) and tells a deadlock from a wait. The blocks of a cluster are alive together; clusters run one
+// after another, shuffled.
 //
 // What it shows:
 //   shared memory nobody wrote    every buffer, and the destination of every copy in flight, is filled with NaN bytes
 //   a missing wait for a copy     copies land late, at a random moment
 //   a missing barrier             by the order of the threads, or for certain with -fsanitize=thread: fibers are threads to
 //                                 it, ordered only by what orders CUDA threads (a shuffle does not), clusters by nothing
-//   accesses out of bounds        -fsanitize=address,undefined: buffers have their exact size, and a block's shared memory is
-//                                 freed when its last thread ends, whatever another block of the cluster still reads
+//   accesses out of bounds        -fsanitize=address,undefined: buffers have their exact size, and a block's shared memory
+//                                 is freed when its last thread ends, whatever another block of the cluster still reads
 //   misuse                        divergent barriers, misaligned copies, more shared memory than was asked for: they throw
 // What it cannot show: the memory model between the generic and the asynchronous proxy, timing, registers.
 #pragma once
@@ -122,7 +123,7 @@ struct cudaLaunchConfig_t {
 
 namespace hedgespec_emulator {
 
-// The device that the runtime tells of. HEDGESPEC_EMULATED_DEVICE="CAPABILITY,SMS,SHARED,LARGEST,SMALLEST" makes another one:
+// The device that the runtime tells of. HEDGESPEC_EMULATED_DEVICE="CAPABILITY,SMS,SHARED,LARGEST,SMALLEST" makes another:
 // its multiprocessors, a block's shared memory in bytes, and the sizes of clusters that it runs (a range, so that a test can
 // have any size chosen). Every description is a device of its own: what host code keeps for a device stays right.
 struct Device {
@@ -154,9 +155,10 @@ struct Permissions {
   int shared = 48 * 1024;
   bool large_clusters = false;
 };
-inline std::map<const void*, Permissions>& permissions() {
-  static std::map<const void*, Permissions> kept;
-  return kept;
+// What a kernel may use on the current device.
+inline Permissions& permissions(const void* kernel) {
+  static std::map<std::pair<const void*, int>, Permissions> kept;
+  return kept[{kernel, current_device()}];
 }
 
 // Fibers.
@@ -634,7 +636,7 @@ Element* of_rank(Element* local, unsigned rank) {
   const Unwatched unwatched;
   Block& block = *current->block;
   const auto offset = reinterpret_cast<std::uintptr_t>(local) - reinterpret_cast<std::uintptr_t>(block.shared);
-  if (offset + sizeof(Element) > block.grid->shared_bytes) misuse("an address outside shared memory was mapped to a cluster");
+  if (offset + sizeof(Element) > block.grid->shared_bytes) misuse("an address outside shared memory was mapped");
   if (rank != block.rank && block.grid->cluster_meeting.generation == 0) {
     misuse("another block's shared memory before any cluster barrier: on a GPU that block may not have started");
   }
@@ -653,7 +655,7 @@ inline void mbarrier_arrive_expect(std::uint64_t* mbarrier, unsigned bytes) {
   const Unwatched unwatched;
   order_before(mbarrier);
   MbarrierState state = mbarrier_read(mbarrier);
-  if (state.expected == 0 || state.pending == 0 || state.pending > state.expected) misuse("too many arrivals at an mbarrier");
+  if (state.pending == 0 || state.pending > state.expected) misuse("too many arrivals at an mbarrier");
   state.bytes = state.bytes + bytes;
   state.pending = state.pending - 1;
   mbarrier_write(mbarrier, state);
@@ -716,7 +718,7 @@ inline unsigned ballot(unsigned mask, bool predicate) {
   wait(warp.meeting, arrive(warp.meeting, false), false);
   unsigned bits = 0;
   const unsigned first = current->index.x / 32 * 32, threads = current->block->grid->block_size.x;
-  for (unsigned lane = 0; lane < std::min(32u, threads - first); ++lane) bits |= static_cast<unsigned>(values[lane] != 0) << lane;
+  for (unsigned lane = 0; lane < std::min(32u, threads - first); ++lane) bits |= (values[lane] != 0 ? 1u : 0u) << lane;
   return bits;
 }
 
@@ -809,7 +811,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
-  auto& allowed = hedgespec_emulator::permissions()[reinterpret_cast<const void*>(kernel)];
+  auto& allowed = hedgespec_emulator::permissions(reinterpret_cast<const void*>(kernel));
   const auto& device = hedgespec_emulator::devices()[static_cast<std::size_t>(hedgespec_emulator::current_device())].second;
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     if (value > device.shared) return cudaErrorInvalidValue;
@@ -851,7 +853,7 @@ __attribute__((weak, used)) HedgespecEmulatedLaunch hedgespec_emulated_launch{};
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   const auto& device = hedgespec_emulator::devices()[static_cast<std::size_t>(hedgespec_emulator::current_device())].second;
-  const auto allowed = hedgespec_emulator::permissions()[reinterpret_cast<const void*>(kernel)];
+  const auto allowed = hedgespec_emulator::permissions(reinterpret_cast<const void*>(kernel));
   hedgespec_emulator::Grid grid;
   grid.size = config->gridDim;
   grid.block_size = config->blockDim;

@@ -41,9 +41,21 @@ def narrowed(logits: np.ndarray, dtype: int) -> np.ndarray:
 class Case:
     """Arguments of one evaluation, kept alive, each in memory of its exact size."""
 
-    def __init__(self, seed, drafters, batch, positions, vocabulary, draft_vocabulary=None, dtypes=(0, 0), top_k=0, draft_length=0,
-                 ragged=False, thresholds=False, offset=0):  # fmt: skip
-        random = np.random.default_rng(seed)
+    def __init__(
+        self,
+        drafters,
+        batch,
+        positions,
+        vocabulary,
+        draft_vocabulary=None,
+        dtypes=(0, 0),
+        top_k=0,
+        draft_length=0,
+        ragged=False,
+        thresholds=False,
+        offset=0,
+    ):
+        random = np.random.default_rng(0)
         self.shape = (drafters, batch, positions, draft_vocabulary or vocabulary)
         self.vocabulary, self.dtypes, self.top_k, self.draft_length = vocabulary, dtypes, top_k, draft_length
         self.logits = []
@@ -62,9 +74,8 @@ class Case:
             self.map = np.stack(maps).astype(np.int32)
         self.thresholds = None
         if thresholds:
-            self.thresholds = [
-                random.standard_normal(shape).astype(np.float32) for shape in ((batch, positions), self.shape[:3])
-            ]
+            shapes = (batch, positions), self.shape[:3]
+            self.thresholds = [random.standard_normal(shape).astype(np.float32) for shape in shapes]
         self.temperatures = [np.linspace(0, 2, batch, dtype=np.float32), np.linspace(1, 0, batch, dtype=np.float32)]
 
     def run(self, module, launch):
@@ -103,21 +114,21 @@ class Case:
         return planes, whole, losses
 
 
+HALVES = {"dtypes": (1, 1), "top_k": 5, "draft_length": 2, "ragged": True, "thresholds": True}
+REDUCED = {"draft_vocabulary": 777, "dtypes": (1, 0), "top_k": 3, "draft_length": 3}
 CASES = {
     "plain": {"vocabulary": 1031, "drafters": 3, "batch": 2, "positions": 3},
-    "halves, everything": {"vocabulary": 1200, "drafters": 2, "batch": 3, "positions": 3, "dtypes": (1, 1), "top_k": 5, "draft_length": 2,
-                           "ragged": True, "thresholds": True},  # fmt: skip
-    "reduced vocabulary": {"vocabulary": 1500, "draft_vocabulary": 777, "drafters": 4, "batch": 2, "positions": 2, "dtypes": (1, 0),
-                           "top_k": 3, "draft_length": 3},  # fmt: skip
+    "halves, everything": {"vocabulary": 1200, "drafters": 2, "batch": 3, "positions": 3} | HALVES,
+    "reduced vocabulary": {"vocabulary": 1500, "drafters": 4, "batch": 2, "positions": 2} | REDUCED,
     "odd addresses": {"vocabulary": 777, "drafters": 2, "batch": 2, "positions": 2, "dtypes": (0, 1), "offset": 3},
     "many pairs": {"vocabulary": 40, "drafters": 9, "batch": 4, "positions": 9, "draft_length": 4, "top_k": 2},
-}  # fmt: skip
+}
 
 
 def evaluate(module) -> None:
     for (device, description), (name, arguments) in itertools.product(DEVICES.items(), CASES.items()):
         os.environ["HEDGESPEC_EMULATED_DEVICE"] = description
-        case = Case(0, **arguments)
+        case = Case(**arguments)
 
         def launch(parameters):
             workspace = np.zeros(max(module.evaluate_cuda_workspace_bytes(parameters), 1), np.uint8)
