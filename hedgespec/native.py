@@ -212,5 +212,10 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 
 def _split(temperature: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    """Temperature for all rows, or else for each."""
-    return (0.0, _float32(temperature)) if isinstance(temperature, torch.Tensor) else (temperature, None)
+    """Temperature for all rows, or else for each; in float32, and above 0 where it is."""
+    if isinstance(temperature, torch.Tensor):
+        return 0.0, _float32(temperature)
+    return (temperature and max(temperature, _TINY)), None
+
+
+_TINY = torch.finfo(torch.float32).tiny

@@ -304,6 +304,7 @@ def same_verdict(arguments, *, most_close=0.5):
 MAPS = {"no map": {}, "shared map": dict(draft_vocabulary=25), "map per row": dict(draft_vocabulary=25, per_row=True)}
 
 
+@pytest.mark.slow  # test_verify.py has the like for every backend
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["sampled", "argmax"])
@@ -327,6 +328,7 @@ def test_verdicts_at_temperatures(maps, target_temperature, draft_temperature):
     same_verdict(arguments | dict(target_temperature=target_temperature, draft_temperature=draft_temperature))
 
 
+@pytest.mark.slow  # test_verify.py has the like for every backend
 @runs
 @pytest.mark.parametrize("maps", MAPS.values(), ids=MAPS)
 def test_verdicts_with_thresholds(maps):
