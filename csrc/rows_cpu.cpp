@@ -62,7 +62,7 @@ struct Vector : Types<Width> {
 
 // Two vectors at a time: enough independent work to hide latencies, few enough to keep everything in 16 registers.
 constexpr int unroll = 2;
-constexpr std::int64_t prefetch_distance = 512;  // logits
+constexpr std::int64_t prefetch_distance = 1024;  // logits
 
 template <int Width>
 struct Loops {
