@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -84,7 +83,7 @@ def build(sanitize: str = "", threads: int | None = SMALL) -> Path:
         f"-I{sysconfig.get_path('include')}",
     ]
     shared = "\0".join([compiler() or "", *flags]).encode() + b"".join(path.read_bytes() for path in headers)
-    base = Path(os.environ.get("HEDGESPEC_EMULATED_CACHE", Path(tempfile.gettempdir()) / f"hedgespec-emulated-{os.getuid()}"))
+    base = Path(os.environ.get("HEDGESPEC_CACHE") or Path.home() / ".cache" / "hedgespec") / "emulated"
     base.mkdir(parents=True, exist_ok=True)
 
     objects = [_compiled(base, path.name, path.read_bytes(), flags, shared) for path in sources]
