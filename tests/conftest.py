@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -64,7 +64,7 @@ def _emulate_cuda(operation: str) -> None:
     backends.register(operation, "cuda", lambda: make(emulated, launch), devices=("cpu",), dtypes=narrow)
 
 
-if not HAS_GPU and shutil.which("g++"):
+if not HAS_GPU and shutil.which("g++") and importlib.util.find_spec("pybind11"):
     for _operation in ("evaluate", "verify"):
         importlib.import_module(f"hedgespec.{_operation}")
         try:

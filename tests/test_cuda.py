@@ -31,6 +31,7 @@ import build  # noqa: E402
 CUDA_SOURCES = sorted(SOURCES.glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
+pytest.importorskip("pybind11")
 pytestmark = pytest.mark.skipif(not build.compiler(), reason="no C++ compiler")
 
 INF = float("inf")
