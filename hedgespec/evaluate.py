@@ -28,12 +28,12 @@ from hedgespec.checks import (
     rarer,
     wrong,
 )  # fmt: skip
-from hedgespec.records import Evaluation
+from hedgespec.records import PROPOSAL_MODES, Evaluation
 
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 ESTIMATORS = ("exact", "product")
-MODES = ("sampled", "argmax", "top_k")
+MODES = PROPOSAL_MODES
 MOST_CANDIDATES = 32
 """The largest `top_k`."""
 

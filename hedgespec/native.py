@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 
 from hedgespec import _native
-from hedgespec.records import Evaluation, Verdict
+from hedgespec.launch import as_float32, dense_vocabulary, empty_evaluation, not_quite_zero, split_temperature
+from hedgespec.records import PROPOSAL_MODES, Evaluation, Verdict
 from hedgespec.workspace import workspace
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -53,23 +54,13 @@ def evaluator(module: ModuleType, launch: Launch) -> Callable[..., Evaluation]:
         tokens = tokens.contiguous()
         if lengths is not None:
             lengths = lengths.contiguous()
-        if target_threshold is not None:
-            target_threshold = _float32(target_threshold)
-        if drafter_threshold is not None:
-            drafter_threshold = _float32(drafter_threshold)
-        target_temperatures = drafter_temperatures = None
-        if isinstance(target_temperature, torch.Tensor):
-            target_temperature, target_temperatures = 0.0, _float32(target_temperature)
-        if isinstance(drafter_temperature, torch.Tensor):
-            drafter_temperature, drafter_temperatures = 0.0, _float32(drafter_temperature)
+        target_threshold, drafter_threshold = as_float32(target_threshold), as_float32(drafter_threshold)
+        target_temperature, target_temperatures = split_temperature(target_temperature)
+        drafter_temperature, drafter_temperatures = split_temperature(drafter_temperature)
 
         shape, device = drafter_logits.shape, target_logits.device
         drafters, batch, positions, _ = shape
-        scores = torch.empty((4 if top_k is None else 6, drafters, batch, positions), dtype=torch.float32, device=device)
-        whole = losses = None
-        if draft_length is not None:
-            whole = torch.empty((drafters, batch), dtype=torch.float32, device=device)
-            losses = torch.empty((drafters, batch, positions, draft_length), dtype=torch.float32, device=device)
+        result = empty_evaluation(drafters, batch, positions, top_k, draft_length, device)
         if batch and positions:
             parameters = module.EvaluateParams(
                 shape,
@@ -81,32 +72,26 @@ def evaluator(module: ModuleType, launch: Launch) -> Callable[..., Evaluation]:
                 _DTYPES[drafter_logits.dtype],
                 drafter_strides,
                 tokens.data_ptr(),
-                0 if lengths is None else lengths.data_ptr(),
-                0 if draft_to_target is None else draft_to_target.data_ptr(),
-                0 if target_threshold is None else target_threshold.data_ptr(),
-                0 if drafter_threshold is None else drafter_threshold.data_ptr(),
+                _address(lengths),
+                _address(draft_to_target),
+                _address(target_threshold),
+                _address(drafter_threshold),
                 target_temperature,
-                0 if target_temperatures is None else target_temperatures.data_ptr(),
+                _address(target_temperatures),
                 drafter_temperature,
-                0 if drafter_temperatures is None else drafter_temperatures.data_ptr(),
+                _address(drafter_temperatures),
                 top_k or 0,
                 draft_length or 0,
                 estimator == "product",
-                _FIRST_PLANE[mode],
-                scores.data_ptr(),
-                0 if whole is None else whole.data_ptr(),
-                0 if losses is None else losses.data_ptr(),
+                2 * PROPOSAL_MODES.index(mode),
+                result.scores.data_ptr(),
+                _address(result.expected_accepted_length),
+                _address(result.length_losses),
             )
             launch(parameters, device)
-        elif whole is not None:
-            whole.fill_(torch.nan)
-        return Evaluation(scores, whole, losses)
+        return result
 
     return evaluate
-
-
-_FIRST_PLANE = {"sampled": 0, "argmax": 2, "top_k": 4}
-"""Where a mode's acceptance_prob lies among the outputs; its acceptance_ratio follows."""
 
 
 def verifier(module: ModuleType, launch: Launch) -> Callable[..., Verdict]:
@@ -126,13 +111,13 @@ def verifier(module: ModuleType, launch: Launch) -> Callable[..., Verdict]:
         target_threshold: torch.Tensor | None = None,
         draft_threshold: torch.Tensor | None = None,
     ) -> Verdict:
-        target_logits = _dense_vocabulary(target_logits)
-        draft_logits = None if mode == "argmax" or draft_logits is None else _dense_vocabulary(draft_logits)
+        target_logits = dense_vocabulary(target_logits)
+        draft_logits = None if mode == "argmax" or draft_logits is None else dense_vocabulary(draft_logits)
         draft_tokens, uniforms = draft_tokens.contiguous(), uniforms.contiguous()
         lengths = None if lengths is None else lengths.contiguous()
-        target_threshold, draft_threshold = _float32(target_threshold), _float32(draft_threshold)
-        target_shared, target_temperatures = _split(target_temperature)
-        draft_shared, draft_temperatures = _split(draft_temperature)
+        target_threshold, draft_threshold = as_float32(target_threshold), as_float32(draft_threshold)
+        target_shared, target_temperatures = split_temperature(not_quite_zero(target_temperature))
+        draft_shared, draft_temperatures = split_temperature(not_quite_zero(draft_temperature))
 
         device = target_logits.device
         batch, positions, vocabulary = target_logits.shape
@@ -199,23 +184,5 @@ if _native.cuda:
     verify_cuda = verifier(_native, _on_cuda(_native.verify_cuda, _native.verify_cuda_workspace_bytes, "verify"))
 
 
-def _dense_vocabulary(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
-
-
-def _float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
-
-
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _split(temperature: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    """Temperature for all rows, or else for each; in float32, and above 0 where it is."""
-    if isinstance(temperature, torch.Tensor):
-        return 0.0, _float32(temperature)
-    return (temperature and max(temperature, _TINY)), None
-
-
-_TINY = torch.finfo(torch.float32).tiny

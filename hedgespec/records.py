@@ -38,6 +38,10 @@ class Verdict:
     """Emitted tokens, int64 [B, K+1]: the accepted ones, then the recovered or bonus token, then -1."""
 
 
+PROPOSAL_MODES = ("sampled", "argmax", "top_k")
+"""How a drafter proposes. `Evaluation.scores` holds acceptance_prob and acceptance_ratio of each, in this order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Every drafter at every position, for every proposal mode."""

@@ -210,10 +210,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def dense_vocabulary(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
 def strides_of(logits: torch.Tensor) -> list[int]:
     """Element strides of all dimensions but the last; 0 where there is one index only, whatever torch says of it."""
     return [stride if size > 1 else 0 for size, stride in zip(logits.shape[:-1], logits.stride())]
@@ -222,15 +218,6 @@ def strides_of(logits: torch.Tensor) -> list[int]:
 def aligned(logits: torch.Tensor, strides: list[int]) -> bool:
     """Whether rows start at multiples of 16 bytes and end at multiples of 16 logits, so that loads may be 128 bits wide."""
     return logits.data_ptr() % 16 == 0 and all(length % 16 == 0 for length in (*strides, logits.shape[-1]))
-
-
-def as_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
-
-
-def split_temperature(temperature: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    """Temperature for all rows, or else for each."""
-    return (0.0, as_float32(temperature)) if isinstance(temperature, torch.Tensor) else (float(temperature), None)
 
 
 def scratch(device: torch.device, size: int, purpose: str) -> torch.Tensor:

@@ -27,7 +27,8 @@ from hedgespec.triton_kernels._common import (
     store_slot,
 )
 
-from hedgespec.records import Evaluation
+from hedgespec.launch import as_float32, dense_vocabulary, empty_evaluation, split_temperature
+from hedgespec.records import PROPOSAL_MODES, Evaluation
 
 _GROUP = tl.constexpr(30)
 """Drafters that share one word of arrivals."""
@@ -400,31 +401,27 @@ def evaluate_triton(
     mode: str = "sampled",
 ) -> Evaluation:
     """`evaluate` as one Triton launch, in float32. Arguments are taken as checked."""
-    target_logits, drafter_logits = _common.dense_vocabulary(target_logits), _common.dense_vocabulary(drafter_logits)
+    target_logits, drafter_logits = dense_vocabulary(target_logits), dense_vocabulary(drafter_logits)
     drafters, batch, positions, draft_vocabulary = drafter_logits.shape
     vocabulary, device = target_logits.shape[2], target_logits.device
-    scores = torch.empty((4 if top_k is None else 6, drafters, batch, positions), dtype=torch.float32, device=device)
-    whole = losses = None
-    if draft_length is not None:
-        whole = torch.empty((drafters, batch), dtype=torch.float32, device=device)
-        losses = torch.empty((drafters, batch, positions, draft_length), dtype=torch.float32, device=device)
+    result = empty_evaluation(drafters, batch, positions, top_k, draft_length, device)
     if tokens.numel():
         target_strides, drafter_strides = _common.strides_of(target_logits), _common.strides_of(drafter_logits)
-        shared_target, target_temperatures = _common.split_temperature(target_temperature)
-        shared_drafter, drafter_temperatures = _common.split_temperature(drafter_temperature)
+        shared_target, target_temperatures = split_temperature(target_temperature)
+        shared_drafter, drafter_temperatures = split_temperature(drafter_temperature)
         tensors = (
             target_logits,
             drafter_logits,
             tokens.contiguous(),
             None if lengths is None else lengths.contiguous(),
             draft_to_target,
-            _common.as_float32(target_threshold),
-            _common.as_float32(drafter_threshold),
+            as_float32(target_threshold),
+            as_float32(drafter_threshold),
             target_temperatures,
             drafter_temperatures,
-            scores,
-            whole,
-            losses,
+            result.scores,
+            result.expected_accepted_length,
+            result.length_losses,
         )
         rows = batch * positions
         words = -(-drafters // _GROUP.value)
@@ -460,7 +457,7 @@ def evaluate_triton(
                 draft_length or 0,
                 TOP_K=top_k or 0,
                 CANDIDATES=_common.power_of_two(top_k or 1),
-                PLANE=_PLANES[mode],
+                PLANE=2 * PROPOSAL_MODES.index(mode),
                 PRODUCT=estimator == "product",
                 TARGET_ALIGNED=_common.aligned(target_logits, target_strides),
                 DRAFTER_ALIGNED=_common.aligned(drafter_logits, drafter_strides),
@@ -480,13 +477,7 @@ def evaluate_triton(
             top_k,
         )
         run(_common.tuned(bucket, configuration(drafters, batch, positions, vocabulary, device), CONFIGS, run, device))
-    elif whole is not None:
-        whole.fill_(torch.nan)
-    return Evaluation(scores, whole, losses)
-
-
-_PLANES = {"sampled": 0, "argmax": 2, "top_k": 4}
-"""Where a mode's acceptance_prob lies among the scores; its acceptance_ratio follows."""
+    return result
 
 
 def configuration(drafters: int, batch: int, positions: int, vocabulary: int, device: torch.device) -> Config:

@@ -28,6 +28,7 @@ from hedgespec.triton_kernels._common import (
 )
 from torch import Tensor
 
+from hedgespec.launch import as_float32, dense_vocabulary, not_quite_zero, split_temperature
 from hedgespec.records import Verdict
 
 
@@ -374,21 +375,21 @@ def verify_triton(
     always_cold = not isinstance(target_temperature, Tensor) and target_temperature == 0
     if mode == "argmax" or always_cold or draft_length == 0:
         draft_logits = None  # not looked at
-    target_logits = _common.dense_vocabulary(target_logits)
+    target_logits = dense_vocabulary(target_logits)
     target_strides, draft_strides, map_stride = _common.strides_of(target_logits), [0, 0], 0
     draft_vocabulary, draft_aligned, spread = 0, False, None
     if draft_logits is None:
         draft_to_target = draft_threshold = None
         draft_temperature = 1.0
     else:
-        draft_logits = _common.dense_vocabulary(draft_logits)
+        draft_logits = dense_vocabulary(draft_logits)
         draft_vocabulary, draft_strides = draft_logits.shape[2], _common.strides_of(draft_logits)
         draft_aligned = _common.aligned(draft_logits, draft_strides)
     if draft_to_target is not None:
         map_stride = draft_vocabulary if draft_to_target.dim() == 2 else 0
         spread = _common.scratch(device, batch * vocabulary * 4, "triton verify spread").view(torch.float32)
-    shared_target, target_temperatures = _common.split_temperature(_not_quite_zero(target_temperature))
-    shared_draft, draft_temperatures = _common.split_temperature(_not_quite_zero(draft_temperature))
+    shared_target, target_temperatures = split_temperature(not_quite_zero(target_temperature))
+    shared_draft, draft_temperatures = split_temperature(not_quite_zero(draft_temperature))
     tensors = (
         target_logits,
         draft_tokens.contiguous(),
@@ -396,8 +397,8 @@ def verify_triton(
         uniforms.contiguous(),
         None if lengths is None else lengths.contiguous(),
         draft_to_target,
-        _common.as_float32(target_threshold),
-        _common.as_float32(draft_threshold),
+        as_float32(target_threshold),
+        as_float32(draft_threshold),
         target_temperatures,
         draft_temperatures,
         accepted_length,
@@ -454,10 +455,3 @@ def verify_triton(
 def configuration(vocabulary: int) -> Config:
     """The heuristic: as wide as it gets, for what is left when the slices are done is one program a row."""
     return Config(min(4096, max(64, _common.power_of_two(vocabulary))), 16)
-
-
-def _not_quite_zero(temperature: float | Tensor) -> float | Tensor:
-    """A number above 0 that float32 would round to 0 is not a point mass: ties share, as they do in float64."""
-    if isinstance(temperature, Tensor) or temperature == 0:
-        return temperature
-    return max(float(temperature), _common.COLDEST.value)
