@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 
 class KVCache:
@@ -65,3 +69,90 @@ class RowBuffer:
         """Forgets the last `count` rows."""
         assert 0 <= count <= self._length, (count, self._length)
         self._length -= count
+
+
+class RaggedCache(Cache):
+    """A target's keys and values for B rows of different lengths: the token at position t of a row lies in slot t.
+
+    Every forward writes T slots behind each row's own length, and `lengths` moves on by what is kept of them: rolling back
+    is bookkeeping, and what was dropped is overwritten. A slot at or past a row's length is finite, and has to be masked.
+
+    Args:
+        batch: B, rows.
+    """
+
+    def __init__(self, batch: int):
+        self.lengths = [0] * batch
+        super().__init__(layers=[])
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_RaggedLayer(self.lengths))
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these rows, in this order."""
+        self.lengths[:] = [self.lengths[row] for row in rows]
+        for layer in self.layers:
+            index = torch.tensor(rows, device=layer.keys.device)
+            layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+
+    def row(self, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Copies of one row's keys and values by layer, [heads, length, head_dim]."""
+        length = self.lengths[row]
+        return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in self.layers]
+
+    def load(self, past: DynamicCache, padding: Sequence[int], lengths: Sequence[int]) -> None:
+        """Copies in what a cache holds of each row: `lengths` tokens, from slot `padding` on."""
+        for layer_idx, layer in enumerate(past.layers):
+            for row, (first, count) in enumerate(zip(padding, lengths, strict=True)):
+                keys, values = (states[row, :, first : first + count] for states in (layer.keys, layer.values))
+                while len(self.layers) <= layer_idx:
+                    self.layers.append(_RaggedLayer(self.lengths))
+                self.layers[layer_idx].put(row, keys, values)
+        self.lengths[:] = lengths
+
+
+class _RaggedLayer(DynamicLayer):
+    """One layer of a `RaggedCache`, whatever the layer's window: the mask knows it, and every token may still be needed."""
+
+    def __init__(self, lengths: list[int]):
+        super().__init__()
+        self.lengths = lengths  # the cache's own, shared
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        first, last, count = min(self.lengths), max(self.lengths), key_states.shape[2]
+        end = last + count
+        self._make_room(key_states, value_states, end)
+        if first == last:
+            self.keys[:, :, first:end], self.values[:, :, first:end] = key_states, value_states
+        else:
+            device = key_states.device
+            rows = torch.arange(len(self.lengths), device=device)[:, None]
+            slots = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(count, device=device)
+            self.keys[rows, :, slots], self.values[rows, :, slots] = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def put(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes the first slots of one row, [heads, T, head_dim]."""
+        count = keys.shape[1]
+        self._make_room(keys[None], values[None], count)
+        self.keys[row, :, :count], self.values[row, :, :count] = keys, values
+
+    def get_seq_length(self) -> int:
+        return max(self.lengths)
+
+    def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor, end: int) -> None:
+        have = self.keys.shape[2] if self.is_initialized else 0
+        if end <= have:
+            return
+        capacity = max(end, have + max(256, have // 2))
+        buffers = []
+        for states, old in ((key_states, self.keys), (value_states, self.values)):
+            # Zeros: a masked slot has weight 0, and 0 times what memory happens to hold need not be 0.
+            new = states.new_zeros(len(self.lengths), states.shape[1], capacity, states.shape[3])
+            if have:
+                new[:, :, :have] = old
+            buffers.append(new)
+        self.keys, self.values = buffers
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True

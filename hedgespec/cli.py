@@ -91,16 +91,16 @@ def generate(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         min_p=options.min_p,
         seed=options.seed,
-        on_tokens=lambda tokens: show(stream.push(tokens)),
+        on_tokens=lambda _, tokens: show(stream.push(tokens)),
     )
     show(stream.end())
     if options.json:
         tokens = out.sequences[0, len(prompt_ids) :].tolist()
-        _print_json({"text": "".join(pieces), "tokens": tokens, "stats": out.stats.to_dict()})
+        _print_json({"text": "".join(pieces), "tokens": tokens, "stats": out.stats[0].to_dict()})
     else:
         print(flush=True)
     if options.stats:
-        _wide_console(stderr=True).print(_stats(out.stats))
+        _wide_console(stderr=True).print(_stats(out.stats[0]))
 
 
 def demo(options: argparse.Namespace) -> None:

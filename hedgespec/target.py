@@ -2,50 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Sequence
 
 import torch
-from transformers import DynamicCache
 
-from hedgespec.cache import RowBuffer
+from hedgespec.cache import RaggedCache, RowBuffer
+
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+"""Layer types whose state is keys and values, and so can be rolled back."""
+MASKABLE = ("sdpa", "eager")
+"""Attention implementations that take a mask of their own for every row."""
+
+
+def check_target(model) -> None:
+    """Refuses what cannot be decoded speculatively: an encoder-decoder, and layers with a recurrent state.
+
+    Raises: ValueError.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"target: expected a decoder-only model, got the encoder-decoder {type(model).__name__}")
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION))
+    if strange or getattr(model, "_is_stateful", False):
+        state = f"layers of type {', '.join(strange)}" if strange else "a recurrent state"
+        raise ValueError(
+            f"target: expected attention layers with a key-value cache, got {type(model).__name__} with {state}, "
+            "which cannot take back a rejected token"
+        )
 
 
 class TargetSession:
-    """One request's view of the target.
+    """A batch's view of the target: rows advance together, each at its own position.
 
     Args:
         model: a transformers causal language model in eval mode.
         aux_layers: the `Drafter.aux_layers` of every drafter; empty ones are ignored.
+        batch: B, rows.
     """
 
-    def __init__(self, model, aux_layers: Iterable[tuple[int, ...]]):
+    def __init__(self, model, aux_layers: Iterable[tuple[int, ...]], batch: int = 1):
         self.model = model
-        self.cache = DynamicCache(config=model.config)
-        self.features = {layers: RowBuffer() for layers in aux_layers if layers}
-        """Row t of a buffer: the hidden states, concatenated, at the position before token t (zeros for token 0)."""
-        self._fresh = 0
+        self.cache = RaggedCache(batch)
+        self.aux_layers = [layers for layers in dict.fromkeys(aux_layers) if layers]
+        self.features = [{layers: RowBuffer() for layers in self.aux_layers} for _ in range(batch)]
+        """By row and layers: the hidden states, concatenated, at the position before each token that the session was given
+        (zeros before the first)."""
+        self._chunk: dict[tuple[int, ...], torch.Tensor] = {}
+        self._arguments = set(inspect.signature(model.forward).parameters)
 
     def forward(self, tokens: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
-        """Reads `tokens` int64 [T] behind what is cached; returns logits [logits_to_keep, V] of its last positions."""
-        out = self.model(
-            tokens[None],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-            output_hidden_states=bool(self.features),
-        )
-        for layers, buffer in self.features.items():
-            if not len(buffer):
-                width = sum(out.hidden_states[layer].shape[-1] for layer in layers)
-                buffer.append(out.hidden_states[0].new_zeros(1, width))
-            buffer.append(torch.cat([out.hidden_states[layer][0] for layer in layers], -1))
-        self._fresh = tokens.shape[0]
-        return out.logits[0]
+        """Reads `tokens` int64 [B, T] behind what is cached of each row; `keep` then says how many of them count.
 
-    def keep(self, count: int) -> None:
-        """Keeps the first `count` tokens of the last forward and rolls the others back."""
-        if (surplus := self._fresh - count) > 0:
-            self.cache.crop(-surplus)
-            for buffer in self.features.values():
-                buffer.drop(surplus)
-        self._fresh = count
+        Returns: logits [B, logits_to_keep, V] of the last positions.
+        Raises: ValueError where rows of different lengths meet a model that cannot tell them apart.
+        """
+        lengths, count = self.cache.lengths, tokens.shape[1]
+        positions = torch.tensor(lengths, device=tokens.device)[:, None] + torch.arange(count, device=tokens.device)
+        arguments = {}
+        if "position_ids" in self._arguments:
+            arguments["position_ids"] = positions
+        if "logits_to_keep" in self._arguments:
+            arguments["logits_to_keep"] = logits_to_keep
+        if min(lengths) != max(lengths):
+            arguments["attention_mask"] = self._masks(positions, max(lengths) + count)
+        out = self.model(
+            tokens, past_key_values=self.cache, use_cache=True, output_hidden_states=bool(self.aux_layers), **arguments
+        )
+        for layers in self.aux_layers:
+            states = [out.hidden_states[layer].to(tokens.device) for layer in layers]
+            self._chunk[layers] = torch.cat(states, -1)
+        return out.logits[:, -logits_to_keep:].to(tokens.device)
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Keeps the first `counts[b]` tokens of row b's last forward and forgets the others."""
+        for row, count in enumerate(counts):
+            self.cache.lengths[row] += count
+            for layers, chunk in self._chunk.items():
+                buffer = self.features[row][layers]
+                if not len(buffer):
+                    buffer.append(chunk.new_zeros(1, chunk.shape[2]))
+                buffer.append(chunk[row, :count])
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows only."""
+        self.cache.select(rows)
+        self.features = [self.features[row] for row in rows]
+
+    def _masks(self, positions: torch.Tensor, end: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Who may look at which of the slots 0..end-1, as the model would make it if all rows were at one position.
+
+        A model with several kinds of layers takes a mask for each. positions: [B, T].
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        if "position_ids" not in self._arguments:
+            raise ValueError(
+                "target: expected a model that takes position_ids, for rows of different lengths, "
+                f"got {type(self.model).__name__}"
+            )
+        if config._attn_implementation not in MASKABLE:
+            raise ValueError(
+                f"target: expected one of the attention implementations {', '.join(MASKABLE)}, for rows of different lengths, "
+                f"got {config._attn_implementation}"
+            )
+        kinds = getattr(config, "layer_types", None)
+        if kinds:
+            return {kind: self._mask(kind, config, positions, end) for kind in dict.fromkeys(kinds)}
+        if getattr(config, "sliding_window", None) is not None:
+            return self._mask("sliding_attention", config, positions, end)
+        if getattr(config, "attention_chunk_size", None) is not None:
+            return self._mask("chunked_attention", config, positions, end)
+        return self._mask("full_attention", config, positions, end)
+
+    def _mask(self, kind: str, config, positions: torch.Tensor, end: int) -> torch.Tensor:
+        """[B, 1, T, end]: True or 0 where a query sees a key, False or the least number where it does not."""
+        queries, slots = positions[:, None, :, None], torch.arange(end, device=positions.device)
+        mask = slots <= queries
+        if kind == "sliding_attention":
+            mask &= slots > queries - config.sliding_window
+        elif kind == "chunked_attention":
+            mask &= slots // config.attention_chunk_size == queries // config.attention_chunk_size
+        if config._attn_implementation == "sdpa":
+            return mask
+        return torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)

@@ -99,9 +99,9 @@ def test_equals_the_algorithm(target, mode, temperature):
                 temperature=temperature, random=np.random.default_rng(seed), mode=mode,
             )  # fmt: skip
         assert out.sequences[0].tolist() == trace.tokens
-        assert out.stats.choices == trace.choices
-        assert out.stats.emitted_by_round == trace.emitted
-        np.testing.assert_allclose(out.stats.weights, trace.weights, atol=1e-9)
+        assert out.stats[0].choices == trace.choices
+        assert out.stats[0].emitted_by_round == trace.emitted
+        np.testing.assert_allclose(out.stats[0].weights, trace.weights, atol=1e-9)
 
 
 @pytest.mark.parametrize("learner", NAMES)
@@ -113,8 +113,8 @@ def test_temperature_0_is_the_targets_own_text(target, learner, loss):
         expected = target.generate(prompt, max_new_tokens=25, do_sample=False)
         out = decoder.generate(prompt, max_new_tokens=25, seed=seed)
         assert out.sequences.tolist() == expected.tolist()
-        assert sum(out.stats.emitted_by_round) + 1 == out.stats.emitted_tokens == 25
-        assert out.stats.picks.sum() == sum(choice >= 0 for choice in out.stats.choices)
+        assert sum(out.stats[0].emitted_by_round) + 1 == out.stats[0].emitted_tokens == 25
+        assert out.stats[0].picks.sum() == sum(choice >= 0 for choice in out.stats[0].choices)
 
 
 def test_sampled_text_has_the_targets_distribution(target):
@@ -165,27 +165,27 @@ def test_eos_ends_the_text_and_is_its_last_token(target):
 
 def test_tokens_stream_as_they_are_emitted(target):
     streamed = []
-    out = Decoder(target, pool(target)).generate(prompt_of(1), max_new_tokens=17, on_tokens=streamed.append)
+    out = Decoder(target, pool(target)).generate(prompt_of(1), max_new_tokens=17, on_tokens=lambda row, tokens: streamed.append(tokens))
     assert [token for tokens in streamed for token in tokens] == out.sequences[0, 11:].tolist()
-    assert [len(tokens) for tokens in streamed[1:]] == out.stats.emitted_by_round
+    assert [len(tokens) for tokens in streamed[1:]] == out.stats[0].emitted_by_round
 
 
 def test_seed_decides_and_state_goes_on(target):
     decoder = Decoder(target, pool(target))
     first, again = (decoder.generate(prompt_of(2), max_new_tokens=20, temperature=1.0, seed=3) for _ in range(2))
     assert first.sequences.tolist() == again.sequences.tolist()
-    state = json.loads(json.dumps(first.stats.learner_state))
+    state = json.loads(json.dumps(first.stats[0].learner_state))
     following = decoder.generate(prompt_of(3), max_new_tokens=20, seed=0, learner_state=state)
-    learner = decoder._new_learner()
+    learner = decoder.new_learner()
     learner.load_state_dict(state)
-    np.testing.assert_array_equal(following.stats.weights[0], learner.weights())
+    np.testing.assert_array_equal(following.stats[0].weights[0], learner.weights())
 
 
 def test_a_learner_that_asks_for_nothing_scores_nobody_unless_told_to(target):
     quiet = Decoder(target, pool(target), DecodeConfig(learner="fixed")).generate(prompt_of(1), max_new_tokens=20)
-    assert not quiet.stats.losses
+    assert not quiet.stats[0].losses
     told = Decoder(target, pool(target), DecodeConfig(learner="fixed", track_regret=True))
-    stats = told.generate(prompt_of(1), max_new_tokens=20).stats
+    stats = told.generate(prompt_of(1), max_new_tokens=20).stats[0]
     assert len(stats.losses) == len(stats.regret) > 0
 
 
@@ -197,15 +197,15 @@ def test_a_slower_cadence_scores_the_same_later(target):
         runs[every] = Decoder(target, pool(target), config).generate(prompt_of(6), max_new_tokens=60, temperature=1.0, seed=0)
     for every in (3, 7):
         assert runs[every].sequences.tolist() == runs[1].sequences.tolist()
-        np.testing.assert_allclose(runs[every].stats.losses, runs[1].stats.losses, atol=1e-12)
+        np.testing.assert_allclose(runs[every].stats[0].losses, runs[1].stats[0].losses, atol=1e-12)
     learning = Decoder(target, pool(target), DecodeConfig(evaluate_every=5)).generate(prompt_of(6), max_new_tokens=60, seed=0)
-    changed = [round for round in range(1, learning.stats.rounds)
-               if not np.array_equal(learning.stats.weights[round], learning.stats.weights[round - 1])]  # fmt: skip
+    changed = [round for round in range(1, learning.stats[0].rounds)
+               if not np.array_equal(learning.stats[0].weights[round], learning.stats[0].weights[round - 1])]  # fmt: skip
     assert all(round <= EAGER_ROUNDS or round % 5 == 0 for round in changed)
 
 
 def test_regret_is_the_learners_loss_less_the_best_drafters(target):
-    stats = Decoder(target, pool(target)).generate(prompt_of(4), max_new_tokens=40, temperature=1.0, seed=0).stats
+    stats = Decoder(target, pool(target)).generate(prompt_of(4), max_new_tokens=40, temperature=1.0, seed=0).stats[0]
     losses = np.array(stats.losses)
     assert stats.regret[-1] == pytest.approx(sum(stats.played) - losses.sum(0).min())
 
@@ -241,15 +241,15 @@ def test_a_failing_drafter_never_fails_a_request(target, fault):
         with pytest.warns(UserWarning, match="broken is out of this request"):
             out = Decoder(target, drafters).generate(prompt, max_new_tokens=30, seed=0)
         assert out.sequences.tolist() == expected.tolist()
-        assert list(out.stats.failures) == ["broken"]
-        assert out.stats.choices[-2] != [drafter.name for drafter in drafters].index("broken")
+        assert list(out.stats[0].failures) == ["broken"]
+        assert out.stats[0].choices[-2] != [drafter.name for drafter in drafters].index("broken")
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, "input_ids: expected a prompt"),
-        ({"input_ids": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "input_ids: expected a prompt"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, "input_ids: expected prompts of shape"),
+        ({"input_ids": torch.zeros(1, 2, 3, dtype=torch.int64)}, ValueError, "input_ids: expected prompts of shape"),
         ({"input_ids": torch.zeros(1, 3)}, TypeError, "input_ids: expected an int64 tensor"),
         ({"input_ids": torch.full((1, 3), VOCABULARY)}, ValueError, "input_ids: expected ids in 0..52, got 53"),
         ({"input_ids": torch.zeros(1, 250, dtype=torch.int64)}, ValueError, "input_ids: expected a prompt of at most 226"),

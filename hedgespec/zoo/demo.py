@@ -115,21 +115,21 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
             )
             domain.plain_seconds += time.perf_counter() - began
             domain.plain_tokens += plain.shape[1] - ids.shape[1]
-            domain.generalist.append(generalist.generate(ids, seed=seed + number, **sampling).stats)
+            domain.generalist.append(generalist.generate(ids, seed=seed + number, **sampling).stats[0])
             out = hedge.generate(ids, seed=seed + number, **sampling)
-            domain.stats.append(out.stats)
-            traces.append((prompt.domain, out.stats))
+            domain.stats.append(out.stats[0])
+            traces.append((prompt.domain, out.stats[0]))
             if temperature == 0:
                 if not torch.equal(out.sequences, plain):
                     console.print(f"[yellow]prompt {number}: the text differs from plain decoding's by a tie of logits[/]")
                 text = replay.read(zoo.target, out.sequences[0], ids.shape[1], zoo.drafters)
                 for drafter in zoo.drafters:
                     domain.fixed[drafter.name] += replay.fixed_rounds(drafter, text, draft_length)
-            picks = out.stats.picks
+            picks = out.stats[0].picks
             favourite = NAMES[int(picks.argmax())]
             progress.console.print(
-                f"{prompt.domain:>10}: {out.stats.mean_accepted_tokens:.2f} tokens a round, "
-                f"{favourite} drafted {picks.max()} of {out.stats.rounds} rounds"
+                f"{prompt.domain:>10}: {out.stats[0].mean_accepted_tokens:.2f} tokens a round, "
+                f"{favourite} drafted {picks.max()} of {out.stats[0].rounds} rounds"
             )
             progress.advance(task)
     result = _result({name: domains[name].summary(NAMES.index(name)) for name in EXPERTS})

@@ -32,9 +32,10 @@ class Text:
 @torch.inference_mode()
 def read(target, tokens: torch.Tensor, prompt_length: int, drafters: Sequence[Drafter]) -> Text:
     """One forward of the target over a whole text."""
-    session = TargetSession(target, {drafter.aux_layers for drafter in drafters})
-    logits = session.forward(tokens[:-1], len(tokens) - prompt_length)
-    return Text(tokens, prompt_length, logits, {layers: rows[:] for layers, rows in session.features.items()})
+    session = TargetSession(target, (drafter.aux_layers for drafter in drafters))
+    [logits] = session.forward(tokens[None, :-1], len(tokens) - prompt_length)
+    session.keep([len(tokens) - 1])
+    return Text(tokens, prompt_length, logits, {layers: rows[:] for layers, rows in session.features[0].items()})
 
 
 @torch.inference_mode()

@@ -1,0 +1,172 @@
+"""The production decoder: `Decoder`, what it is asked (`request.py`), a request under way (`row.py`) and a round (`batch.py`).
+
+With the default configuration every request emits what `hedgespec/algorithm.py` says, token for token and weight for weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hedgespec import learners
+from hedgespec.config import DecodeConfig
+from hedgespec.decoder.batch import EAGER_ROUNDS, Batch, groups_of, stack
+from hedgespec.decoder.request import Request, rows_of
+from hedgespec.decoder.row import Row
+from hedgespec.drafters import Drafter
+from hedgespec.errors import VocabularyMismatchError
+from hedgespec.metrics import DecodeStats
+from hedgespec.sampling import Sampling
+from hedgespec.target import check_target
+
+__all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "generator"]
+
+
+@dataclass(frozen=True)
+class DecodeOutput:
+    """What `Decoder.generate` returns."""
+
+    sequences: torch.Tensor
+    """Prompts and continuations, int64 [B, L]; a row that ended before the longest is filled up on the right."""
+    stats: list[DecodeStats]
+    """Statistics of each row, [B]."""
+
+
+class Decoder:
+    """Speculative decoding of a target with a pool of drafters, one of which a learner picks for every round.
+
+    A decoder is also what `model.generate(..., custom_generate=decoder)` takes; see `hedgespec/hf.py`.
+
+    Args:
+        target: a transformers decoder-only causal language model in eval mode; it is not modified.
+        drafters: N >= 1 drafters (`hedgespec.drafters.Drafter`) over the target's tokens, with distinct names.
+        config: a `DecodeConfig`; None is the default one.
+
+    Raises:
+        ValueError: no drafters, names that repeat, a prior of the wrong size, an unknown learner, a target that is an
+            encoder-decoder or holds a recurrent state.
+        VocabularyMismatchError: a drafter that can name tokens the target does not have, or whose logits are not its.
+
+    Output is the target's own distribution, whatever the drafters; at temperature 0 the target's own greedy text. A decoder
+    holds no request: any number of threads may use one, and several may share a target.
+    """
+
+    def __init__(self, target, drafters: Sequence[Drafter], config: DecodeConfig | None = None):
+        check_target(target)
+        self.target, self.drafters, self.config = target, tuple(drafters), config or DecodeConfig()
+        if not self.drafters:
+            raise ValueError("drafters: expected at least 1, got 0")
+        self.names = tuple(drafter.name for drafter in self.drafters)
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"drafters: expected distinct names, got {self.names}")
+        vocabulary = target.config.get_text_config(decoder=True).vocab_size
+        for drafter in self.drafters:
+            if drafter.vocab_size > vocabulary or (drafter.draft_to_target is None and drafter.vocab_size < vocabulary):
+                raise VocabularyMismatchError(
+                    f"drafter {drafter.name}: expected the target's vocabulary of {vocabulary} tokens, or a map into it, "
+                    f"got {drafter.vocab_size}"
+                )
+        self.vocabulary, self.groups = vocabulary, groups_of(self.drafters, target.device)
+        self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
+
+    def new_learner(self) -> learners.Learner:
+        """A learner as the configuration has it, at the start of a request."""
+        config = self.config
+        return learners.make(config.learner, len(self.drafters), prior=config.prior, **config.learner_options)
+
+    def __call__(
+        self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=None, **model_kwargs
+    ):
+        """The decoding loop of `model.generate(..., custom_generate=self)`, with what that call has prepared."""
+        from hedgespec import hf  # which knows this module; only those who come this way need it
+
+        return hf.decode(
+            self, model, input_ids, logits_processor, stopping_criteria, generation_config,
+            streamer=hf.callers_streamer(), learner_state=learner_state, **model_kwargs,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        learner_state: dict | Sequence[dict] | None = None,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+    ) -> DecodeOutput:
+        """Continues a batch of prompts. Every row is decoded as it would be alone.
+
+        Args:
+            input_ids: the prompts, int64 [B, P] or [P], each row with at least one token.
+            attention_mask: [B, P], 0 for the padding on the left of a row and 1 for its tokens; None: there is no padding.
+            max_new_tokens: most tokens to emit for a row, >= 1.
+            temperature, top_k, top_p, min_p: see `hedgespec.sampling.Sampling`; temperature 0 is greedy.
+            seed: of the uniforms that select, draft and verify; None draws a fresh one.
+            eos_token_id: ids that end the text; the one that did is its last token. None takes those of the target's
+                generation config, an empty sequence takes none.
+            pad_token_id: what fills up rows that end early; None takes that of the target's generation config, or else 0.
+            learner_state: a `Learner.state_dict()` for all rows, or one for each, to go on from; None starts fresh.
+            on_tokens: called with the row and its tokens, first with its first one, then after each round.
+
+        Returns: a `DecodeOutput`.
+
+        Raises:
+            TypeError: input_ids of another dtype than int64.
+            ValueError: an empty prompt, one that does not fit the target's context, or an argument outside its range.
+        """
+        prompts = rows_of(input_ids, attention_mask, self.target)
+        eos = _eos(self.target, eos_token_id)
+        states = learner_state if isinstance(learner_state, Sequence) else [learner_state] * len(prompts)
+        if len(states) != len(prompts):
+            raise ValueError(f"learner_state: expected one for each of {len(prompts)} rows, got {len(states)}")
+        requests = [
+            Request(prompt, padding, max_new_tokens, generator(seed, row), eos, states[row])
+            for row, (prompt, padding) in enumerate(prompts)
+        ]
+        for request in requests:
+            request.check_context(self.target)
+        rows = self.decode(requests, Sampling(temperature, top_k, top_p, min_p), on_tokens=on_tokens)
+        if pad_token_id is None:
+            pad_token_id = self.target.generation_config.pad_token_id or 0
+        return DecodeOutput(stack([row.sequence for row in rows], pad_token_id), [row.stats for row in rows])
+
+    def decode(self, requests: Sequence[Request], sampling: Sampling, *, past=None,
+               on_tokens: Callable[[int, list[int]], None] | None = None) -> list[Row]:  # fmt: skip
+        """Decodes requests together and returns their rows, finished, in order; the caller disables gradients.
+
+        Args:
+            requests: B >= 1, checked.
+            sampling: of all rows.
+            past: a transformers `DynamicCache` of the requests' padded prompts, or of their beginnings.
+            on_tokens: as in `generate`.
+        """
+        batch = Batch(self, requests, sampling, on_tokens)
+        rows = batch.rows
+        batch.begin(past)
+        while batch.rows:
+            batch.round()
+        return rows
+
+
+def generator(seed: int | None, row: int) -> np.random.Generator:
+    """The uniforms of a row; those of row 0 do not depend on how many there are."""
+    return np.random.default_rng(seed if seed is None or row == 0 else [seed, row])
+
+
+def _eos(target, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    if eos_token_id is None:
+        eos_token_id = target.generation_config.eos_token_id
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)

@@ -1,0 +1,80 @@
+"""What a caller asks of the decoder for one row of a batch, and how a batch of prompts becomes rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(tokens int64 [1, L], logits [n, V] for the token after them) -> processed logits [n, V]."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row of a batch. Functions see its tokens as int64 [1, L], left padding included."""
+
+    prompt: torch.Tensor
+    """int64 [padding + P] on the target's device."""
+    padding: int
+    """Tokens on the left that are not the row's."""
+    max_new_tokens: int
+    random: np.random.Generator
+    """Source of the row's uniforms."""
+    eos: frozenset[int] = frozenset()
+    learner_state: dict | None = None
+    process: Process | None = None
+    """What the caller makes of the target's logits: called once for every emitted token, in order, like in plain decoding, so
+    it may keep state."""
+    process_drafts: Process | None = None
+    """The part of it that depends on its arguments alone, for the drafters' logits."""
+    stop: Callable[[torch.Tensor], bool] | None = None
+    """Called after every emitted token: whether it was the last."""
+    keep_cache: bool = False
+    """Leave the target's keys and values in `Row.cache`."""
+
+    def check_context(self, target) -> None:
+        """Raises ValueError where prompt and continuation do not fit the target's context."""
+        context = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        length = len(self.prompt) - self.padding
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        if context is not None and self.max_new_tokens >= context:
+            raise ValueError(f"max_new_tokens: expected less than the target's context of {context}, got {self.max_new_tokens}")
+        if context is not None and length + self.max_new_tokens > context:
+            raise ValueError(
+                f"input_ids: expected a prompt of at most {context - self.max_new_tokens} tokens, so that "
+                f"{self.max_new_tokens} more fit the target's context of {context}, got {length}"
+            )
+
+
+def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, target) -> list[tuple[torch.Tensor, int]]:
+    """The rows of a batch of prompts, each int64 [padding + P] on the target's device, and the length of its padding.
+
+    Raises: TypeError or ValueError for ids that are no prompts of the target, or a mask that is not left padding.
+    """
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype != torch.int64:
+        raise TypeError(f"input_ids: expected an int64 tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
+    rows = input_ids[None] if input_ids.ndim == 1 else input_ids
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise ValueError(f"input_ids: expected prompts of shape [B, P] or [P] with B, P >= 1, got {tuple(input_ids.shape)}")
+    vocabulary = target.config.get_text_config(decoder=True).vocab_size
+    low, high = (bound.item() for bound in rows.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"input_ids: expected ids in 0..{vocabulary - 1}, got {low if low < 0 else high}")
+    padding = [0] * len(rows)
+    if attention_mask is not None:
+        mask = attention_mask[None] if attention_mask.ndim == 1 else attention_mask
+        if mask.shape != rows.shape:
+            raise ValueError(f"attention_mask: expected shape {tuple(rows.shape)} as input_ids, got {tuple(mask.shape)}")
+        mask = mask.bool().cpu()
+        padding = (~mask).sum(1).tolist()
+        for row, count in enumerate(padding):
+            if mask[row, :count].any() or count == mask.shape[1]:
+                raise ValueError(
+                    "attention_mask: expected zeros on the left and then ones (tokenizers do so with padding_side='left'), "
+                    f"got {mask[row].int().tolist()} in row {row}"
+                )
+    return list(zip(rows.to(target.device), padding, strict=True))
