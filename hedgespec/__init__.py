@@ -16,6 +16,8 @@ from types import ModuleType
 _HOMES = {
     "Decoder": "hedgespec.decoder",
     "DecodeOutput": "hedgespec.decoder",
+    "accelerate": "hedgespec.hf",
+    "restore": "hedgespec.hf",
     "DecodeConfig": "hedgespec.config",
     "DecodeStats": "hedgespec.metrics",
     "DelayQueue": "hedgespec.delay",

@@ -22,7 +22,7 @@ from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
 from hedgespec.target import check_target
 
-__all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "generator"]
+__all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "generator", "rows_of", "stack"]
 
 
 @dataclass(frozen=True)
