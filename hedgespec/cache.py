@@ -102,14 +102,15 @@ class RaggedCache(Cache):
         length = self.lengths[row]
         return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in self.layers]
 
-    def load(self, past: DynamicCache, padding: Sequence[int], lengths: Sequence[int]) -> None:
-        """Copies in what a cache holds of each row: `lengths` tokens, from slot `padding` on."""
-        for layer_idx, layer in enumerate(past.layers):
-            for row, (first, count) in enumerate(zip(padding, lengths, strict=True)):
-                keys, values = (states[row, :, first : first + count] for states in (layer.keys, layer.values))
-                while len(self.layers) <= layer_idx:
-                    self.layers.append(_RaggedLayer(self.lengths))
-                self.layers[layer_idx].put(row, keys, values)
+    def load(self, past: DynamicCache, rows: Sequence[int], padding: Sequence[int], lengths: Sequence[int]) -> None:
+        """Copies in what a cache holds of some of its rows: `lengths` tokens of each, from slot `padding` on."""
+        self.layers = [_RaggedLayer(self.lengths) for _ in past.layers]
+        for layer, source in zip(self.layers, past.layers):
+            gone = source.get_seq_length() - source.keys.shape[2]  # a sliding window forgets: no query will look there
+            for place, (row, first, count) in enumerate(zip(rows, padding, lengths, strict=True)):
+                start = max(gone, first)
+                held = slice(start - gone, first + count - gone)
+                layer.put(place, start - first, source.keys[row, :, held], source.values[row, :, held])
         self.lengths[:] = lengths
 
 
@@ -133,11 +134,11 @@ class _RaggedLayer(DynamicLayer):
             self.keys[rows, :, slots], self.values[rows, :, slots] = key_states.transpose(1, 2), value_states.transpose(1, 2)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def put(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes the first slots of one row, [heads, T, head_dim]."""
-        count = keys.shape[1]
-        self._make_room(keys[None], values[None], count)
-        self.keys[row, :, :count], self.values[row, :, :count] = keys, values
+    def put(self, row: int, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes slots of one row from `slot` on, [heads, T, head_dim]."""
+        end = slot + keys.shape[1]
+        self._make_room(keys[None], values[None], end)
+        self.keys[row, :, slot:end], self.values[row, :, slot:end] = keys, values
 
     def get_seq_length(self) -> int:
         return max(self.lengths)

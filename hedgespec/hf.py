@@ -52,7 +52,12 @@ from hedgespec.sampling import Sampling
 
 STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 """Processors of transformers that remember their calls."""
-WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+WARPERS = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
 """Processors that `Sampling` knows, in its order, which is `generate`'s."""
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "synced_gpus"}
 """Arguments of the model that `generate` prepares and that say nothing new."""
@@ -273,19 +278,14 @@ def _past(cache, config: GenerationConfig) -> tuple[DynamicCache | None, Dynamic
 
 def _split(processors: list) -> tuple[list, Sampling]:
     """The processors without the last few that a `Sampling` can do as well, and that `Sampling`."""
-    values: dict[type, Any] = {
-        TemperatureLogitsWarper: 1.0,
-        TopKLogitsWarper: None,
-        TopPLogitsWarper: None,
-        MinPLogitsWarper: None,
-    }
-    last = len(WARPERS)
-    rest = list(processors)
-    while rest and type(rest[-1]) in WARPERS[:last] and _is_plain(rest[-1]):
-        kind = type(rest[-1])
-        last = WARPERS.index(kind)
-        values[kind] = getattr(rest.pop(), ("temperature", "top_k", "top_p", "min_p")[last])
-    return rest, Sampling(*values.values())
+    found: dict[str, Any] = {}
+    rest, known = list(processors), list(WARPERS)
+    while rest and type(rest[-1]) in known and _is_plain(rest[-1]):
+        warper = rest.pop()
+        del known[known.index(type(warper)) :]
+        name = WARPERS[type(warper)]
+        found[name] = getattr(warper, name)
+    return rest, Sampling(**{"temperature": 1.0} | found)
 
 
 def _is_plain(warper) -> bool:

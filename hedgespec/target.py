@@ -32,13 +32,19 @@ def check_target(model) -> None:
         )
 
 
+def rows_may_differ(model) -> bool:
+    """Whether one forward can serve rows of different lengths: it takes a position and a mask for each."""
+    config = model.config.get_text_config(decoder=True)
+    return config._attn_implementation in MASKABLE and "position_ids" in inspect.signature(model.forward).parameters
+
+
 class TargetSession:
     """A batch's view of the target: rows advance together, each at its own position.
 
     Args:
         model: a transformers causal language model in eval mode.
         aux_layers: the `Drafter.aux_layers` of every drafter; empty ones are ignored.
-        batch: B, rows.
+        batch: B, rows; 1 unless `rows_may_differ`.
     """
 
     def __init__(self, model, aux_layers: Iterable[tuple[int, ...]], batch: int = 1):
@@ -55,7 +61,6 @@ class TargetSession:
         """Reads `tokens` int64 [B, T] behind what is cached of each row; `keep` then says how many of them count.
 
         Returns: logits [B, logits_to_keep, V] of the last positions.
-        Raises: ValueError where rows of different lengths meet a model that cannot tell them apart.
         """
         lengths, count = self.cache.lengths, tokens.shape[1]
         positions = torch.tensor(lengths, device=tokens.device)[:, None] + torch.arange(count, device=tokens.device)
@@ -95,16 +100,6 @@ class TargetSession:
         A model with several kinds of layers takes a mask for each. positions: [B, T].
         """
         config = self.model.config.get_text_config(decoder=True)
-        if "position_ids" not in self._arguments:
-            raise ValueError(
-                "target: expected a model that takes position_ids, for rows of different lengths, "
-                f"got {type(self.model).__name__}"
-            )
-        if config._attn_implementation not in MASKABLE:
-            raise ValueError(
-                f"target: expected one of the attention implementations {', '.join(MASKABLE)}, for rows of different lengths, "
-                f"got {config._attn_implementation}"
-            )
         kinds = getattr(config, "layer_types", None)
         if kinds:
             return {kind: self._mask(kind, config, positions, end) for kind in dict.fromkeys(kinds)}

@@ -20,7 +20,7 @@ from hedgespec.drafters import Drafter
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
-from hedgespec.target import check_target
+from hedgespec.target import check_target, rows_may_differ
 
 __all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "generator", "rows_of", "stack"]
 
@@ -143,7 +143,9 @@ class Decoder:
 
     def decode(self, requests: Sequence[Request], sampling: Sampling, *, past=None,
                on_tokens: Callable[[int, list[int]], None] | None = None) -> list[Row]:  # fmt: skip
-        """Decodes requests together and returns their rows, finished, in order; the caller disables gradients.
+        """Decodes requests and returns their rows, finished, in order; the caller disables gradients.
+
+        They are decoded together, or one after another where the target cannot take rows of different lengths.
 
         Args:
             requests: B >= 1, checked.
@@ -151,11 +153,14 @@ class Decoder:
             past: a transformers `DynamicCache` of the requests' padded prompts, or of their beginnings.
             on_tokens: as in `generate`.
         """
-        batch = Batch(self, requests, sampling, on_tokens)
-        rows = batch.rows
-        batch.begin(past)
-        while batch.rows:
-            batch.round()
+        together = rows_may_differ(self.target)
+        rows: list[Row] = []
+        for first in range(0, len(requests), len(requests) if together else 1):
+            batch = Batch(self, requests[first:] if together else requests[first : first + 1], first, sampling, on_tokens)
+            rows += batch.rows
+            batch.begin(past)
+            while batch.rows:
+                batch.round()
         return rows
 
 

@@ -34,9 +34,9 @@ EAGER_ROUNDS = 8
 
 
 class Batch:
-    """Rows that are decoded together until each is finished. Arguments are those of `Decoder.decode`."""
+    """Rows that are decoded together until each is finished: arguments of `Decoder.decode`, and which row is the first."""
 
-    def __init__(self, decoder: Decoder, requests: Sequence[Request], sampling: Sampling,
+    def __init__(self, decoder: Decoder, requests: Sequence[Request], first: int, sampling: Sampling,
                  on_tokens: Callable[[int, list[int]], None] | None):  # fmt: skip
         self.drafters, self.groups, self.config = decoder.drafters, decoder.groups, decoder.config
         self.device, self.sampling, self.on_tokens = decoder.target.device, sampling, on_tokens
@@ -45,7 +45,7 @@ class Batch:
         self.target = TargetSession(view, (drafter.aux_layers for drafter in self.drafters), len(requests))
         self.rows = [
             Row(index, request, self.drafters, self.config, decoder.new_learner(), decoder.vocabulary, features)
-            for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True))
+            for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
         ]
         self.began = time.perf_counter()
 
@@ -98,7 +98,12 @@ class Batch:
         held = past.get_seq_length()
         for row in self.rows:
             row.cached = max(0, min(held - row.request.padding, row.length - 1))
-        self.target.cache.load(past, [row.request.padding for row in self.rows], [row.cached for row in self.rows])
+        self.target.cache.load(
+            past,
+            [row.index for row in self.rows],
+            [row.request.padding for row in self.rows],
+            [row.cached for row in self.rows],
+        )
 
     def _read_prompts(self) -> torch.Tensor:
         """The target's logits [B, 1, V] after each prompt."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import DynamicCache
 
+from hedgespec.cache import RaggedCache
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.linear import few_row_view
 
@@ -39,15 +39,13 @@ class CausalLMSession:
 
     def __init__(self, drafter: CausalLMDrafter):
         self.drafter = drafter
-        self.cache = DynamicCache(config=drafter.model.config)
-        self.verified = self._held = 0
+        self.cache = RaggedCache(1)
+        self.verified = 0
 
     def prefill(self, tokens: torch.Tensor, features: None, logits_to_keep: int) -> torch.Tensor:
-        if self._held > self.verified:
-            self.cache.crop(self.verified - self._held)
-            self._held = self.verified
+        self.cache.lengths[0] = self.verified
         logits = self._forward(tokens, logits_to_keep)
-        self.verified = self._held
+        self.verified = self.cache.lengths[0]
         return logits
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
@@ -55,5 +53,5 @@ class CausalLMSession:
 
     def _forward(self, tokens: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
         out = self.drafter.model(tokens[None], past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep)
-        self._held += tokens.shape[0]
+        self.cache.lengths[0] += tokens.shape[0]
         return out.logits[0, :, : self.drafter.vocab_size]
