@@ -32,8 +32,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     MaxLengthCriteria,
@@ -59,6 +57,8 @@ WARPERS = {
     MinPLogitsWarper: "min_p",
 }
 """Processors that `Sampling` knows, in its order, which is `generate`'s."""
+BY_ROW = ("encoder_input_ids", "generated_ngrams", "prompt_ignore_length")
+"""Attributes in which such processors hold something for each row of the batch."""
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "synced_gpus"}
 """Arguments of the model that `generate` prepares and that say nothing new."""
 
@@ -308,14 +308,14 @@ def _for_row(processors: list, row: int, batch: int) -> list:
         if isinstance(processor, PrefixConstrainedLogitsProcessor):
             allowed = processor._prefix_allowed_tokens_fn
             processor = PrefixConstrainedLogitsProcessor(lambda _, tokens, allowed=allowed: allowed(row, tokens), 1)
-        elif isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
-            processor = copy.copy(processor)
-            processor.encoder_input_ids = processor.encoder_input_ids[row : row + 1]
-        elif isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
-            processor = copy.copy(processor)
-            processor.batch_size, processor.generated_ngrams = 1, processor.generated_ngrams[row : row + 1]
         elif not _is_stateless(processor):
             [processor] = _copies([processor], batch, "logits_processor")
+        elif held := [name for name in BY_ROW if hasattr(getattr(processor, name, None), "__len__")]:
+            processor = copy.copy(processor)
+            for name in held:
+                setattr(processor, name, getattr(processor, name)[row : row + 1])
+            if hasattr(processor, "batch_size"):
+                processor.batch_size = 1
         own.append(processor)
     return own
 
