@@ -209,10 +209,10 @@ def _load(target_folder: Path | None, specs: Sequence[str] | None) -> tuple[Any,
             target, tokenizer = load_target()
         else:
             target, tokenizer = _load_model(target_folder, "auto"), _load_tokenizer(target_folder)
-        return target, tokenizer, [_load_drafter(spec, target) for spec in specs]
+        return target, tokenizer, [_load_drafter(spec, target, tokenizer) for spec in specs]
 
 
-def _load_drafter(spec: str, target):
+def _load_drafter(spec: str, target, tokenizer):
     from hedgespec import zoo
     from hedgespec.drafters.causal_lm import CausalLMDrafter
     from hedgespec.drafters.ngram import NGramDrafter
@@ -222,7 +222,10 @@ def _load_drafter(spec: str, target):
         return NGramDrafter(target.config.vocab_size)
     if spec not in zoo.NAMES and Path(spec).is_dir():
         model = _load_model(Path(spec), target.dtype).to(target.device)
-        return CausalLMDrafter(model, target, name=Path(spec).resolve().name)
+        tokenizers = {}
+        if (Path(spec) / "tokenizer_config.json").exists():
+            tokenizers = {"tokenizer": _load_tokenizer(Path(spec)), "target_tokenizer": tokenizer}
+        return CausalLMDrafter(model, target, name=Path(spec).resolve().name, **tokenizers)
     return load_head(zoo.head_path(spec) if spec in zoo.NAMES else spec, target)
 
 

@@ -8,24 +8,38 @@ from hedgespec.cache import RaggedCache
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.linear import few_row_view
 
+SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
+"""Ids that both must agree on; padding is never drafted from."""
+
 
 class CausalLMDrafter:
     """A small language model that shares the target's tokenizer.
 
     Args:
         model: a transformers causal LM in eval mode, on the target's device.
-        target: the target. Only sizes are compared, and padding may differ; whether ids mean the same cannot be seen.
+        target: the target.
         name: shown in statistics.
+        tokenizer, target_tokenizer: the two models' transformers tokenizers. With both, every id is compared; without
+            them only what the models' configurations tell: the sizes of the vocabularies, which may differ by padding (a
+            tenth), and the ids of special tokens.
 
-    Raises: VocabularyMismatchError if the vocabularies differ by more than padding (a tenth) allows.
+    Raises:
+        ValueError: one tokenizer without the other.
+        VocabularyMismatchError: ids that do not mean the same; the first difference is named.
     """
 
     aux_layers = ()
 
-    def __init__(self, model, target, name: str = "causal_lm"):
-        own, wanted = model.config.vocab_size, target.config.vocab_size
-        if abs(own - wanted) > wanted // 10:
-            raise VocabularyMismatchError(f"drafter {name}: expected a vocabulary of {wanted} tokens, got {own}")
+    def __init__(self, model, target, name: str = "causal_lm", *, tokenizer=None, target_tokenizer=None):
+        if (tokenizer is None) != (target_tokenizer is None):
+            raise ValueError("tokenizer: expected both tokenizers or neither, got one")
+        own, wanted = (one.config.get_text_config(decoder=True).vocab_size for one in (model, target))
+        if tokenizer is not None:
+            check_same_tokens(tokenizer, target_tokenizer, name)
+        else:
+            if abs(own - wanted) > wanted // 10:
+                raise VocabularyMismatchError(f"drafter {name}: expected a vocabulary of {wanted} tokens, got {own}")
+            _check_special(model.config, target.config, name)
         self.model, self.name, self.vocab_size = few_row_view(model), name, min(own, wanted)
         same = own >= wanted
         self.draft_to_target = None if same else torch.arange(own, device=target.device)
@@ -55,3 +69,26 @@ class CausalLMSession:
         out = self.drafter.model(tokens[None], past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep)
         self.cache.lengths[0] += tokens.shape[0]
         return out.logits[0, :, : self.drafter.vocab_size]
+
+
+def check_same_tokens(tokenizer, target_tokenizer, name: str) -> None:
+    """Whether two transformers tokenizers give the same ids the same meaning.
+
+    Raises: VocabularyMismatchError that names the drafter `name` and the first difference.
+    """
+    own, wanted = ({id: token for token, id in one.get_vocab().items()} for one in (tokenizer, target_tokenizer))
+    for id in sorted(own.keys() | wanted.keys()):
+        if own.get(id) != wanted.get(id):
+            raise VocabularyMismatchError(
+                f"drafter {name}: expected the target's tokenizer, got another: id {id} is {own.get(id)!r} to the drafter "
+                f"and {wanted.get(id)!r} to the target"
+            )
+    _check_special(tokenizer, target_tokenizer, name)
+
+
+def _check_special(own, wanted, name: str) -> None:
+    """Special ids of two tokenizers or two configurations; one that either does not tell is passed over."""
+    for special in SPECIAL:
+        ours, theirs = getattr(own, special, None), getattr(wanted, special, None)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise VocabularyMismatchError(f"drafter {name}: expected {special} {theirs}, the target's, got {ours}")
