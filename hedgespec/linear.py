@@ -6,8 +6,6 @@ every drafter. General matrix products are made for many rows; on a CPU they tak
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -102,10 +100,9 @@ def few_row_view(model: nn.Module) -> nn.Module:
     Modules are copied shallowly with their own dictionaries, so the original is not touched: neither its classes, nor its
     submodules, nor its hooks. Layers of other types (quantised, adapted) stay what they are.
     """
-    view = copy.copy(model)
-    for name, value in vars(view).items():
-        if isinstance(value, dict):  # hooks, buffers, parameters: what is added to one must not show in the other
-            vars(view)[name] = copy.copy(value)
+    view = object.__new__(type(model))
+    # Hooks, buffers, parameters: what is added to one must not show in the other.
+    vars(view).update((name, value.copy() if isinstance(value, dict) else value) for name, value in vars(model).items())
     for name, child in view._modules.items():
         view._modules[name] = None if child is None else few_row_view(child)
     if type(view) is nn.Linear and view.bias is None:
