@@ -307,14 +307,11 @@ class Evaluation {
 
     for (first = 0; first < row_count; first += group) {
       count = std::min(group, row_count - first);
-#pragma omp parallel num_threads(most_threads) if (most_threads > 1)
-      {
-        normalise_targets();
-        if (count * params.drafters >= thread_count()) {
-          score_in_turn();
-        } else {
-          score_together();
-        }
+      if (most_threads == 1) {
+        evaluate_group();  // even a team of one would take as long to set up as a few small rows
+      } else {
+#pragma omp parallel num_threads(most_threads)
+        evaluate_group();
       }
     }
     if (params.draft_length > 0) expect_lengths();
@@ -350,7 +347,17 @@ class Evaluation {
     return params.draft_to_target ? params.draft_to_target + drafter * params.draft_vocabulary : nullptr;
   }
 
-  // Masses and laws of the target rows at hand. This and the two below are called by all threads of a parallel region.
+  // The rows at hand. This and the three below are called by every thread of a team.
+  void evaluate_group() {
+    normalise_targets();
+    if (count * params.drafters >= thread_count()) {
+      score_in_turn();
+    } else {
+      score_together();
+    }
+  }
+
+  // Masses and laws of the target rows.
   void normalise_targets() {
     const std::int64_t blocks = blocks_in(params.vocabulary);
     const std::int64_t splits = std::clamp<std::int64_t>(thread_count() / count, 1, blocks);
