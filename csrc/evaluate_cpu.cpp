@@ -49,7 +49,8 @@ int thread_count() {
 }
 
 std::int64_t blocks_in(std::int64_t size) { return (size + block_size - 1) / block_size; }
-std::int64_t padded(std::int64_t size) { return (size + chunk_size - 1) / chunk_size * chunk_size; }
+std::int64_t chunks_in(std::int64_t size) { return (size + chunk_size - 1) / chunk_size; }
+std::int64_t padded(std::int64_t size) { return chunks_in(size) * chunk_size; }
 
 // A row of logits as it is handed in.
 template <typename Logit>
@@ -264,17 +265,20 @@ std::int64_t likeliest(const Row<Logit>& row, std::int64_t count, std::int64_t* 
 
 // Memory of a thread or of a target row, kept from call to call: fresh pages cost more than the arithmetic.
 struct Scratch {
-  std::vector<float> masses;
+  struct alignas(64) Chunk {  // no vector of masses straddles two cache lines
+    float masses[chunk_size];
+  };
+  std::vector<Chunk> chunks;
   std::vector<Block> blocks;
-  std::int64_t row_masses = 0, row_blocks = 0;
+  std::int64_t row_chunks = 0, row_blocks = 0;
 
   void reserve(std::int64_t count, std::int64_t size, std::int64_t block_sets) {
-    row_masses = padded(size);
+    row_chunks = chunks_in(size);
     row_blocks = blocks_in(size) * block_sets;
-    masses.resize(std::max(masses.size(), static_cast<std::size_t>(count * row_masses)));
+    chunks.resize(std::max(chunks.size(), static_cast<std::size_t>(count * row_chunks)));
     blocks.resize(std::max(blocks.size(), static_cast<std::size_t>(count * row_blocks)));
   }
-  float* masses_of(std::int64_t row) { return masses.data() + row * row_masses; }
+  float* masses_of(std::int64_t row) { return reinterpret_cast<float*>(chunks.data() + row * row_chunks); }
   Block* blocks_of(std::int64_t row) { return blocks.data() + row * row_blocks; }
 };
 
@@ -303,14 +307,11 @@ class Evaluation {
 
     for (first = 0; first < row_count; first += group) {
       count = std::min(group, row_count - first);
-#pragma omp parallel num_threads(most_threads) if (most_threads > 1)
-      {
-        normalise_targets();
-        if (count * params.drafters >= thread_count()) {
-          score_in_turn();
-        } else {
-          score_together();
-        }
+      if (most_threads == 1) {
+        evaluate_group();  // even a team of one would take as long to set up as a few small rows
+      } else {
+#pragma omp parallel num_threads(most_threads)
+        evaluate_group();
       }
     }
     if (params.draft_length > 0) expect_lengths();
@@ -346,7 +347,17 @@ class Evaluation {
     return params.draft_to_target ? params.draft_to_target + drafter * params.draft_vocabulary : nullptr;
   }
 
-  // Masses and laws of the target rows at hand. This and the two below are called by all threads of a parallel region.
+  // The rows at hand. This and the three below are called by every thread of a team.
+  void evaluate_group() {
+    normalise_targets();
+    if (count * params.drafters >= thread_count()) {
+      score_in_turn();
+    } else {
+      score_together();
+    }
+  }
+
+  // Masses and laws of the target rows.
   void normalise_targets() {
     const std::int64_t blocks = blocks_in(params.vocabulary);
     const std::int64_t splits = std::clamp<std::int64_t>(thread_count() / count, 1, blocks);
@@ -388,14 +399,16 @@ class Evaluation {
     return {targets->masses_of(unit.at), targets->blocks_of(unit.at), unit.blocks};
   }
 
-  // Each thread takes a run of drafters, row by row, through one buffer.
+  // The threads take one drafter after another, row by row, each through one buffer. A thread that something holds up takes
+  // fewer.
   void score_in_turn() {
-    const std::int64_t units = count * params.drafters, threads = thread_count(), thread = thread_index();
+    const std::int64_t units = count * params.drafters, thread = thread_index();
     const std::int64_t blocks = blocks_in(params.draft_vocabulary);
     float* const masses = drafts->masses_of(thread);
     Block* const block_sets[] = {drafts->blocks_of(thread), drafts->blocks_of(thread) + blocks};
     Unit waiting{-1, 0, {}, nullptr};  // the drafter before, as long as its overlap is not known
-    for (std::int64_t u = units * thread / threads; u < units * (thread + 1) / threads; ++u) {
+#pragma omp for schedule(dynamic) nowait
+    for (std::int64_t u = 0; u < units; ++u) {
       Unit unit{u % params.drafters, u / params.drafters, {}, block_sets[waiting.blocks == block_sets[0]]};
       if (!valid(first + unit.at)) {
         write(unit, Scores{});

@@ -21,8 +21,8 @@ struct Types;
   template <>                                                                \
   struct Types<WIDTH> {                                                      \
     typedef float Floats __attribute__((vector_size(WIDTH * 4)));            \
+    typedef std::int32_t Integers __attribute__((vector_size(WIDTH * 4)));   \
     typedef std::uint32_t Words __attribute__((vector_size(WIDTH * 4)));     \
-    typedef std::uint16_t Halves __attribute__((vector_size(WIDTH * 2)));    \
   }
 HEDGESPEC_TYPES(4);
 HEDGESPEC_TYPES(8);
@@ -31,8 +31,8 @@ HEDGESPEC_TYPES(16);
 template <int Width>
 struct Vector : Types<Width> {
   using typename Types<Width>::Floats;
+  using typename Types<Width>::Integers;
   using typename Types<Width>::Words;
-  using typename Types<Width>::Halves;
 
   HEDGESPEC_INLINE static Floats load(const float* from) {
     Floats values;
@@ -40,14 +40,18 @@ struct Vector : Types<Width> {
     return values;
   }
   HEDGESPEC_INLINE static Floats load(const Bfloat16* from) {
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+    Words words;
+    for (int i = 0; i < Width; ++i) words[i] = from[i].bits;  // GCC 12 makes one load of this, but not of a conversion
+    return reinterpret_cast<Floats>(words << 16);
   }
   HEDGESPEC_INLINE static void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
   HEDGESPEC_INLINE static Floats all(float value) { return Floats{} + value; }
   HEDGESPEC_INLINE static Floats max(Floats one, Floats other) { return one > other ? one : other; }
-  HEDGESPEC_INLINE static Floats min(Floats one, Floats other) { return one < other ? one : other; }
+  // Bits of numbers >= 0 are in the numbers' order, and integers leave the units that add floats to the sums.
+  HEDGESPEC_INLINE static Floats min_nonnegative(Floats one, Floats other) {
+    const Integers a = reinterpret_cast<Integers>(one), b = reinterpret_cast<Integers>(other);
+    return reinterpret_cast<Floats>(a < b ? a : b);
+  }
   HEDGESPEC_INLINE static float sum(Floats values) {
     float total = 0.0f;
     for (int i = 0; i < Width; ++i) total += values[i];
@@ -78,8 +82,8 @@ struct Loops {
 
   // min(target, weight * draft), a step of it.
   HEDGESPEC_INLINE static Floats smaller(const float* target, const float* draft, Floats weight) {
-    return V::min(V::load(target), V::load(draft) * weight) +
-           V::min(V::load(target + Width), V::load(draft + Width) * weight);
+    return V::min_nonnegative(V::load(target), V::load(draft) * weight) +
+           V::min_nonnegative(V::load(target + Width), V::load(draft + Width) * weight);
   }
 
   // One step: `step` logits from `row`, masses to `out`; where `Overlapping`, first the overlap of what `out` holds.

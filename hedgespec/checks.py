@@ -49,14 +49,14 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], sha
 
 def check_ids(name: str, ids: Tensor, highest: int) -> None:
     """Integers [n] or [m, n] in 0..highest."""
-    if ids.device.type != "cpu" or ids.numel() == 0:
+    count = ids.numel()
+    if not ids.is_cpu or count == 0:
         return
-    if ids.numel() <= _FEW:  # lists are quicker than reductions
+    if count <= _FEW:  # lists are quicker than reductions
         values = ids.tolist()
         if ids.ndim > 1:
-            low, high = min(map(min, values)), max(map(max, values))
-        else:
-            low, high = min(values), max(values)
+            values = [each for row in values for each in row]
+        low, high = min(values), max(values)
     else:
         low, high = (bound.item() for bound in ids.aminmax())
     if low < 0 or high > highest:
@@ -65,7 +65,7 @@ def check_ids(name: str, ids: Tensor, highest: int) -> None:
 
 def check_uniforms(name: str, uniforms: Tensor) -> None:
     """Numbers in [0, 1)."""
-    if uniforms.device.type != "cpu" or uniforms.numel() == 0:
+    if not uniforms.is_cpu or uniforms.numel() == 0:
         return
     low, high = (bound.item() for bound in uniforms.aminmax())
     if not (low >= 0 and high < 1):  # written so that NaN fails
@@ -83,7 +83,7 @@ def check_temperature(name: str, temperature: float | Tensor, shape: tuple[int, 
             raise wrong(name, "a finite number >= 0", temperature)
         return temperature
     check_tensor(name, temperature, FLOATING, shape, device)
-    if device.type != "cpu" or temperature.numel() == 0:
+    if not temperature.is_cpu or temperature.numel() == 0:
         return temperature
     low, high = (bound.item() for bound in temperature.aminmax())
     if not 0 <= low <= high < math.inf:

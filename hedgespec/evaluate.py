@@ -114,7 +114,7 @@ def evaluate(
         check_ids("tokens", tokens, vocabulary - 1)
     else:
         check_tensor("lengths", lengths, (torch.int64,), (batch,), device)
-        if device.type == "cpu":
+        if lengths.is_cpu:
             check_ids("lengths", lengths, positions)
             check_ids("tokens", tokens[_within(lengths, positions)], vocabulary - 1)
     if draft_to_target is not None:
@@ -140,7 +140,8 @@ def evaluate(
     if mode == "top_k" and top_k is None:
         raise wrong("top_k", "a number of candidates in mode 'top_k'", None)
 
-    run = resolve("evaluate", backend, device.type, rarer(target_logits.dtype, drafter_logits.dtype))
+    kind = "cpu" if target_logits.is_cpu else device.type  # a device makes its type's name anew each time
+    run = resolve("evaluate", backend, kind, rarer(target_logits.dtype, drafter_logits.dtype))
     return run(
         target_logits,
         drafter_logits,

@@ -21,6 +21,8 @@ def as_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def split_temperature(temperature: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
     """Temperature for all rows, or else for each."""
+    if type(temperature) is float:  # asking whether it is a tensor takes longer
+        return temperature, None
     return (0.0, as_float32(temperature)) if isinstance(temperature, torch.Tensor) else (float(temperature), None)
 
 
@@ -35,7 +37,7 @@ def empty_evaluation(
     drafters: int, batch: int, positions: int, top_k: int | None, draft_length: int | None, device: torch.device
 ) -> Evaluation:
     """The outputs of `evaluate` for a kernel to fill, float32; already right where there is no row to evaluate."""
-    scores = torch.empty((4 if top_k is None else 6, drafters, batch, positions), dtype=torch.float32, device=device)
+    scores = torch.empty(4 if top_k is None else 6, drafters, batch, positions, dtype=torch.float32, device=device)
     if draft_length is None:
         return Evaluation(scores)
     whole = torch.empty((drafters, batch), dtype=torch.float32, device=device)
