@@ -7,6 +7,7 @@ through `logging`, which one that was. A backend asked for by name runs or raise
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -54,12 +55,6 @@ class _Entry:
 _table: dict[str, dict[str, _Entry]] = {}
 
 
-def require_gpu() -> None:
-    """Raises ImportError, as a `load` does, where kernels for GPUs have none to run on."""
-    if "cpu" not in TRITON_DEVICES and not torch.cuda.is_available():
-        raise ImportError("torch sees no GPU")
-
-
 def register(
     operation: str,
     backend: str,
@@ -87,6 +82,30 @@ def register(
     _table.setdefault(operation, {})[backend] = entry
     _load.cache_clear()
     resolve.cache_clear()
+
+
+def register_kernels(operation: str, reference: Callable) -> None:
+    """Adds an operation's reference and its kernels, which go by name: OPERATION_cpu and OPERATION_cuda in `native`,
+    OPERATION_triton in `triton_kernels.OPERATION`."""
+
+    def load_cpu() -> Callable:
+        return getattr(importlib.import_module("hedgespec.native"), f"{operation}_cpu")
+
+    def load_cuda() -> Callable:
+        native = importlib.import_module("hedgespec.native")
+        native.require_cuda()
+        return getattr(native, f"{operation}_cuda")
+
+    def load_triton() -> Callable:
+        if "cpu" not in TRITON_DEVICES and not torch.cuda.is_available():
+            raise ImportError("torch sees no GPU")
+        return getattr(importlib.import_module(f"hedgespec.triton_kernels.{operation}"), f"{operation}_triton")
+
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    register(operation, "reference", lambda: reference)
+    register(operation, "cpu", load_cpu, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))
+    register(operation, "triton", load_triton, devices=TRITON_DEVICES, dtypes=narrow)
+    register(operation, "cuda", load_cuda, devices=("cuda",), dtypes=narrow)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from hedgespec.backends import TRITON_DEVICES, register, require_gpu, resolve
+from hedgespec.backends import register_kernels, resolve
 from hedgespec.checks import (
     FLOATING,
     check_ids,
@@ -348,29 +348,4 @@ def _check_count(name: str, count: int, most: int | None = None) -> None:
         raise wrong(name, "at least 1" if most is None else f"1..{most}", count)
 
 
-def _load_cpu():
-    from hedgespec import native
-
-    return native.evaluate_cpu
-
-
-def _load_cuda():
-    from hedgespec import native
-
-    native.require_cuda()
-    return native.evaluate_cuda
-
-
-def _load_triton():
-    require_gpu()
-    from hedgespec.triton_kernels.evaluate import evaluate_triton
-
-    return evaluate_triton
-
-
-_NARROW = (torch.float32, torch.bfloat16, torch.float16)
-
-register("evaluate", "reference", lambda: evaluate_reference)
-register("evaluate", "cpu", _load_cpu, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))
-register("evaluate", "triton", _load_triton, devices=TRITON_DEVICES, dtypes=_NARROW)
-register("evaluate", "cuda", _load_cuda, devices=("cuda",), dtypes=_NARROW)
+register_kernels("evaluate", evaluate_reference)

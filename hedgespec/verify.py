@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hedgespec.backends import TRITON_DEVICES, register, require_gpu, resolve
+from hedgespec.backends import register_kernels, resolve
 from hedgespec.checks import (
     FLOATING,
     WIDE,
@@ -321,29 +321,4 @@ def _is_zero(temperature: float | Tensor) -> bool:
     return not isinstance(temperature, Tensor) and temperature == 0
 
 
-def _load_cpu():
-    from hedgespec import native
-
-    return native.verify_cpu
-
-
-def _load_cuda():
-    from hedgespec import native
-
-    native.require_cuda()
-    return native.verify_cuda
-
-
-def _load_triton():
-    require_gpu()
-    from hedgespec.triton_kernels.verify import verify_triton
-
-    return verify_triton
-
-
-_NARROW = (torch.float32, torch.bfloat16, torch.float16)
-
-register("verify", "reference", lambda: verify_reference)
-register("verify", "cpu", _load_cpu, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))
-register("verify", "triton", _load_triton, devices=TRITON_DEVICES, dtypes=_NARROW)
-register("verify", "cuda", _load_cuda, devices=("cuda",), dtypes=_NARROW)
+register_kernels("verify", verify_reference)

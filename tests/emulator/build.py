@@ -21,6 +21,8 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock
+
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 
@@ -85,7 +87,12 @@ def build(sanitize: str = "", threads: int | None = SMALL) -> Path:
     shared = "\0".join([compiler() or "", *flags]).encode() + b"".join(path.read_bytes() for path in headers)
     base = Path(os.environ.get("HEDGESPEC_CACHE") or Path.home() / ".cache" / "hedgespec") / "emulated"
     base.mkdir(parents=True, exist_ok=True)
+    with FileLock(base / "lock"):  # test processes side by side want the same objects
+        return _linked(base, name, sources, sanitize, flags, shared)
 
+
+def _linked(base: Path, name: str, sources: list[Path], sanitize: str, flags: list[str], shared: bytes) -> Path:
+    """The module's path, compiled and linked as far as the cache lacks it."""
     objects = [_compiled(base, path.name, path.read_bytes(), flags, shared) for path in sources]
     present = {path.stem for path in sources if path.suffix == ".cu"}
     objects += [
