@@ -203,7 +203,7 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
     for row, (prompt, padding) in enumerate(prompts):
         own = _for_row(processors, row, batch)
         requests.append(Request(
-            prompt, padding, generation_config.max_length - input_ids.shape[1], generator(seed, row),
+            prompt, padding, max(1, generation_config.max_length - input_ids.shape[1]), generator(seed, row),
             frozenset() if eos is None else frozenset(eos.flatten().tolist()), states[row],
             process=recorders[row].process(own) if own or recorders[row].keeps else None,
             process_drafts=_process_drafts(own),

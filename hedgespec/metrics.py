@@ -33,12 +33,13 @@ class DecodeStats:
     played: list[float] = field(default_factory=list)
     """Expected loss under the weights that the learner held when it took each of them, [F]."""
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    """Wall time of each stage while the request was under way; of a batch the time of all its rows together."""
     failures: dict[str, str] = field(default_factory=dict)
     """Drafters that were taken out of the request, with the cause."""
     learner_state: dict[str, Any] = field(default_factory=dict)
     """The learner's `state_dict()` at the end, for a next request to go on from."""
     seconds: float = 0.0
-    """Wall time of the request, `on_tokens` included."""
+    """Wall time from the batch's beginning to the request's end, `on_tokens` included."""
 
     def record_round(self, drafter: int | None, weights: np.ndarray, emitted: int) -> None:
         self.choices.append(-1 if drafter is None else drafter)

@@ -107,6 +107,8 @@ class Row:
                 if self.request.process_drafts is not None:
                     drafted = torch.cat([self.seen[0], *tokens])
                     row, mapping = self.processed(choice.drafter, row[None], drafted)[0], None
+                    if not row.amax().isfinite():
+                        break  # nothing that the drafter can name is allowed here
                 if one_hot:
                     token = row.argmax()
                 else:
