@@ -147,11 +147,18 @@ def _top_k(target, prompt, k: int = 2, temperature: float = 0.6):
 def test_a_gpu_emits_what_the_cpu_emits():
     """float64, so that another order of sums does not turn a tie."""
     outputs = []
+    prompts, mask = torch.cat([prompt_of(0), prompt_of(1)]), torch.ones(2, 11, dtype=torch.int64)
+    mask[1, :4] = 0
     for device in ("cpu", "cuda"):
         target = tiny_llama(seed=0, layers=4).to(device)
         drafters = [tiny_head(target, 1).to(device), NGramDrafter(VOCABULARY)]
         decoder = Decoder(target, drafters, DecodeConfig(backend="reference"))
-        outputs.append(decoder.generate(prompt_of(0).to(device), max_new_tokens=30, temperature=0.7, seed=0).sequences.tolist())
+        options = {"attention_mask": mask.to(device), "max_new_tokens": 30}
+        sampled = decoder.generate(prompts.to(device), temperature=0.7, seed=0, **options).sequences
+        dropped_in = target.generate(
+            prompts.to(device), do_sample=False, repetition_penalty=1.2, custom_generate=decoder, **options
+        )
+        outputs.append((sampled.tolist(), dropped_in.tolist()))
     assert outputs[0] == outputs[1]
 
 
