@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+NUCLEUS = 1024
+"""Tokens among which a nucleus is looked for first: to sort a whole vocabulary takes ten times as long."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -43,18 +46,31 @@ class Sampling:
 
     def threshold(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The bound below which a logit is masked, [...] of logits [..., V], before temperature; None where all stay."""
-        if self.temperature == 0 or (self.top_k, self.top_p, self.min_p) == (None, None, None):
+        top_p, min_p = self.top_p if self.top_p != 1 else None, self.min_p or None
+        if self.temperature == 0 or (self.top_k, top_p, min_p) == (None, None, None):
             return None
-        count = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
-        # Only top-p needs the order of what is left; the rest needs the largest and the k-th.
-        kept = logits.topk(count, sorted=True).values
-        lowest = kept[..., -1]
-        probs = (kept.double() / self.temperature).softmax(-1)
-        if self.top_p is not None:
-            before = probs.cumsum(-1) - probs
-            last = (before < self.top_p).sum(-1, keepdim=True) - 1
+        size = logits.shape[-1]
+        log_total = lowest = None
+        if self.top_k is not None:
+            kept = logits.topk(min(self.top_k, size)).values
+            lowest = kept[..., -1]
+            log_total = (kept.double() / self.temperature).logsumexp(-1, keepdim=True)
+        elif top_p is not None:
+            log_total = (logits.double() / self.temperature).logsumexp(-1, keepdim=True)
+            few = NUCLEUS if logits.is_cpu and size > 4 * NUCLEUS else size  # elsewhere to ask would be to wait for the device
+            kept = logits.topk(few).values
+            if few < size and not (self._probs(kept, log_total).sum(-1) >= top_p).all():
+                kept = logits.topk(size).values
+        else:
+            kept = logits.amax(-1, keepdim=True)
+        if top_p is not None:
+            probs = self._probs(kept, log_total)
+            last = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True) - 1
             lowest = kept.gather(-1, last)[..., 0]
-        if self.min_p is not None and self.min_p > 0:
-            floor = kept[..., 0] + self.temperature * math.log(self.min_p)
-            lowest = torch.maximum(lowest, floor)
+        if min_p is not None:
+            floor = kept[..., 0] + self.temperature * math.log(min_p)
+            lowest = floor if lowest is None else torch.maximum(lowest, floor)
         return lowest
+
+    def _probs(self, kept: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
+        return (kept.double() / self.temperature - log_total).exp()

@@ -18,6 +18,7 @@ from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import NAMES
+from hedgespec.sampling import NUCLEUS, Sampling
 
 VOCABULARY, WIDTH, DRAFT_VOCABULARY = 53, 16, 29
 AUX = (1, 2, 3)
@@ -298,16 +299,25 @@ def test_bad_pools_and_configurations_are_refused(target):
         DecodeConfig(mode="tree")
 
 
-@pytest.mark.parametrize("option", [{"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.7, "min_p": 0.1}])
-def test_thresholds_keep_what_transformers_keeps(option):
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 4 * NUCLEUS + 1])
+@pytest.mark.parametrize("spread", [0.1, 3.0])  # with and without a nucleus among the first few
+@pytest.mark.parametrize(
+    "option",
+    [{"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.7, "min_p": 0.1}, {"top_p": 0.7, "min_p": 0.1}],
+)
+def test_thresholds_keep_what_transformers_keeps(option, spread, vocabulary):
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    from hedgespec.sampling import Sampling
-
-    logits = torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 3
+    logits = torch.randn(20, vocabulary, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * spread
+    logits[:, 7] = -math.inf
     scores = logits / 0.7
     for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
         if name in option:
             scores = warper(option[name])(None, scores)
     threshold = Sampling(temperature=0.7, **option).threshold(logits)
     assert ((logits >= threshold[:, None]) == scores.isfinite()).all()
+
+
+def test_options_that_keep_all_make_no_threshold():
+    assert Sampling(1.0, top_p=1.0, min_p=0.0).threshold(torch.zeros(1, 5)) is None
+    assert Sampling(0.0, top_k=3).threshold(torch.zeros(1, 5)) is None
