@@ -2,9 +2,9 @@
 # Everything that wants an NVIDIA GPU, in one run:  bench/gpu.sh FOLDER
 #
 # Builds the native module with its CUDA kernels, runs the tests marked gpu, the CUDA kernels under compute-sanitizer
-# (memcheck and racecheck), the kernel benchmarks, and the decoder's if the zoo's target is in the cache. FOLDER gets a log of each step, the benchmarks' JSON, a table of them
-# and summary.txt. A step that fails does not stop the others, but fails the run. PYTHON names another interpreter; the
-# build needs pybind11, cmake, ninja and nvcc, and no network.
+# (memcheck and racecheck), the kernel benchmarks, and the decoder's if the zoo's target is in the cache. FOLDER gets a log of
+# each step, the benchmarks' JSON, a table of the kernels' and summary.txt. A step that fails does not stop the others, but
+# fails the run. PYTHON names another interpreter; the build needs pybind11, cmake, ninja and nvcc, and no network.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=$(mkdir -p "${1:?usage: bench/gpu.sh FOLDER}" && cd "$1" && pwd)
