@@ -105,7 +105,7 @@ def few_row_view(model: nn.Module) -> nn.Module:
     view = copy.copy(model)
     for name, value in vars(view).items():
         if isinstance(value, dict):  # hooks, buffers, parameters: what is added to one must not show in the other
-            vars(view)[name] = copy.copy(value)
+            vars(view)[name] = value.copy()  # a request makes a view, of some five thousand of these: not copy.copy's detours
     for name, child in view._modules.items():
         view._modules[name] = None if child is None else few_row_view(child)
     if type(view) is nn.Linear and view.bias is None:
