@@ -16,7 +16,7 @@ SHAPES = [(576, 576), (1536, 576), (576, 1536), (4096, 576), (49152, 576)]
 BYTES = 100_000_000
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 6, 8, 16])
+@pytest.mark.parametrize("rows", [1, 2, 4, 6, 8, 16, 24])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}x{}".format(*shape))
 def test_linear(benchmark, capsys, fastest, shape, rows):
     torch.manual_seed(0)

@@ -141,8 +141,13 @@ class EagleSession:
         positions = torch.arange(start, start + count, device=tokens.device)
         queries, keys, values = head.project(head.embed(tokens)[None], feature, positions)
         keys, values = self.cache.append(keys, values)
-        mask = None if count == 1 else positions[:, None] >= torch.arange(start + count, device=tokens.device)
+        # With a single layer, positions whose logits nobody asks for are keys and values and nothing more: of a prompt, all
+        # but the last.
+        queries, feature = queries[:, :, -logits_to_keep:], feature[:, -logits_to_keep:]
+        mask = None
+        if logits_to_keep > 1:
+            mask = positions[-logits_to_keep:, None] >= torch.arange(start + count, device=tokens.device)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         hidden = head.finish(feature, attended)
         self._own_feature = hidden[:, -1:]
-        return head.logits(hidden[0, -logits_to_keep:])
+        return head.logits(hidden[0])
