@@ -17,6 +17,8 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
@@ -99,7 +101,7 @@ def accelerate(model, drafters: Sequence[Drafter] | Decoder, config: DecodeConfi
         decoder = drafters
     else:
         decoder = Decoder(model, drafters, config)
-    model.generate = _Accelerated(model, decoder)
+    model.generate = _Accelerated(decoder)
     return model
 
 
@@ -112,12 +114,21 @@ def restore(model):
 
 
 class _Accelerated:
-    """An accelerated model's `generate`: the same arguments; those that `custom_generate` would lose are held on to."""
+    """An accelerated model's `generate`: the same arguments; those that `custom_generate` would lose are held on to.
 
-    def __init__(self, model, decoder: Decoder):
-        self._plain, self.decoder = model.generate, decoder
-        self.__signature__ = inspect.signature(model.generate)
-        self.__doc__ = model.generate.__doc__
+    It knows the model by its decoder alone, so that a copy of the model, pickled or deep, has a `generate` of its own.
+    """
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+
+    @property
+    def _plain(self) -> Callable:
+        return MethodType(type(self.decoder.target).generate, self.decoder.target)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._plain)
 
     def __call__(self, *args, **kwargs):
         bound = self.__signature__.bind(*args, **kwargs).arguments
@@ -183,9 +194,10 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
     batch = input_ids.shape[0]
     _refuse(decoder, model, generation_config, streamer, batch, model_kwargs)
     target = decoder.target
+    cache, past = _past(model_kwargs.get("past_key_values"), generation_config)
+    _check_whole(input_ids, model_kwargs.get("attention_mask"), past, generation_config)
     prompts = rows_of(input_ids, model_kwargs.get("attention_mask"), target)
     _check_positions(model_kwargs.get("position_ids"), prompts)
-    cache, past = _past(model_kwargs.get("past_key_values"), generation_config)
 
     records = generation_config.return_dict_in_generate
     recorders = [_Recorder(records and generation_config.output_scores, records and generation_config.output_logits)
@@ -193,21 +205,20 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
     processors, sampling = list(logits_processor), Sampling()
     if generation_config.do_sample:
         processors, sampling = _split(processors) if not recorders[0].keeps_scores else (processors, Sampling(1.0))
-    criteria = [one for one in stopping_criteria if not isinstance(one, (MaxLengthCriteria, EosTokenCriteria))]
-    eos = generation_config._eos_token_tensor
+    criteria = [one for one in stopping_criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
+    room, eos = _limits(stopping_criteria, input_ids.shape[1])
     # Greedy decoding draws nothing from torch's generator, and neither does this: the seed then only picks drafters.
     seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
     keep_cache = cache is not None and (records or getattr(cache, "_is_user_defined", False))
     states = learner_state if isinstance(learner_state, Sequence) else [learner_state] * batch
     requests = []
     for row, (prompt, padding) in enumerate(prompts):
-        own = _for_row(processors, row, batch)
+        own = _for_row(processors, row, batch, target)
         requests.append(Request(
-            prompt, padding, generation_config.max_length - input_ids.shape[1], generator(seed, row),
-            frozenset() if eos is None else frozenset(eos.flatten().tolist()), states[row],
+            prompt, padding, room, generator(seed, row), eos, states[row],
             process=recorders[row].process(own) if own or recorders[row].keeps else None,
             process_drafts=_process_drafts(own),
-            stop=_stop(_copies(criteria, batch, "stopping_criteria"), recorders[row]) if criteria else None,
+            stop=_stop(_copies(criteria, batch, target, "stopping_criteria"), recorders[row]) if criteria else None,
             keep_cache=keep_cache,
         ))  # fmt: skip
 
@@ -262,13 +273,28 @@ def _check_positions(position_ids: torch.Tensor | None, prompts: list[tuple[torc
             raise ValueError(f"position_ids: expected 0, 1, ... from a row's first token on, got {row}")
 
 
+def _check_whole(
+    input_ids: torch.Tensor, mask: torch.Tensor | None, past: DynamicCache | None, config: GenerationConfig
+) -> None:
+    """`generate` also takes the tokens behind a cache alone, told by a longer mask, which it drops if it is all ones."""
+    count = input_ids.shape[1]
+    whole = getattr(config, "_mask_length", count) if mask is None else mask.shape[1]
+    if past is not None and max(whole, past.get_seq_length()) > count:
+        raise ValueError(
+            "input_ids: expected the whole text, which drafters read, also where past_key_values holds its beginning, got "
+            f"{count} tokens behind a cache of {past.get_seq_length()}"
+        )
+
+
 def _past(cache, config: GenerationConfig) -> tuple[DynamicCache | None, DynamicCache | None]:
     """The cache to fill in the end, and what one that came in holds already."""
     if cache is None:
         return None, None
     if type(cache) is not DynamicCache or cache.offloading:
         if config.cache_implementation is None or "static" not in config.cache_implementation:
-            raise ValueError(f"past_key_values: expected a DynamicCache, got {type(cache).__name__}")
+            name = "past_key_values" if config.cache_implementation is None else "cache_implementation"
+            kind = "an offloaded one" if getattr(cache, "offloading", False) else type(cache).__name__
+            raise ValueError(f"{name}: expected a DynamicCache that stays where it is, got {kind}")
         return None, None  # a static one that `generate` made: the decoder's own buffers take its place
     return cache, cache if cache.get_seq_length() else None
 
@@ -297,7 +323,17 @@ def _is_stateless(processor) -> bool:
     return own or bool(getattr(processor, "stateless", False))
 
 
-def _for_row(processors: list, row: int, batch: int) -> list:
+def _limits(criteria: StoppingCriteriaList, prompt_length: int) -> tuple[int, frozenset[int]]:
+    """Most tokens to emit, and the ids that end a text.
+
+    The configuration does not say: a criterion of the user's stands in for `generate`'s own of the same type.
+    """
+    room = max(1, criteria.max_length - prompt_length)  # criteria are asked after a token, so there is always one
+    eos = (one.eos_token_id.flatten().tolist() for one in criteria if type(one) is EosTokenCriteria)
+    return room, frozenset(chain.from_iterable(eos))
+
+
+def _for_row(processors: list, row: int, batch: int, target) -> list:
     """The processors for calls with one row of the batch alone."""
     if batch == 1:
         return processors
@@ -309,7 +345,7 @@ def _for_row(processors: list, row: int, batch: int) -> list:
             allowed = processor._prefix_allowed_tokens_fn
             processor = PrefixConstrainedLogitsProcessor(lambda _, tokens, allowed=allowed: allowed(row, tokens), 1)
         elif not _is_stateless(processor):
-            [processor] = _copies([processor], batch, "logits_processor")
+            [processor] = _copies([processor], batch, target, "logits_processor")
         elif held := [name for name in BY_ROW if hasattr(getattr(processor, name, None), "__len__")]:
             processor = copy.copy(processor)
             for name in held:
@@ -320,15 +356,16 @@ def _for_row(processors: list, row: int, batch: int) -> list:
     return own
 
 
-def _copies(callables: list, batch: int, argument: str) -> list:
+def _copies(callables: list, batch: int, target, argument: str) -> list:
     """Copies for one row of a batch, so that what they remember is of that row; the things themselves for a batch of 1."""
     if batch == 1:
         return callables
+    held = {id(module): module for module in target.modules()}  # one that reads the model reads the model, not a copy of it
     shared = (MaxTimeCriteria, StopStringCriteria)
     copies = []
     for one in callables:
         try:
-            copies.append(one if isinstance(one, shared) else copy.deepcopy(one))
+            copies.append(one if isinstance(one, shared) else copy.deepcopy(one, dict(held)))
         except Exception as error:
             raise ValueError(
                 f"{argument}: expected something that can be copied for each row of a batch, got {type(one).__name__}: {error}"

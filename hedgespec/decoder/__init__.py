@@ -20,7 +20,7 @@ from hedgespec.drafters import Drafter
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
-from hedgespec.target import check_target, rows_may_differ
+from hedgespec.target import check_target, device_of, rows_may_differ
 
 __all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "generator", "rows_of", "stack"]
 
@@ -69,7 +69,7 @@ class Decoder:
                     f"drafter {drafter.name}: expected the target's vocabulary of {vocabulary} tokens, or a map into it, "
                     f"got {drafter.vocab_size}"
                 )
-        self.vocabulary, self.groups = vocabulary, groups_of(self.drafters, target.device)
+        self.vocabulary, self.groups = vocabulary, groups_of(self.drafters, device_of(target))
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
 
     def new_learner(self) -> learners.Learner:
@@ -155,8 +155,10 @@ class Decoder:
         """
         together = rows_may_differ(self.target)
         rows: list[Row] = []
+        warned: set[str] = set()
         for first in range(0, len(requests), len(requests) if together else 1):
-            batch = Batch(self, requests[first:] if together else requests[first : first + 1], first, sampling, on_tokens)
+            some = requests[first:] if together else requests[first : first + 1]
+            batch = Batch(self, some, first, sampling, on_tokens, warned)
             rows += batch.rows
             batch.begin(past)
             while batch.rows:

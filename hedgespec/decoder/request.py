@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hedgespec.target import device_of
+
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens int64 [1, L], logits [n, V] for the token after them) -> processed logits [n, V]."""
 
@@ -77,4 +79,4 @@ def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, target
                     "attention_mask: expected zeros on the left and then ones (tokenizers do so with padding_side='left'), "
                     f"got {mask[row].int().tolist()} in row {row}"
                 )
-    return list(zip(rows.to(target.device), padding, strict=True))
+    return list(zip(rows.to(device_of(target)), padding, strict=True))
