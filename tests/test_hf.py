@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import pickle
+import string
 import threading
 import warnings
 
@@ -57,8 +58,9 @@ from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.sampling import Sampling
 
 VOCABULARY, WIDTH, PAD, PROMPT = 53, 16, 0, 9
+LETTERS = "~ " + string.ascii_letters[: VOCABULARY - 2]
 TINY = dict(
-    vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+    vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, eos_token_id=None, bos_token_id=None,
     pad_token_id=None,
 )  # fmt: skip
@@ -73,7 +75,7 @@ def tiny(kind=LlamaConfig, seed: int = 0, **options):
 
 def tiny_head(target, seed: int = 1) -> EagleHead:
     generator = torch.Generator().manual_seed(seed)
-    config = EagleConfig(WIDTH, WIDTH, 4, 2, 4, 24, VOCABULARY, 29, (1, 2, 3))
+    config = EagleConfig(WIDTH, WIDTH, 4, 2, 4, 24, VOCABULARY, 29, (0, 1, 2))
     ids = torch.randperm(VOCABULARY, generator=generator)[:29].sort().values
     head = EagleHead(config, target.get_input_embeddings(), ids, name=f"head-{seed}").double()
     for weight in head.parameters():
@@ -84,7 +86,10 @@ def tiny_head(target, seed: int = 1) -> EagleHead:
 
 def pool(model) -> list:
     """One that is always right, so that long drafts are accepted; a head and another model, mostly wrong; prompt lookup."""
-    right, wrong = CausalLMDrafter(model, model, name="right"), CausalLMDrafter(tiny(seed=5), model, name="wrong")
+    right, wrong = (
+        CausalLMDrafter(model, model, name="right"),
+        CausalLMDrafter(tiny(seed=5, num_hidden_layers=1), model, name="wrong"),
+    )
     return [right, wrong, tiny_head(model), NGramDrafter(VOCABULARY)]
 
 
@@ -146,7 +151,9 @@ OPTIONS = {
     "watermark": dict(watermarking_config=WatermarkingConfig(bias=4.0)),
     "synthid": dict(watermarking_config=SynthIDTextWatermarkingConfig(keys=[1, 2, 3, 4, 5], ngram_len=3)),
     "guidance": dict(guidance_scale=1.5),
-    "mixture": dict(repetition_penalty=1.2, no_repeat_ngram_size=3, bad_words_ids=[[5]], eos_token_id=[7, 11], min_new_tokens=4),
+    "mixture": dict(
+        repetition_penalty=1.2, no_repeat_ngram_size=3, bad_words_ids=[[5]], eos_token_id=[7, 11], min_new_tokens=4
+    ),
 }
 if hasattr(GenerationConfig(), "presence_penalty"):
     OPTIONS["presence_penalty"] = dict(presence_penalty=0.7, frequency_penalty=0.3)
@@ -224,54 +231,54 @@ def test_an_end_inside_an_accepted_draft_is_the_end(model):
 # Sampling
 
 
-WARPERS = {
-    "temperature": (dict(temperature=0.6), ["Sampling"]),
-    "top_k": (dict(top_k=4), ["Sampling"]),
-    "top_p": (dict(top_p=0.7), ["Sampling"]),
-    "min_p": (dict(min_p=0.2), ["Sampling"]),
-    "all": (dict(temperature=0.8, top_k=9, top_p=0.9, min_p=0.05), ["Sampling"]),
-    "typical_p": (dict(typical_p=0.6, temperature=0.8), ["TemperatureLogitsWarper", "TypicalLogitsWarper", "Sampling"]),
-    "epsilon": (dict(epsilon_cutoff=0.02, top_k=9), ["TopKLogitsWarper", "EpsilonLogitsWarper", "Sampling"]),
-    "eta": (dict(eta_cutoff=0.02), ["EtaLogitsWarper", "Sampling"]),
-    "top_h": (dict(top_h=0.4, top_k=5), ["TopHLogitsWarper", "Sampling"]),
-    "normalized": (dict(top_k=5, renormalize_logits=True), ["TopKLogitsWarper", "LogitNormalization", "Sampling"]),
-    "penalized": (dict(top_k=5, repetition_penalty=1.5), ["RepetitionPenaltyLogitsProcessor", "Sampling"]),
+WARPERS = {  # what is asked, the processors that stay, and what Sampling does in place of the others
+    "temperature": (dict(temperature=0.6), [], dict(temperature=0.6)),
+    "top_k": (dict(top_k=4), [], dict(top_k=4)),
+    "top_p": (dict(top_p=0.7), [], dict(top_p=0.7)),
+    "min_p": (dict(min_p=0.2), [], dict(min_p=0.2)),
+    "all": (dict(temperature=0.8, top_k=9, top_p=0.9, min_p=0.05), [], dict(temperature=0.8, top_k=9, top_p=0.9, min_p=0.05)),
+    "typical_p": (dict(typical_p=0.6, temperature=0.8), ["TemperatureLogitsWarper", "TypicalLogitsWarper"], {}),
+    "epsilon": (dict(epsilon_cutoff=0.02, top_k=9), ["TopKLogitsWarper", "EpsilonLogitsWarper"], {}),
+    "eta": (dict(eta_cutoff=0.02), ["EtaLogitsWarper"], {}),
+    "top_h": (dict(top_h=0.4, top_k=5), ["TopHLogitsWarper"], dict(top_k=5)),
+    "normalized": (dict(top_k=5, renormalize_logits=True), ["TopKLogitsWarper", "LogitNormalization"], {}),
+    "penalized": (dict(top_k=5, repetition_penalty=1.5), ["RepetitionPenaltyLogitsProcessor"], dict(top_k=5)),
 }
 
 
 @pytest.mark.parametrize("name", WARPERS)
-def test_sampled_tokens_follow_the_processed_scores(model, decoder, name):
-    """The second and third token of 400 texts, each against generate's own scores for the text before it."""
+def test_sampled_tokens_follow_the_processed_scores(model, name):
+    """The first token of 150 texts, and the second of those that begin alike, against generate's own scores there."""
     scipy_stats = pytest.importorskip("scipy.stats")
-    asked = dict(do_sample=True, top_k=0) | WARPERS[name][0]
-    prompt = prompts()["input_ids"]
-    torch.manual_seed(0)
-    drawn = model.generate(prompt, max_new_tokens=3, num_return_sequences=400, custom_generate=decoder, **asked)
-    assert drawn.shape == (400, PROMPT + 3)
-    first, count = drawn[:, PROMPT].mode().values, int((drawn[:, PROMPT] == drawn[:, PROMPT].mode().values).sum())
-    for prefix, seen in ((prompt, drawn[:, PROMPT]), (torch.cat([prompt, first.view(1, 1)], 1), drawn[drawn[:, PROMPT] == first, PROMPT + 1])):
-        [scores] = model.generate(prefix, max_new_tokens=1, return_dict_in_generate=True, output_scores=True, **asked).scores
-        probs = scores[0].double().softmax(-1)
-        counts = seen.bincount(minlength=VOCABULARY).double()
+    drafter = CausalLMDrafter(tiny(seed=5, num_hidden_layers=1), model)
+    decoder = Decoder(model, [drafter], DecodeConfig(draft_length=1, learner="fixed"))
+    asked, prompt = dict(do_sample=True, top_k=0) | WARPERS[name][0], prompts()["input_ids"]
+    drawn = model.generate(prompt, max_new_tokens=3, num_return_sequences=150, custom_generate=decoder, **asked)
+    assert drawn.shape == (150, PROMPT + 3)
+    often = drawn[:, PROMPT].mode().values
+    for prefix, seen in (
+        (prompt, drawn[:, PROMPT]),
+        (torch.cat([prompt, often.view(1, 1)], 1), drawn[drawn[:, PROMPT] == often, PROMPT + 1]),
+    ):
+        plain = model.generate(prefix, max_new_tokens=1, return_dict_in_generate=True, output_scores=True, **asked)
+        probs, counts = plain.scores[0][0].double().softmax(-1), seen.bincount(minlength=VOCABULARY).double()
         assert counts[probs == 0].sum() == 0
-        likely = probs * len(seen) >= 5  # the rest in one cell
-        observed, expected = ([*one[likely].tolist(), one[~likely].sum().item()] for one in (counts, probs * len(seen)))
-        if expected[-1] < 1e-9:
-            observed, expected = observed[:-1], expected[:-1]
-        assert len(expected) == 1 or scipy_stats.chisquare(observed, expected).pvalue > 1e-4
-    assert count > 20
+        likely = probs * len(seen) >= 5
+        cells = [(counts[token].item(), probs[token].item() * len(seen)) for token in likely.nonzero()[:, 0]]
+        if probs[~likely].sum() > 1e-9:  # the others share a cell
+            cells.append((counts[~likely].sum().item(), probs[~likely].sum().item() * len(seen)))
+        assert len(cells) == 1 or scipy_stats.chisquare(*zip(*cells)).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("name", WARPERS)
 def test_split_takes_exactly_the_last_warpers_that_sampling_has(model, name):
-    asked, parts = WARPERS[name]
+    asked, left, sampling = WARPERS[name]
     config, _ = model._prepare_generation_config(GenerationConfig(do_sample=True, **{"top_k": 0} | asked))
     model._prepare_special_tokens(config)
-    processors = model._get_logits_processor(config, input_ids_seq_length=PROMPT, device="cpu")
-    rest, sampling = hf._split(processors)
-    assert [type(one).__name__ for one in rest] + ["Sampling"] == parts
-    split = {"temperature", "top_k", "top_p", "min_p"} & set(asked) if "Processor" in "".join(parts) or len(parts) == 1 else set()
-    assert sampling == Sampling(**{"temperature": 1.0} | {option: asked[option] for option in split})
+    processors = model._get_logits_processor(config, input_ids_seq_length=PROMPT, device="cpu", logits_processor=[])
+    rest, found = hf._split(processors)
+    assert [type(one).__name__ for one in rest] == left
+    assert found == Sampling(**{"temperature": 1.0} | sampling)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +313,9 @@ def test_the_seed_decides_and_greedy_decoding_draws_nothing(model, decoder, rows
 
 
 def test_sampled_scores_are_those_of_the_sampled_text(model, decoder):
-    asked = dict(do_sample=True, top_k=8, temperature=0.7, repetition_penalty=1.2, return_dict_in_generate=True, output_scores=True)
+    asked = dict(
+        do_sample=True, top_k=8, temperature=0.7, repetition_penalty=1.2, return_dict_in_generate=True, output_scores=True
+    )
     out = model.generate(**prompts(), max_new_tokens=8, custom_generate=decoder, output_logits=True, **asked)
     for step, scores in enumerate(out.scores):
         prefix = out.sequences[:, : PROMPT + step]
@@ -342,7 +351,9 @@ def test_a_processor_sees_every_position_once_and_in_order(model, decoder):
         text = model.generate(**prompts(rows), logits_processor=[theirs], **asked)
         calls = theirs.calls
         ours = Noting([])
-        assert model.generate(**prompts(rows), logits_processor=[ours], custom_generate=decoder, **asked).tolist() == text.tolist()
+        assert (
+            model.generate(**prompts(rows), logits_processor=[ours], custom_generate=decoder, **asked).tolist() == text.tolist()
+        )
         emitted = lengths_of(text, {7, 11, 20})
         for row in range(rows):
             expected = [call[row] for call in calls][: emitted[row]]
@@ -360,8 +371,7 @@ class Counting(LogitsProcessor):
         self.count += 1
         scores = scores if self.in_place else scores.clone()
         scores[:, (self.count * 5) % VOCABULARY] += 20.0 * (self.count % 2)
-        scores[:, input_ids[:, -1] % VOCABULARY] = -math.inf
-        return scores
+        return scores.scatter_(1, input_ids[:, -1:], -math.inf)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -398,7 +408,8 @@ def test_a_stateless_processor_shapes_the_drafts_too(model, rows, sampling):
         assert told.hedgespec[row].rounds == 5 < 10 < untold.hedgespec[row].rounds
     if not sampling["do_sample"]:
         assert told.sequences.tolist() == untold.sequences.tolist()
-        assert model.generate(**prompts(1), logits_processor=[Shifting()], max_new_tokens=20, do_sample=False).tolist() == told.sequences[:1].tolist()
+        plain = model.generate(**prompts(1), logits_processor=[Shifting()], max_new_tokens=20, do_sample=False)
+        assert told.sequences[:1].tolist() == plain.tolist()
 
 
 class Uncopyable(LogitsProcessor):
@@ -412,23 +423,22 @@ class Uncopyable(LogitsProcessor):
 def test_what_cannot_be_copied_is_refused_for_a_batch_alone(model, decoder):
     asked = dict(max_new_tokens=3, custom_generate=decoder, do_sample=False)
     model.generate(**prompts(1), logits_processor=[Uncopyable()], **asked)
-    with pytest.raises(ValueError, match="logits_processor: expected .* copied for each row of a batch, got Uncopyable: there is"):
+    with pytest.raises(
+        ValueError, match="logits_processor: expected .* copied for each row of a batch, got Uncopyable: there is"
+    ):
         model.generate(**prompts(4), logits_processor=[Uncopyable()], **asked)
 
 
 def test_a_processor_that_holds_the_model_does_not_copy_it(model, decoder):
     class Holding(LogitsProcessor):
-        seen = []
-
         def __init__(self):
             self.model = model
 
         def __call__(self, input_ids, scores):
-            self.seen.append(self.model is model)
+            assert self.model is model
             return scores
 
     model.generate(**prompts(4), logits_processor=[Holding()], max_new_tokens=2, do_sample=False, custom_generate=decoder)
-    assert len(Holding.seen) == 8 and all(Holding.seen)
 
 
 # Stopping criteria
@@ -463,7 +473,9 @@ def test_rows_have_criteria_of_their_own(model, decoder):
     batch = prompts(4)
     together = model.generate(**batch, stopping_criteria=[StopAt()], **asked)
     for row in range(4):
-        alone = model.generate(**{name: one[row : row + 1] for name, one in batch.items()}, stopping_criteria=[StopAt()], **asked)
+        alone = model.generate(
+            **{name: one[row : row + 1] for name, one in batch.items()}, stopping_criteria=[StopAt()], **asked
+        )
         end = alone.sequences.shape[1]
         assert together.sequences[row, :end].tolist() == alone.sequences[0].tolist()
         assert (together.sequences[row, end:] == PAD).all()
@@ -495,12 +507,12 @@ def test_no_time_is_one_token(model, decoder):
 
 @functools.cache
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A letter is a token."""
+    from tokenizers import Tokenizer, decoders, models
 
-    words = {f"w{token}": token for token in range(1, VOCABULARY)} | {"<pad>": PAD}
-    words_of = Tokenizer(models.WordLevel(words, unk_token="w1"))
-    words_of.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words_of, pad_token="<pad>", unk_token="w1", padding_side="left")
+    letters = Tokenizer(models.BPE({letter: token for token, letter in enumerate(LETTERS)}, []))
+    letters.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="~", padding_side="left")
 
 
 @pytest.mark.parametrize("in_config", [False, True])
@@ -508,7 +520,7 @@ def tokenizer():
 def test_stop_strings(decoder, rows, in_config):
     model = tiny()
     text = model.generate(**prompts(rows), max_new_tokens=20, do_sample=False)
-    strings = [f"w{int(row[PROMPT + 5 + place])}" for place, row in enumerate(text)]
+    strings = [tokenizer().decode(row[PROMPT + 4 + place :][:2]) for place, row in enumerate(text)]
     asked = dict(max_new_tokens=20, do_sample=False, tokenizer=tokenizer())
     if in_config:
         asked["generation_config"] = GenerationConfig(stop_strings=strings, pad_token_id=PAD)
@@ -573,7 +585,7 @@ def test_text_streamers(ours, capsys):
         thread.start()
         texts.append((printed, list(streamer)))
         thread.join()
-    assert texts[0] == texts[1] and texts[0][0].count("w") == 12
+    assert texts[0] == texts[1] and len("".join(texts[0][1])) == PROMPT + 12
 
 
 def test_an_async_streamer(ours):
@@ -586,7 +598,7 @@ def test_an_async_streamer(ours):
         return text
 
     texts = [asyncio.run(read(generate)) for generate in ours]
-    assert texts[0] == texts[1] and "".join(texts[0]).count("w") == PROMPT + 12
+    assert texts[0] == texts[1] and len("".join(texts[0])) == PROMPT + 12
 
 
 def test_a_streamer_of_a_batch_is_refused(ours):
@@ -659,7 +671,9 @@ def test_new_tokens_alone_behind_a_cache_are_refused(model, decoder):
     mask = torch.ones(1, text.shape[1] + 3, dtype=torch.int64)
     for ids in (torch.tensor([[4, 5, 6]]), text[:, -3:]):
         with pytest.raises(ValueError, match="input_ids: expected .*whole text"):
-            model.generate(ids, attention_mask=mask[:, : text.shape[1] - 1 + ids.shape[1]], past_key_values=cache, custom_generate=decoder)
+            model.generate(
+                ids, attention_mask=mask[:, : text.shape[1] - 1 + ids.shape[1]], past_key_values=cache, custom_generate=decoder
+            )
         with pytest.raises(ValueError, match="input_ids: expected .*whole text"):
             model.generate(ids, past_key_values=cache, custom_generate=decoder)
 
@@ -708,8 +722,14 @@ def test_models_that_cannot_be_decoded_speculatively_are_refused(decoder):
     with pytest.raises(ValueError, match="custom_generate: expected a decoder whose target is this model"):
         tiny().generate(**prompts(), max_new_tokens=3, custom_generate=decoder)
     for config, message in (
-        (transformers.T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2), "encoder-decoder"),
-        (transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4), "recurrent state"),
+        (
+            transformers.T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2),
+            "encoder-decoder",
+        ),
+        (
+            transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4),
+            "cannot take back a rejected token",
+        ),
     ):
         kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         other = kind.from_config(config)
@@ -717,7 +737,7 @@ def test_models_that_cannot_be_decoded_speculatively_are_refused(decoder):
             with pytest.raises(ValueError, match=f"target: expected .*{message}"):
                 refused(other, [NGramDrafter(VOCABULARY)])
     hybrid = tiny()
-    hybrid.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
+    hybrid.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ValueError, match="target: expected .*linear_attention"):
         hedgespec.accelerate(hybrid, [NGramDrafter(VOCABULARY)])
 
@@ -731,7 +751,9 @@ def test_accelerate_is_reversible_and_of_one_instance():
     assert hedgespec.accelerate(model, pool(model)) is model
     out = model.generate(**prompts(4), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
     assert out.sequences.tolist() == expected.tolist() and len(out.hedgespec) == 4
-    again = model.generate(prompts(4)["input_ids"], None, attention_mask=prompts(4)["attention_mask"], max_new_tokens=8, do_sample=False)
+    again = model.generate(
+        prompts(4)["input_ids"], None, attention_mask=prompts(4)["attention_mask"], max_new_tokens=8, do_sample=False
+    )
     assert again.tolist() == expected.tolist()
     with pytest.raises(ValueError, match="model: expected its own generate"):
         hedgespec.accelerate(model, pool(model))
@@ -787,12 +809,14 @@ def test_an_accelerated_model_is_saved_as_any_other(tmp_path):
     assert loaded.generate(**asked).tolist() == model.generate(**asked).tolist()
 
 
-@pytest.mark.parametrize("asked", ["w3 w4 w5", ["w3 w4 w5", "w9 w8 w7 w6 w5 w9", "w30", "w2 w2"]], ids=["text", "list"])
+@pytest.mark.parametrize("asked", ["speculative", ["speculative", "decoding", "is", "quick brown fox"]], ids=["text", "list"])
 def test_pipelines(asked):
     options = dict(max_new_tokens=10, do_sample=False, batch_size=2)
     models = [tiny(), tiny()]
     hedgespec.accelerate(models[1], pool(models[1]))
-    expected, out = (transformers.pipeline("text-generation", model=one, tokenizer=tokenizer())(asked, **options) for one in models)
+    expected, out = (
+        transformers.pipeline("text-generation", model=one, tokenizer=tokenizer())(asked, **options) for one in models
+    )
     assert out == expected
 
 
@@ -809,7 +833,7 @@ class Raising(StoppingCriteria, LogitsProcessor, BaseStreamer):
     def __init__(self, error):
         self.error, self.left = error, 7
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids, scores):
         self.left -= 1
         if self.left == 0:
             raise self.error
@@ -836,10 +860,16 @@ def test_an_error_leaves_everything_as_it_was(decoder, error, place):
         where = {}
     else:
         where = {place: raising if place == "streamer" else [raising]}
-    before = {name: (dict(vars(module)), [id(hook) for hook in module._forward_hooks.values()]) for name, module in model.named_modules()}
+    before = {
+        name: (dict(vars(module)), [id(hook) for hook in module._forward_hooks.values()])
+        for name, module in model.named_modules()
+    }
     with pytest.raises(error):
         model.generate(text, past_key_values=cache, max_new_tokens=30, custom_generate=decoder, **asked, **where)
-    after = {name: (dict(vars(module)), [id(hook) for hook in module._forward_hooks.values()]) for name, module in model.named_modules()}
+    after = {
+        name: (dict(vars(module)), [id(hook) for hook in module._forward_hooks.values()])
+        for name, module in model.named_modules()
+    }
     assert after.keys() == before.keys()
     for name in before:
         assert after[name][0].keys() == before[name][0].keys() and after[name][1] == before[name][1]
@@ -854,8 +884,15 @@ def test_an_error_leaves_everything_as_it_was(decoder, error, place):
 def test_two_decoders_on_two_threads_over_one_target():
     """Heads make the target hand out hidden states, the other pool does not: neither may notice the other."""
     model = tiny()
-    decoders = [Decoder(model, pool(model)), Decoder(model, [tiny_head(model, 2), NGramDrafter(VOCABULARY)]), Decoder(model, [NGramDrafter(VOCABULARY)])]
-    asked = [prompts(4) | dict(max_new_tokens=15, do_sample=False, custom_generate=decoder, return_dict_in_generate=True) for decoder in decoders]
+    decoders = [
+        Decoder(model, pool(model)),
+        Decoder(model, [tiny_head(model, 2), NGramDrafter(VOCABULARY)]),
+        Decoder(model, [NGramDrafter(VOCABULARY)]),
+    ]
+    asked = [
+        prompts(4) | dict(max_new_tokens=15, do_sample=False, custom_generate=decoder, return_dict_in_generate=True)
+        for decoder in decoders
+    ]
     alone = [model.generate(**one) for one in asked]
     results: dict[int, list] = {}
 
@@ -898,15 +935,15 @@ class Stillborn(NGramDrafter):
         raise RuntimeError("no session today")
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "session"])
+@pytest.mark.parametrize(
+    ("fault", "alone"), [*((fault, False) for fault in FAULTS), ("session", False), ("raises", True), ("session", True)]
+)
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("alone", [False, True])
 def test_a_drafter_that_fails_is_out_with_one_warning(model, fault, rows, alone):
     broken = Stillborn(VOCABULARY, name="broken") if fault == "session" else Broken(FAULTS[fault])
-    broken.session()  if fault == "x" else None
     decoder = Decoder(model, [broken] if alone else [tiny_head(model), broken, NGramDrafter(VOCABULARY)])
     for options in ({}, {"repetition_penalty": 1.2}):
-        asked = prompts(rows) | dict(max_new_tokens=20, do_sample=False, **options)
+        asked = prompts(rows) | dict(max_new_tokens=18, do_sample=False, **options)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             out = model.generate(**asked, custom_generate=decoder, return_dict_in_generate=True)
@@ -980,8 +1017,8 @@ def test_half_types_run(dtype):
 PLACES = {
     "auto": "auto",
     "cpu": {"": "cpu"},
-    "disk": {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk",
-             "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"},
+    "disk": {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
+             "model.rotary_emb": "cpu", "lm_head": "disk"},
     "embeddings on disk": {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
                            "lm_head": "cpu"},
 }  # fmt: skip
