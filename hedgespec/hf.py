@@ -36,6 +36,7 @@ from transformers import (
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
+    GenerationMode,
     MaxLengthCriteria,
     MaxTimeCriteria,
     PrefixConstrainedLogitsProcessor,
@@ -59,6 +60,8 @@ WARPERS = {
     MinPLogitsWarper: "min_p",
 }
 """Processors that `Sampling` knows, in its order, which is `generate`'s."""
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+"""What is the same text with drafters; with a custom loop, `generate` would let every other mode pass for one of these."""
 BY_ROW = ("encoder_input_ids", "generated_ngrams", "prompt_ignore_length")
 """Attributes in which such processors hold something for each row of the batch."""
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "synced_gpus"}
@@ -254,6 +257,8 @@ def _refuse(decoder: Decoder, model, config: GenerationConfig, streamer, batch: 
         raise ValueError(f"{strange[0]}: expected no such argument for the model, which drafters would not see")
     if config.num_beams > 1:
         raise ValueError(f"num_beams: expected 1, speculative decoding follows one text, got {config.num_beams}")
+    if (mode := config.get_generation_mode()) not in MODES:
+        raise ValueError(f"generation_config: expected greedy search or sampling, got {mode.value.replace('_', ' ')}")
     if config.return_dict_in_generate:
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(config, name):
@@ -431,5 +436,6 @@ def _store(cache: DynamicCache, rows: list[Row]) -> None:
                 own = row.cache[layer_idx][part]
                 states[place, :, row.request.padding : row.request.padding + own.shape[1]] = own
             buffers.append(states)
+        layer.is_initialized = False  # or else older versions of transformers keep the length and write zeros
         layer.reset()
         layer.update(*buffers)

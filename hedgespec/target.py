@@ -45,6 +45,8 @@ def device_of(model) -> torch.device:
 def rows_may_differ(model) -> bool:
     """Whether one forward can serve rows of different lengths: it takes a position and a mask for each."""
     config = model.config.get_text_config(decoder=True)
+    if getattr(config, "alibi", False):  # Falcon then takes positions, and counts them in the mask all the same
+        return False
     return config._attn_implementation in MASKABLE and "position_ids" in inspect.signature(model.forward).parameters
 
 

@@ -212,11 +212,25 @@ def test_the_models_own_generation_config_counts():
     assert model.generate(**prompts(4), custom_generate=decoder).tolist() == model.generate(**prompts(4)).tolist()
 
 
-@pytest.mark.parametrize("asked", [{"logits_to_keep": 1}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"max_length": 20}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"logits_to_keep": 1},
+        {"use_cache": False},
+        {"prefill_chunk_size": 4},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_assistant_tokens": 2},
+    ],
+)
 def test_arguments_that_leave_the_text_alone(model, decoder, asked):
     expected = model.generate(**prompts(), do_sample=False, **{"max_new_tokens": 8} | asked)
     out = model.generate(**prompts(), do_sample=False, custom_generate=decoder, **{"max_new_tokens": 8} | asked)
     assert out.tolist() == expected.tolist()
+
+
+def test_no_prompt_at_all(model, decoder):
+    asked = dict(bos_token_id=5, max_new_tokens=6, do_sample=False)
+    assert model.generate(custom_generate=decoder, **asked).tolist() == model.generate(**asked).tolist()
 
 
 def test_an_end_inside_an_accepted_draft_is_the_end(model):
@@ -537,8 +551,9 @@ def test_stop_strings(decoder, rows, in_config):
     assert out.hedgespec[0].emitted_tokens <= 6
     if in_config:
         assert asked["generation_config"].stop_strings == strings
-    with pytest.raises(ValueError, match="tokenizer"):
-        model.generate(**prompts(rows), **asked | {"tokenizer": None})
+    for lost in ({"tokenizer": None}, {"custom_generate": decoder}):  # generate drops the tokenizer before a custom loop
+        with pytest.raises(ValueError, match="tokenizer"):
+            model.generate(**prompts(rows), **asked | lost)
 
 
 # Streamers
@@ -688,6 +703,7 @@ def test_a_static_cache_by_name_changes_nothing(model, decoder):
 @pytest.mark.parametrize("make", [
     lambda config: dict(past_key_values=transformers.StaticCache(config=config, max_cache_len=40)),
     lambda config: dict(past_key_values=DynamicCache(config=config, offloading=True)),
+    lambda config: dict(past_key_values=type("QuantizedCache", (DynamicCache,), {})(config=config)),
     lambda config: dict(cache_implementation="offloaded"),
 ])  # fmt: skip
 def test_other_caches_are_refused(model, decoder, make):
@@ -704,6 +720,8 @@ def test_other_caches_are_refused(model, decoder, make):
     [
         (dict(inputs_embeds=torch.zeros(1, PROMPT, WIDTH).double(), input_ids=None, attention_mask=None), "inputs_embeds"),
         (dict(num_beams=2), "num_beams"),
+        (dict(penalty_alpha=0.6, top_k=4), "generation_config: expected .*contrastive search"),
+        (dict(dola_layers="low"), "generation_config: expected .*dola"),
         (dict(output_attentions=True, return_dict_in_generate=True), "output_attentions"),
         (dict(output_hidden_states=True, return_dict_in_generate=True), "output_hidden_states"),
         (dict(attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1]])), "attention_mask"),
@@ -747,6 +765,7 @@ def test_models_that_cannot_be_decoded_speculatively_are_refused(decoder):
 
 def test_accelerate_is_reversible_and_of_one_instance():
     model, other = tiny(), tiny()
+    model.lm_head.train()  # a flag that accelerate has no business with
     before, expected = dict(vars(model)), other.generate(**prompts(4), max_new_tokens=8, do_sample=False)
     assert hedgespec.accelerate(model, pool(model)) is model
     out = model.generate(**prompts(4), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
@@ -762,7 +781,7 @@ def test_accelerate_is_reversible_and_of_one_instance():
     plain = other.generate(**prompts(), max_new_tokens=3, return_dict_in_generate=True)
     assert "generate" not in vars(other) and not hasattr(plain, "hedgespec")
     assert hedgespec.restore(model) is model
-    assert vars(model) == before and not model.training
+    assert vars(model) == before and [module for module in model.modules() if module.training] == [model.lm_head]
     assert not hasattr(model.generate(**prompts(), max_new_tokens=3, return_dict_in_generate=True), "hedgespec")
     with pytest.raises(ValueError, match="model: expected one that hedgespec.accelerate"):
         hedgespec.restore(model)
@@ -1012,6 +1031,33 @@ def test_half_types_run(dtype):
     for asked in (dict(do_sample=False), dict(do_sample=True, top_p=0.9), dict(do_sample=False, repetition_penalty=1.2)):
         out = model.generate(**prompts(4), max_new_tokens=10, return_dict_in_generate=True, custom_generate=decoder, **asked)
         assert out.sequences.shape == (4, PROMPT + 10) and not any(stats.failures for stats in out.hedgespec)
+
+
+FAMILIES = {
+    "qwen3": dict(kind=transformers.Qwen3Config, head_dim=8),
+    "gemma2": dict(kind=transformers.Gemma2Config, sliding_window=6, head_dim=8, query_pre_attn_scalar=8),
+    "gemma3": dict(kind=transformers.Gemma3TextConfig, sliding_window=6, head_dim=8, query_pre_attn_scalar=8),
+    "phi": dict(kind=transformers.PhiConfig),
+    "gpt_neox": dict(kind=transformers.GPTNeoXConfig),
+    "mixtral": dict(kind=transformers.MixtralConfig, num_local_experts=4, sliding_window=6),
+    "eager": dict(attn_implementation="eager"),
+    "gpt2": dict(kind=transformers.GPT2Config, n_embd=WIDTH, n_layer=2, n_head=4),
+    "opt": dict(kind=transformers.OPTConfig, ffn_dim=24, word_embed_proj_dim=WIDTH),
+    "bloom": dict(kind=transformers.BloomConfig, n_layer=2, n_head=4),  # takes no positions: rows are decoded in turns
+    "falcon": dict(kind=transformers.FalconConfig, alibi=True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    """In float32: eager attention makes NaN of padding in float64, experts do not run in it."""
+    model, wrong = tiny(**FAMILIES[family]).float(), tiny(seed=5, num_hidden_layers=1).float()
+    decoder = Decoder(model, [CausalLMDrafter(model, model), CausalLMDrafter(wrong, model, name="wrong")])
+    for options in ({}, {"repetition_penalty": 1.2}):
+        asked = prompts(4) | dict(max_new_tokens=14, do_sample=False, **options)
+        out = model.generate(**asked, custom_generate=decoder, return_dict_in_generate=True)
+        assert out.sequences.tolist() == model.generate(**asked).tolist()
+        assert not any(stats.failures for stats in out.hedgespec)
 
 
 PLACES = {
