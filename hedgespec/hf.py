@@ -46,7 +46,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from hedgespec.config import DecodeConfig
-from hedgespec.decoder import Decoder, Request, Row, generator, rows_of, stack
+from hedgespec.decoder import Decoder, Request, Row, generator, rows_of, stack, states_of
 from hedgespec.drafters import Drafter
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
@@ -140,8 +140,10 @@ class _Accelerated:
             return self._plain(**arguments)
         if arguments.get("assistant_model") is not None:
             raise ValueError("assistant_model: expected None, the model's drafters are those it was accelerated with")
+        model, plain = self.decoder.target, self._plain
         tokenizer, config = arguments.pop("tokenizer", None), arguments.get("generation_config")
         strings = arguments.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+        strings = strings or model.generation_config.stop_strings
         if strings is not None and tokenizer is not None:
             criteria = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
             arguments["stopping_criteria"] = [*(arguments.get("stopping_criteria") or []), criteria]
@@ -149,9 +151,14 @@ class _Accelerated:
             if getattr(config, "stop_strings", None) is not None:
                 arguments["generation_config"] = config = copy.deepcopy(config)
                 config.stop_strings = None
+            if model.generation_config.stop_strings is not None:  # `generate` reads them there, whatever it is passed
+                view = copy.copy(model)
+                view.generation_config = copy.deepcopy(model.generation_config)
+                view.generation_config.stop_strings = None
+                plain = MethodType(type(model).generate, view)
         elif strings is not None:
             arguments["stop_strings"] = strings  # for transformers' own error
-        return self._plain(**arguments, custom_generate=_Streaming(self.decoder, arguments.get("streamer")))
+        return plain(**arguments, custom_generate=_Streaming(self.decoder, arguments.get("streamer")))
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class _Streaming:
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=None,
                  **model_kwargs):  # fmt: skip
         return decode(
-            self.decoder, model, input_ids, logits_processor, stopping_criteria, generation_config,
+            self.decoder, self.decoder.target, input_ids, logits_processor, stopping_criteria, generation_config,
             streamer=self.streamer, learner_state=learner_state, **model_kwargs,
         )  # fmt: skip
 
@@ -213,7 +220,7 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
     # Greedy decoding draws nothing from torch's generator, and neither does this: the seed then only picks drafters.
     seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
     keep_cache = cache is not None and (records or getattr(cache, "_is_user_defined", False))
-    states = learner_state if isinstance(learner_state, Sequence) else [learner_state] * batch
+    states = states_of(learner_state, batch)
     requests = []
     for row, (prompt, padding) in enumerate(prompts):
         own = _for_row(processors, row, batch, target)

@@ -81,16 +81,14 @@ def tiny_head(target, seed: int = 1) -> EagleHead:
     for weight in head.parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.3, generator=generator)
-    return head.requires_grad_(False).eval()
+    return head.to(target.dtype).requires_grad_(False).eval()
 
 
 def pool(model) -> list:
     """One that is always right, so that long drafts are accepted; a head and another model, mostly wrong; prompt lookup."""
-    right, wrong = (
-        CausalLMDrafter(model, model, name="right"),
-        CausalLMDrafter(tiny(seed=5, num_hidden_layers=1), model, name="wrong"),
-    )
-    return [right, wrong, tiny_head(model), NGramDrafter(VOCABULARY)]
+    wrong = tiny(seed=5, num_hidden_layers=1).to(model.dtype)
+    drafters = [CausalLMDrafter(model, model, name="right"), CausalLMDrafter(wrong, model, name="wrong")]
+    return [*drafters, tiny_head(model), NGramDrafter(VOCABULARY)]
 
 
 @functools.cache
@@ -231,6 +229,24 @@ def test_arguments_that_leave_the_text_alone(model, decoder, asked):
 def test_no_prompt_at_all(model, decoder):
     asked = dict(bos_token_id=5, max_new_tokens=6, do_sample=False)
     assert model.generate(custom_generate=decoder, **asked).tolist() == model.generate(**asked).tolist()
+
+
+def test_inference_mode(model, decoder):
+    asked = prompts(4) | dict(max_new_tokens=6, do_sample=False, repetition_penalty=1.2)
+    with torch.inference_mode():
+        out = model.generate(**asked, custom_generate=decoder)
+    assert out.tolist() == model.generate(**asked).tolist()
+
+
+def test_a_learner_goes_on_from_a_state(ours):
+    asked = dict(max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    stats = ours[0](**prompts(4), **asked).hedgespec
+    states = [one.learner_state for one in stats]
+    for given in (states[0], states):
+        following = ours[0](**prompts(4), learner_state=given, **asked).hedgespec
+        assert (following[0].weights[0] != stats[0].weights[0]).any()
+    with pytest.raises(ValueError, match="learner_state: expected one for each of 4 rows, got 2"):
+        ours[0](**prompts(4), learner_state=states[:2], **asked)
 
 
 def test_an_end_inside_an_accepted_draft_is_the_end(model):
@@ -529,17 +545,19 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="~", padding_side="left")
 
 
-@pytest.mark.parametrize("in_config", [False, True])
+@pytest.mark.parametrize("place", ["argument", "config", "models_own"])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_stop_strings(decoder, rows, in_config):
+def test_stop_strings(decoder, rows, place):
     model = tiny()
     text = model.generate(**prompts(rows), max_new_tokens=20, do_sample=False)
-    strings = [tokenizer().decode(row[PROMPT + 4 + place :][:2]) for place, row in enumerate(text)]
+    strings = [tokenizer().decode(row[PROMPT + 4 + number :][:2]) for number, row in enumerate(text)]
     asked = dict(max_new_tokens=20, do_sample=False, tokenizer=tokenizer())
-    if in_config:
+    if place == "config":
         asked["generation_config"] = GenerationConfig(stop_strings=strings, pad_token_id=PAD)
-    else:
+    elif place == "argument":
         asked["stop_strings"] = strings
+    else:
+        model.generation_config.stop_strings = strings
     expected = model.generate(**prompts(rows), **asked)
     hedgespec.accelerate(model, pool(model))
     out = model.generate(**prompts(rows), return_dict_in_generate=True, **asked)
@@ -549,8 +567,8 @@ def test_stop_strings(decoder, rows, in_config):
         assert out.sequences[row, :end].tolist() == expected[row, :end].tolist()
         assert (out.sequences[row, end:] == PAD).all()
     assert out.hedgespec[0].emitted_tokens <= 6
-    if in_config:
-        assert asked["generation_config"].stop_strings == strings
+    for config in {"config": [asked.get("generation_config")], "models_own": [model.generation_config]}.get(place, []):
+        assert config.stop_strings == strings
     for lost in ({"tokenizer": None}, {"custom_generate": decoder}):  # generate drops the tokenizer before a custom loop
         with pytest.raises(ValueError, match="tokenizer"):
             model.generate(**prompts(rows), **asked | lost)
@@ -636,14 +654,19 @@ def close(own: DynamicCache, wanted: DynamicCache, rows: int) -> None:
         for row, count in enumerate(padding):  # what stands in the padding means nothing
             for name in ("keys", "values"):
                 held = slice(max(0, count - gone), None)
-                torch.testing.assert_close(getattr(one, name)[row, :, held], getattr(other, name)[row, :, held])
+                states = (getattr(layer, name)[row, :, held] for layer in (one, other))
+                torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("options", [{}, WINDOWED], ids=["full", "windowed"])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [({}, torch.float64), (WINDOWED, torch.float64), (dict(kind=transformers.BloomConfig, n_layer=2, n_head=4), torch.float32)],
+    ids=["full", "windowed", "in turns"],
+)
 @pytest.mark.parametrize("with_config", [False, True])
-def test_a_cache_is_filled_and_read_as_generate_does(options, rows, with_config):
-    model = tiny(**options)
+def test_a_cache_is_filled_and_read_as_generate_does(options, dtype, rows, with_config):
+    model = tiny(**options).to(dtype)
     decoder = Decoder(model, pool(model), DecodeConfig(draft_length=3))
     caches, texts = [], []
     for generate in (model.generate, functools.partial(model.generate, custom_generate=decoder)):
@@ -973,6 +996,14 @@ def test_a_drafter_that_fails_is_out_with_one_warning(model, fault, rows, alone)
             assert all(stats.choices[-2:] == [-1, -1] for stats in out.hedgespec)
 
 
+def test_rows_decoded_in_turns_warn_once():
+    model = tiny(kind=transformers.BloomConfig, n_layer=2, n_head=4).float()
+    decoder = Decoder(model, [Stillborn(VOCABULARY, name="broken"), NGramDrafter(VOCABULARY)])
+    with pytest.warns(UserWarning, match="drafter broken is out of this request: RuntimeError: no session") as caught:
+        model.generate(**prompts(4), max_new_tokens=4, do_sample=False, custom_generate=decoder)
+    assert len(caught) == 1
+
+
 # Targets
 
 
@@ -1031,6 +1062,21 @@ def test_half_types_run(dtype):
     for asked in (dict(do_sample=False), dict(do_sample=True, top_p=0.9), dict(do_sample=False, repetition_penalty=1.2)):
         out = model.generate(**prompts(4), max_new_tokens=10, return_dict_in_generate=True, custom_generate=decoder, **asked)
         assert out.sequences.shape == (4, PROMPT + 10) and not any(stats.failures for stats in out.hedgespec)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.ao.quantization.*")
+def test_dynamic_quantization_runs():
+    """It scales a forward's activations by their largest, so that a chunk rounds differently than a token: texts may part."""
+    if "x86" not in torch.backends.quantized.supported_engines:
+        pytest.skip("no quantised kernels here")
+    model = torch.ao.quantization.quantize_dynamic(tiny().float(), {nn.Linear}, dtype=torch.qint8)
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    decoder = Decoder(model, [CausalLMDrafter(model, model), NGramDrafter(VOCABULARY)])
+    out = model.generate(
+        **prompts(4), max_new_tokens=10, do_sample=False, return_dict_in_generate=True, custom_generate=decoder
+    )
+    assert out.sequences.shape == (4, PROMPT + 10) and not any(stats.failures for stats in out.hedgespec)
+    assert all(stats.rounds < 9 for stats in out.hedgespec)
 
 
 FAMILIES = {

@@ -14,7 +14,7 @@ import torch
 from hedgespec import learners
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.batch import EAGER_ROUNDS, Batch, groups_of, stack
-from hedgespec.decoder.request import Request, rows_of
+from hedgespec.decoder.request import Request, rows_of, states_of
 from hedgespec.decoder.row import Row
 from hedgespec.drafters import Drafter
 from hedgespec.errors import VocabularyMismatchError
@@ -22,7 +22,7 @@ from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
 from hedgespec.target import check_target, device_of, rows_may_differ
 
-__all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "generator", "rows_of", "stack"]
+__all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "generator", "rows_of", "stack", "states_of"]
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,7 @@ class Decoder:
         """
         prompts = rows_of(input_ids, attention_mask, self.target)
         eos = _eos(self.target, eos_token_id)
-        states = learner_state if isinstance(learner_state, Sequence) else [learner_state] * len(prompts)
-        if len(states) != len(prompts):
-            raise ValueError(f"learner_state: expected one for each of {len(prompts)} rows, got {len(states)}")
+        states = states_of(learner_state, len(prompts))
         requests = [
             Request(prompt, padding, max_new_tokens, generator(seed, row), eos, states[row])
             for row, (prompt, padding) in enumerate(prompts)

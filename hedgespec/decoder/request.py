@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,14 @@ class Request:
                 f"input_ids: expected a prompt of at most {context - self.max_new_tokens} tokens, so that "
                 f"{self.max_new_tokens} more fit the target's context of {context}, got {length}"
             )
+
+
+def states_of(learner_state: dict | Sequence[dict] | None, rows: int) -> Sequence[dict | None]:
+    """A learner's state for each row, of one for all, or of one for each. Raises ValueError for another number."""
+    states = learner_state if isinstance(learner_state, Sequence) else [learner_state] * rows
+    if len(states) != rows:
+        raise ValueError(f"learner_state: expected one for each of {rows} rows, got {len(states)}")
+    return states
 
 
 def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, target) -> list[tuple[torch.Tensor, int]]:
