@@ -85,10 +85,8 @@ def tiny_head(target, seed: int = 1) -> EagleHead:
 
 
 def pool(model) -> list:
-    """One that is always right, so that long drafts are accepted; a head and another model, mostly wrong; prompt lookup."""
-    wrong = tiny(seed=5, num_hidden_layers=1).to(model.dtype)
-    drafters = [CausalLMDrafter(model, model, name="right"), CausalLMDrafter(wrong, model, name="wrong")]
-    return [*drafters, tiny_head(model), NGramDrafter(VOCABULARY)]
+    """One that is always right, so that long drafts are accepted; a head and prompt lookup, mostly wrong."""
+    return [CausalLMDrafter(model, model, name="right"), tiny_head(model), NGramDrafter(VOCABULARY)]
 
 
 @functools.cache
@@ -162,7 +160,7 @@ if hasattr(GenerationConfig(), "presence_penalty"):
 def test_greedy_text_scores_and_logits_are_generates_own(model, decoder, option, rows):
     if option == "guidance" and rows > 1:
         pytest.skip("refused: see test_refused")
-    asked = dict(do_sample=False, return_dict_in_generate=True, max_new_tokens=20) | OPTIONS[option]
+    asked = dict(do_sample=False, return_dict_in_generate=True, max_new_tokens=14) | OPTIONS[option]
     expected = model.generate(**prompts(rows), output_scores=True, output_logits=True, **asked)
     out = model.generate(**prompts(rows), output_scores=True, output_logits=True, custom_generate=decoder, **asked)
     quick = model.generate(**prompts(rows), custom_generate=decoder, **asked)  # without processors no walk, one verification
@@ -333,7 +331,7 @@ def test_the_seed_decides_and_greedy_decoding_draws_nothing(model, decoder, rows
     texts = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        asked = dict(do_sample=True, top_k=10, temperature=0.9, max_new_tokens=12, num_return_sequences=2)
+        asked = dict(do_sample=True, top_k=10, temperature=0.9, max_new_tokens=8, num_return_sequences=2)
         texts.append(model.generate(**prompts(rows), custom_generate=decoder, **asked).tolist())
     assert texts[0] == texts[1] != texts[2]
     assert len(texts[0]) == 2 * rows and texts[0][0] != texts[0][1]  # the same prompt, uniforms of its own
@@ -870,10 +868,10 @@ class Interrupted(Exception):
 
 
 class Raising(StoppingCriteria, LogitsProcessor, BaseStreamer):
-    """Raises at its seventh call, whatever it is."""
+    """Raises at its fourth call, whatever it is."""
 
     def __init__(self, error):
-        self.error, self.left = error, 7
+        self.error, self.left = error, 4
 
     def __call__(self, input_ids, scores):
         self.left -= 1
@@ -886,6 +884,14 @@ class Raising(StoppingCriteria, LogitsProcessor, BaseStreamer):
 
     def end(self):
         pass
+
+
+def belongings(model) -> dict:
+    """What every module has: attributes, submodules, and the hooks in force."""
+    return {
+        name: (list(vars(module)), type(module), list(module._modules), list(module._forward_hooks.values()))
+        for name, module in model.named_modules()
+    }
 
 
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
@@ -902,19 +908,10 @@ def test_an_error_leaves_everything_as_it_was(decoder, error, place):
         where = {}
     else:
         where = {place: raising if place == "streamer" else [raising]}
-    before = {
-        name: (dict(vars(module)), [id(hook) for hook in module._forward_hooks.values()])
-        for name, module in model.named_modules()
-    }
+    before = belongings(model)
     with pytest.raises(error):
         model.generate(text, past_key_values=cache, max_new_tokens=30, custom_generate=decoder, **asked, **where)
-    after = {
-        name: (dict(vars(module)), [id(hook) for hook in module._forward_hooks.values()])
-        for name, module in model.named_modules()
-    }
-    assert after.keys() == before.keys()
-    for name in before:
-        assert after[name][0].keys() == before[name][0].keys() and after[name][1] == before[name][1]
+    assert belongings(model) == before
     for one, other in zip(cache.layers, held.layers, strict=True):
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
     if place == "forward":
@@ -932,7 +929,7 @@ def test_two_decoders_on_two_threads_over_one_target():
         Decoder(model, [NGramDrafter(VOCABULARY)]),
     ]
     asked = [
-        prompts(4) | dict(max_new_tokens=15, do_sample=False, custom_generate=decoder, return_dict_in_generate=True)
+        prompts(4) | dict(max_new_tokens=10, do_sample=False, custom_generate=decoder, return_dict_in_generate=True)
         for decoder in decoders
     ]
     alone = [model.generate(**one) for one in asked]
@@ -1059,7 +1056,7 @@ def test_half_types_run(dtype):
     """Sums round differently for a chunk than for a token, so that texts may part; lengths and types may not."""
     model = tiny().to(dtype)
     decoder = Decoder(model, [CausalLMDrafter(model, model), tiny_head(model).to(dtype), NGramDrafter(VOCABULARY)])
-    for asked in (dict(do_sample=False), dict(do_sample=True, top_p=0.9), dict(do_sample=False, repetition_penalty=1.2)):
+    for asked in (dict(do_sample=True, top_p=0.9), dict(do_sample=False, repetition_penalty=1.2)):
         out = model.generate(**prompts(4), max_new_tokens=10, return_dict_in_generate=True, custom_generate=decoder, **asked)
         assert out.sequences.shape == (4, PROMPT + 10) and not any(stats.failures for stats in out.hedgespec)
 
@@ -1099,11 +1096,10 @@ def test_families(family):
     """In float32: eager attention makes NaN of padding in float64, experts do not run in it."""
     model, wrong = tiny(**FAMILIES[family]).float(), tiny(seed=5, num_hidden_layers=1).float()
     decoder = Decoder(model, [CausalLMDrafter(model, model), CausalLMDrafter(wrong, model, name="wrong")])
-    for options in ({}, {"repetition_penalty": 1.2}):
-        asked = prompts(4) | dict(max_new_tokens=14, do_sample=False, **options)
-        out = model.generate(**asked, custom_generate=decoder, return_dict_in_generate=True)
-        assert out.sequences.tolist() == model.generate(**asked).tolist()
-        assert not any(stats.failures for stats in out.hedgespec)
+    asked = prompts(4) | dict(max_new_tokens=12, do_sample=False)
+    out = model.generate(**asked, custom_generate=decoder, return_dict_in_generate=True)
+    assert out.sequences.tolist() == model.generate(**asked).tolist()
+    assert not any(stats.failures for stats in out.hedgespec)
 
 
 PLACES = {
