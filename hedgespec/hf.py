@@ -17,6 +17,8 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from transformers import (
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
+    GenerationMode,
     MaxLengthCriteria,
     MaxTimeCriteria,
     PrefixConstrainedLogitsProcessor,
@@ -43,7 +46,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from hedgespec.config import DecodeConfig
-from hedgespec.decoder import Decoder, Request, Row, generator, rows_of, stack
+from hedgespec.decoder import Decoder, Request, Row, generator, rows_of, stack, states_of
 from hedgespec.drafters import Drafter
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
@@ -57,6 +60,8 @@ WARPERS = {
     MinPLogitsWarper: "min_p",
 }
 """Processors that `Sampling` knows, in its order, which is `generate`'s."""
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+"""What is the same text with drafters; with a custom loop, `generate` would let every other mode pass for one of these."""
 BY_ROW = ("encoder_input_ids", "generated_ngrams", "prompt_ignore_length")
 """Attributes in which such processors hold something for each row of the batch."""
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "synced_gpus"}
@@ -99,7 +104,7 @@ def accelerate(model, drafters: Sequence[Drafter] | Decoder, config: DecodeConfi
         decoder = drafters
     else:
         decoder = Decoder(model, drafters, config)
-    model.generate = _Accelerated(model, decoder)
+    model.generate = _Accelerated(decoder)
     return model
 
 
@@ -112,12 +117,21 @@ def restore(model):
 
 
 class _Accelerated:
-    """An accelerated model's `generate`: the same arguments; those that `custom_generate` would lose are held on to."""
+    """An accelerated model's `generate`: the same arguments; those that `custom_generate` would lose are held on to.
 
-    def __init__(self, model, decoder: Decoder):
-        self._plain, self.decoder = model.generate, decoder
-        self.__signature__ = inspect.signature(model.generate)
-        self.__doc__ = model.generate.__doc__
+    It knows the model by its decoder alone, so that a copy of the model, pickled or deep, has a `generate` of its own.
+    """
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+
+    @property
+    def _plain(self) -> Callable:
+        return MethodType(type(self.decoder.target).generate, self.decoder.target)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._plain)
 
     def __call__(self, *args, **kwargs):
         bound = self.__signature__.bind(*args, **kwargs).arguments
@@ -126,8 +140,10 @@ class _Accelerated:
             return self._plain(**arguments)
         if arguments.get("assistant_model") is not None:
             raise ValueError("assistant_model: expected None, the model's drafters are those it was accelerated with")
+        model, plain = self.decoder.target, self._plain
         tokenizer, config = arguments.pop("tokenizer", None), arguments.get("generation_config")
         strings = arguments.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+        strings = strings or model.generation_config.stop_strings
         if strings is not None and tokenizer is not None:
             criteria = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
             arguments["stopping_criteria"] = [*(arguments.get("stopping_criteria") or []), criteria]
@@ -135,9 +151,14 @@ class _Accelerated:
             if getattr(config, "stop_strings", None) is not None:
                 arguments["generation_config"] = config = copy.deepcopy(config)
                 config.stop_strings = None
+            if model.generation_config.stop_strings is not None:  # `generate` reads them there, whatever it is passed
+                view = copy.copy(model)
+                view.generation_config = copy.deepcopy(model.generation_config)
+                view.generation_config.stop_strings = None
+                plain = MethodType(type(model).generate, view)
         elif strings is not None:
             arguments["stop_strings"] = strings  # for transformers' own error
-        return self._plain(**arguments, custom_generate=_Streaming(self.decoder, arguments.get("streamer")))
+        return plain(**arguments, custom_generate=_Streaming(self.decoder, arguments.get("streamer")))
 
 
 @dataclass(frozen=True)
@@ -150,7 +171,7 @@ class _Streaming:
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=None,
                  **model_kwargs):  # fmt: skip
         return decode(
-            self.decoder, model, input_ids, logits_processor, stopping_criteria, generation_config,
+            self.decoder, self.decoder.target, input_ids, logits_processor, stopping_criteria, generation_config,
             streamer=self.streamer, learner_state=learner_state, **model_kwargs,
         )  # fmt: skip
 
@@ -183,9 +204,10 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
     batch = input_ids.shape[0]
     _refuse(decoder, model, generation_config, streamer, batch, model_kwargs)
     target = decoder.target
+    cache, past = _past(model_kwargs.get("past_key_values"), generation_config)
+    _check_whole(input_ids, model_kwargs.get("attention_mask"), past, generation_config)
     prompts = rows_of(input_ids, model_kwargs.get("attention_mask"), target)
     _check_positions(model_kwargs.get("position_ids"), prompts)
-    cache, past = _past(model_kwargs.get("past_key_values"), generation_config)
 
     records = generation_config.return_dict_in_generate
     recorders = [_Recorder(records and generation_config.output_scores, records and generation_config.output_logits)
@@ -193,21 +215,20 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
     processors, sampling = list(logits_processor), Sampling()
     if generation_config.do_sample:
         processors, sampling = _split(processors) if not recorders[0].keeps_scores else (processors, Sampling(1.0))
-    criteria = [one for one in stopping_criteria if not isinstance(one, (MaxLengthCriteria, EosTokenCriteria))]
-    eos = generation_config._eos_token_tensor
+    criteria = [one for one in stopping_criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
+    room, eos = _limits(stopping_criteria, input_ids.shape[1])
     # Greedy decoding draws nothing from torch's generator, and neither does this: the seed then only picks drafters.
     seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
     keep_cache = cache is not None and (records or getattr(cache, "_is_user_defined", False))
-    states = learner_state if isinstance(learner_state, Sequence) else [learner_state] * batch
+    states = states_of(learner_state, batch)
     requests = []
     for row, (prompt, padding) in enumerate(prompts):
-        own = _for_row(processors, row, batch)
+        own = _for_row(processors, row, batch, target)
         requests.append(Request(
-            prompt, padding, max(1, generation_config.max_length - input_ids.shape[1]), generator(seed, row),
-            frozenset() if eos is None else frozenset(eos.flatten().tolist()), states[row],
+            prompt, padding, room, generator(seed, row), eos, states[row],
             process=recorders[row].process(own) if own or recorders[row].keeps else None,
             process_drafts=_process_drafts(own),
-            stop=_stop(_copies(criteria, batch, "stopping_criteria"), recorders[row]) if criteria else None,
+            stop=_stop(_copies(criteria, batch, target, "stopping_criteria"), recorders[row]) if criteria else None,
             keep_cache=keep_cache,
         ))  # fmt: skip
 
@@ -243,6 +264,8 @@ def _refuse(decoder: Decoder, model, config: GenerationConfig, streamer, batch: 
         raise ValueError(f"{strange[0]}: expected no such argument for the model, which drafters would not see")
     if config.num_beams > 1:
         raise ValueError(f"num_beams: expected 1, speculative decoding follows one text, got {config.num_beams}")
+    if (mode := config.get_generation_mode()) not in MODES:
+        raise ValueError(f"generation_config: expected greedy search or sampling, got {mode.value.replace('_', ' ')}")
     if config.return_dict_in_generate:
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(config, name):
@@ -262,13 +285,28 @@ def _check_positions(position_ids: torch.Tensor | None, prompts: list[tuple[torc
             raise ValueError(f"position_ids: expected 0, 1, ... from a row's first token on, got {row}")
 
 
+def _check_whole(
+    input_ids: torch.Tensor, mask: torch.Tensor | None, past: DynamicCache | None, config: GenerationConfig
+) -> None:
+    """`generate` also takes the tokens behind a cache alone, told by a longer mask, which it drops if it is all ones."""
+    count = input_ids.shape[1]
+    whole = getattr(config, "_mask_length", count) if mask is None else mask.shape[1]
+    if past is not None and max(whole, past.get_seq_length()) > count:
+        raise ValueError(
+            "input_ids: expected the whole text, which drafters read, also where past_key_values holds its beginning, got "
+            f"{count} tokens behind a cache of {past.get_seq_length()}"
+        )
+
+
 def _past(cache, config: GenerationConfig) -> tuple[DynamicCache | None, DynamicCache | None]:
     """The cache to fill in the end, and what one that came in holds already."""
     if cache is None:
         return None, None
     if type(cache) is not DynamicCache or cache.offloading:
         if config.cache_implementation is None or "static" not in config.cache_implementation:
-            raise ValueError(f"past_key_values: expected a DynamicCache, got {type(cache).__name__}")
+            name = "past_key_values" if config.cache_implementation is None else "cache_implementation"
+            kind = "an offloaded one" if getattr(cache, "offloading", False) else type(cache).__name__
+            raise ValueError(f"{name}: expected a DynamicCache that stays where it is, got {kind}")
         return None, None  # a static one that `generate` made: the decoder's own buffers take its place
     return cache, cache if cache.get_seq_length() else None
 
@@ -297,7 +335,17 @@ def _is_stateless(processor) -> bool:
     return own or bool(getattr(processor, "stateless", False))
 
 
-def _for_row(processors: list, row: int, batch: int) -> list:
+def _limits(criteria: StoppingCriteriaList, prompt_length: int) -> tuple[int, frozenset[int]]:
+    """Most tokens to emit, and the ids that end a text.
+
+    The configuration does not say: a criterion of the user's stands in for `generate`'s own of the same type.
+    """
+    room = max(1, criteria.max_length - prompt_length)  # criteria are asked after a token, so there is always one
+    eos = (one.eos_token_id.flatten().tolist() for one in criteria if type(one) is EosTokenCriteria)
+    return room, frozenset(chain.from_iterable(eos))
+
+
+def _for_row(processors: list, row: int, batch: int, target) -> list:
     """The processors for calls with one row of the batch alone."""
     if batch == 1:
         return processors
@@ -309,7 +357,7 @@ def _for_row(processors: list, row: int, batch: int) -> list:
             allowed = processor._prefix_allowed_tokens_fn
             processor = PrefixConstrainedLogitsProcessor(lambda _, tokens, allowed=allowed: allowed(row, tokens), 1)
         elif not _is_stateless(processor):
-            [processor] = _copies([processor], batch, "logits_processor")
+            [processor] = _copies([processor], batch, target, "logits_processor")
         elif held := [name for name in BY_ROW if hasattr(getattr(processor, name, None), "__len__")]:
             processor = copy.copy(processor)
             for name in held:
@@ -320,15 +368,16 @@ def _for_row(processors: list, row: int, batch: int) -> list:
     return own
 
 
-def _copies(callables: list, batch: int, argument: str) -> list:
+def _copies(callables: list, batch: int, target, argument: str) -> list:
     """Copies for one row of a batch, so that what they remember is of that row; the things themselves for a batch of 1."""
     if batch == 1:
         return callables
+    held = {id(module): module for module in target.modules()}  # one that reads the model reads the model, not a copy of it
     shared = (MaxTimeCriteria, StopStringCriteria)
     copies = []
     for one in callables:
         try:
-            copies.append(one if isinstance(one, shared) else copy.deepcopy(one))
+            copies.append(one if isinstance(one, shared) else copy.deepcopy(one, dict(held)))
         except Exception as error:
             raise ValueError(
                 f"{argument}: expected something that can be copied for each row of a batch, got {type(one).__name__}: {error}"
@@ -394,5 +443,6 @@ def _store(cache: DynamicCache, rows: list[Row]) -> None:
                 own = row.cache[layer_idx][part]
                 states[place, :, row.request.padding : row.request.padding + own.shape[1]] = own
             buffers.append(states)
+        layer.is_initialized = False  # or else older versions of transformers keep the length and write zeros
         layer.reset()
         layer.update(*buffers)

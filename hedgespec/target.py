@@ -32,9 +32,21 @@ def check_target(model) -> None:
         )
 
 
+def device_of(model) -> torch.device:
+    """Where the model reads its tokens, which `model.device` cannot tell while accelerate keeps the embeddings elsewhere."""
+    if model.device.type != "meta":
+        return model.device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    if getattr(hook, "execution_device", None) is None:
+        raise ValueError("target: expected weights, or accelerate's hooks that fetch them, got a model on the meta device")
+    return torch.device(hook.execution_device)
+
+
 def rows_may_differ(model) -> bool:
     """Whether one forward can serve rows of different lengths: it takes a position and a mask for each."""
     config = model.config.get_text_config(decoder=True)
+    if getattr(config, "alibi", False):  # Falcon then takes positions, and counts them in the mask all the same
+        return False
     return config._attn_implementation in MASKABLE and "position_ids" in inspect.signature(model.forward).parameters
 
 

@@ -14,15 +14,15 @@ import torch
 from hedgespec import learners
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.batch import EAGER_ROUNDS, Batch, groups_of, stack
-from hedgespec.decoder.request import Request, rows_of
+from hedgespec.decoder.request import Request, rows_of, states_of
 from hedgespec.decoder.row import Row
 from hedgespec.drafters import Drafter
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
-from hedgespec.target import check_target, rows_may_differ
+from hedgespec.target import check_target, device_of, rows_may_differ
 
-__all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "generator", "rows_of", "stack"]
+__all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "generator", "rows_of", "stack", "states_of"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Decoder:
                     f"drafter {drafter.name}: expected the target's vocabulary of {vocabulary} tokens, or a map into it, "
                     f"got {drafter.vocab_size}"
                 )
-        self.vocabulary, self.groups = vocabulary, groups_of(self.drafters, target.device)
+        self.vocabulary, self.groups = vocabulary, groups_of(self.drafters, device_of(target))
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
 
     def new_learner(self) -> learners.Learner:
@@ -127,9 +127,7 @@ class Decoder:
         """
         prompts = rows_of(input_ids, attention_mask, self.target)
         eos = _eos(self.target, eos_token_id)
-        states = learner_state if isinstance(learner_state, Sequence) else [learner_state] * len(prompts)
-        if len(states) != len(prompts):
-            raise ValueError(f"learner_state: expected one for each of {len(prompts)} rows, got {len(states)}")
+        states = states_of(learner_state, len(prompts))
         requests = [
             Request(prompt, padding, max_new_tokens, generator(seed, row), eos, states[row])
             for row, (prompt, padding) in enumerate(prompts)
@@ -155,8 +153,10 @@ class Decoder:
         """
         together = rows_may_differ(self.target)
         rows: list[Row] = []
+        warned: set[str] = set()
         for first in range(0, len(requests), len(requests) if together else 1):
-            batch = Batch(self, requests[first:] if together else requests[first : first + 1], first, sampling, on_tokens)
+            some = requests[first:] if together else requests[first : first + 1]
+            batch = Batch(self, some, first, sampling, on_tokens, warned)
             rows += batch.rows
             batch.begin(past)
             while batch.rows:

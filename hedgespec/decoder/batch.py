@@ -23,7 +23,7 @@ from hedgespec.evaluate import evaluate
 from hedgespec.linear import few_row_view
 from hedgespec.records import Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
-from hedgespec.target import TargetSession
+from hedgespec.target import TargetSession, device_of
 from hedgespec.verify import verify
 
 if TYPE_CHECKING:
@@ -34,17 +34,18 @@ EAGER_ROUNDS = 8
 
 
 class Batch:
-    """Rows that are decoded together until each is finished: arguments of `Decoder.decode`, and which row is the first."""
+    """Rows that are decoded together until each is finished: arguments of `Decoder.decode`, which row is the first, and which
+    drafters' failures the caller knows of."""
 
     def __init__(self, decoder: Decoder, requests: Sequence[Request], first: int, sampling: Sampling,
-                 on_tokens: Callable[[int, list[int]], None] | None):  # fmt: skip
+                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str]):  # fmt: skip
         self.drafters, self.groups, self.config = decoder.drafters, decoder.groups, decoder.config
-        self.device, self.sampling, self.on_tokens = decoder.target.device, sampling, on_tokens
+        self.device, self.sampling, self.on_tokens = device_of(decoder.target), sampling, on_tokens
         # A view of the target as it is now: adapters and hooks may have come and gone since the last request.
         view = few_row_view(decoder.target)
         self.target = TargetSession(view, (drafter.aux_layers for drafter in self.drafters), len(requests))
         self.rows = [
-            Row(index, request, self.drafters, self.config, decoder.new_learner(), decoder.vocabulary, features)
+            Row(index, request, self.drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
         ]
         self.began = time.perf_counter()
@@ -58,11 +59,8 @@ class Batch:
             nothing = [Draft(self.rows[0].tokens.new_empty(1, 0), None)] * len(self.rows)
             emitted, _ = self._verify(logits, [None] * len(self.rows), nothing, [row.uniforms(1) for row in self.rows])
             for row in self.rows:
-                for drafter in range(len(self.drafters)) if row.scores_all and not row.finished else ():
-                    try:
-                        row.take_in(drafter)
-                    except Exception as error:
-                        row.quarantine(drafter, error)
+                if row.scores_all and not row.finished:
+                    row.take_in_by_all()
         self._hand_out(emitted)
 
     def round(self) -> None:

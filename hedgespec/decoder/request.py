@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from hedgespec.target import device_of
 
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens int64 [1, L], logits [n, V] for the token after them) -> processed logits [n, V]."""
@@ -50,6 +52,14 @@ class Request:
             )
 
 
+def states_of(learner_state: dict | Sequence[dict] | None, rows: int) -> Sequence[dict | None]:
+    """A learner's state for each row, of one for all, or of one for each. Raises ValueError for another number."""
+    states = learner_state if isinstance(learner_state, Sequence) else [learner_state] * rows
+    if len(states) != rows:
+        raise ValueError(f"learner_state: expected one for each of {rows} rows, got {len(states)}")
+    return states
+
+
 def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, target) -> list[tuple[torch.Tensor, int]]:
     """The rows of a batch of prompts, each int64 [padding + P] on the target's device, and the length of its padding.
 
@@ -77,4 +87,4 @@ def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, target
                     "attention_mask: expected zeros on the left and then ones (tokenizers do so with padding_side='left'), "
                     f"got {mask[row].int().tolist()} in row {row}"
                 )
-    return list(zip(rows.to(target.device), padding, strict=True))
+    return list(zip(rows.to(device_of(target)), padding, strict=True))

@@ -31,12 +31,13 @@ class Row:
         drafters, config, learner: the decoder's, a fresh learner.
         vocabulary: V, the target's.
         features: the target's hidden states at the positions before the row's tokens, by `Drafter.aux_layers`.
+        warned: names of drafters of whose failure the caller knows; of all rows together.
     """
 
     def __init__(self, index: int, request: Request, drafters: tuple[Drafter, ...], config: DecodeConfig, learner: Learner,
-                 vocabulary: int, features: dict[tuple[int, ...], RowBuffer]):  # fmt: skip
+                 vocabulary: int, features: dict[tuple[int, ...], RowBuffer], warned: set[str]):  # fmt: skip
         self.index, self.request, self.drafters, self.config, self.learner = index, request, drafters, config, learner
-        self.vocabulary, self.features = vocabulary, features
+        self.vocabulary, self.features, self.warned = vocabulary, features, warned
         if request.learner_state is not None:
             self.learner.load_state_dict(request.learner_state)
         self.queue = DelayQueue(
@@ -53,7 +54,7 @@ class Row:
         """Once it is finished and the request asks for it: the target's keys and values by layer, [heads, length, head_dim]."""
         self.finished = False
         self.scores_all = self.learner.feedback == "full" or self.config.track_regret
-        self.sessions: list[DrafterSession] = [drafter.session() for drafter in self.drafters]
+        self.sessions: list[DrafterSession | None] = [self._session(drafter) for drafter in range(len(drafters))]
         self.given: list[list[torch.Tensor]] = [[] for _ in self.drafters]
         """Each drafter's logits, chunks [T, Vd], from the first unscored token to the one after the last it has taken in."""
         self.unscored: list[torch.Tensor] = []
@@ -139,6 +140,13 @@ class Row:
                 return tokens[:count]
         return tokens
 
+    def _session(self, drafter: int) -> DrafterSession | None:
+        try:
+            return self.drafters[drafter].session()
+        except Exception as error:
+            self.quarantine(drafter, error)
+            return None
+
     def take_in(self, drafter: int) -> None:
         """Feeds a drafter the verified tokens it lacks, all in one chunk; of a fresh session only the last row is kept."""
         session, layers = self.sessions[drafter], self.drafters[drafter].aux_layers
@@ -153,11 +161,22 @@ class Row:
             self.given[drafter].clear()  # nobody will ask for what lies behind
         self.given[drafter].append(logits)
 
+    def take_in_by_all(self) -> None:
+        """`take_in` by every drafter that has not failed."""
+        for drafter, spec in enumerate(self.drafters):
+            if spec.name not in self.stats.failures:
+                try:
+                    self.take_in(drafter)
+                except Exception as error:
+                    self.quarantine(drafter, error)
+
     def _checked(self, drafter: int, logits: torch.Tensor, rows: int) -> torch.Tensor:
         """The logits [rows, Vd] themselves, if they are what a drafter owes. A row's maximum tells NaN, +inf and no mass."""
         width = width_of(self.drafters[drafter])
         if logits.shape != (rows, width):
             raise ValueError(f"expected logits of shape {(rows, width)}, got {tuple(logits.shape)}")
+        if not logits.is_floating_point():
+            raise TypeError(f"expected floating-point logits, got {logits.dtype}")
         if not logits.amax(-1).isfinite().all():
             raise ValueError("expected logits with a finite maximum, got NaN, +inf or -inf throughout")
         return logits
@@ -216,6 +235,9 @@ class Row:
         name = self.drafters[drafter].name
         if name not in self.stats.failures:
             self.stats.failures[name] = f"{type(error).__name__}: {error}"
+            if name in self.warned:  # one row of a batch has spoken for all
+                return
+            self.warned.add(name)
             warnings.warn(f"drafter {name} is out of this request: {self.stats.failures[name]}", stacklevel=2)
 
 

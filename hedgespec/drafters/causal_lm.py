@@ -42,7 +42,7 @@ class CausalLMDrafter:
             _check_special(model.config, target.config, name)
         self.model, self.name, self.vocab_size = few_row_view(model), name, min(own, wanted)
         same = own >= wanted
-        self.draft_to_target = None if same else torch.arange(own, device=target.device)
+        self.draft_to_target = None if same else torch.arange(own, device=model.device)
 
     def session(self) -> CausalLMSession:
         return CausalLMSession(self)
