@@ -16,7 +16,7 @@ MASKABLE = ("sdpa", "eager")
 
 
 def check_target(model) -> None:
-    """Refuses what cannot be decoded speculatively: an encoder-decoder, and layers with a recurrent state.
+    """Refuses what cannot be decoded speculatively: an encoder-decoder, a recurrent state, a cache of the model's own kind.
 
     Raises: ValueError.
     """
@@ -30,6 +30,8 @@ def check_target(model) -> None:
             f"target: expected attention layers with a key-value cache, got {type(model).__name__} with {state}, "
             "which cannot take back a rejected token"
         )
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"target: expected a model that takes past_key_values, got {type(model).__name__}")
 
 
 def rows_may_differ(model) -> bool:

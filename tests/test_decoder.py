@@ -165,7 +165,9 @@ def test_eos_ends_the_text_and_is_its_last_token(target):
 
 def test_tokens_stream_as_they_are_emitted(target):
     streamed = []
-    out = Decoder(target, pool(target)).generate(prompt_of(1), max_new_tokens=17, on_tokens=lambda row, tokens: streamed.append(tokens))
+    out = Decoder(target, pool(target)).generate(
+        prompt_of(1), max_new_tokens=17, on_tokens=lambda row, tokens: streamed.append(tokens)
+    )
     assert [token for tokens in streamed for token in tokens] == out.sequences[0, 11:].tolist()
     assert [len(tokens) for tokens in streamed[1:]] == out.stats[0].emitted_by_round
 
