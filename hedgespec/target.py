@@ -35,9 +35,13 @@ def check_target(model) -> None:
 
 
 def rows_may_differ(model) -> bool:
-    """Whether one forward can serve rows of different lengths: it takes a position and a mask for each."""
+    """Whether one forward can serve rows of different lengths: it takes a position and a mask for each.
+
+    Biases of ALiBi come from the slots' own numbers, or from a mask of another shape than ours.
+    """
     config = model.config.get_text_config(decoder=True)
-    return config._attn_implementation in MASKABLE and "position_ids" in inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    return config._attn_implementation in MASKABLE and takes_positions and not getattr(config, "alibi", False)
 
 
 class TargetSession:
@@ -76,6 +80,11 @@ class TargetSession:
         out = self.model(
             tokens, past_key_values=self.cache, use_cache=True, output_hidden_states=bool(self.aux_layers), **arguments
         )
+        if self.cache.layers and self.cache.written != count:
+            raise ValueError(
+                f"target: expected keys and values for the {count} tokens it read, got {self.cache.written} from "
+                f"{type(self.model).__name__}: prompts of its own cannot be told from tokens"
+            )
         for layers in self.aux_layers:
             states = [out.hidden_states[layer].to(tokens.device) for layer in layers]
             self._chunk[layers] = torch.cat(states, -1)
