@@ -83,11 +83,14 @@ class RaggedCache(Cache):
 
     def __init__(self, batch: int):
         self.lengths = [0] * batch
+        self.written = 0
+        """Slots that the last forward wrote in every row."""
         super().__init__(layers=[])
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         while len(self.layers) <= layer_idx:
             self.layers.append(_RaggedLayer(self.lengths))
+        self.written = key_states.shape[2]
         return self.layers[layer_idx].update(key_states, value_states)
 
     def select(self, rows: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ MASKABLE = ("sdpa", "eager")
 
 
 def check_target(model) -> None:
-    """Refuses what cannot be decoded speculatively: an encoder-decoder, and layers with a recurrent state.
+    """Refuses what cannot be decoded speculatively: an encoder-decoder, a recurrent state, a cache of the model's own kind.
 
     Raises: ValueError.
     """
@@ -30,6 +30,8 @@ def check_target(model) -> None:
             f"target: expected attention layers with a key-value cache, got {type(model).__name__} with {state}, "
             "which cannot take back a rejected token"
         )
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"target: expected a model that takes past_key_values, got {type(model).__name__}")
 
 
 def device_of(model) -> torch.device:
@@ -43,11 +45,13 @@ def device_of(model) -> torch.device:
 
 
 def rows_may_differ(model) -> bool:
-    """Whether one forward can serve rows of different lengths: it takes a position and a mask for each."""
+    """Whether one forward can serve rows of different lengths: it takes a position and a mask for each.
+
+    Biases of ALiBi come from the slots' own numbers, or from a mask of another shape than ours.
+    """
     config = model.config.get_text_config(decoder=True)
-    if getattr(config, "alibi", False):  # Falcon then takes positions, and counts them in the mask all the same
-        return False
-    return config._attn_implementation in MASKABLE and "position_ids" in inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    return config._attn_implementation in MASKABLE and takes_positions and not getattr(config, "alibi", False)
 
 
 class TargetSession:
@@ -86,6 +90,11 @@ class TargetSession:
         out = self.model(
             tokens, past_key_values=self.cache, use_cache=True, output_hidden_states=bool(self.aux_layers), **arguments
         )
+        if self.cache.layers and self.cache.written != count:
+            raise ValueError(
+                f"target: expected keys and values for the {count} tokens it read, got {self.cache.written} from "
+                f"{type(self.model).__name__}: prompts of its own cannot be told from tokens"
+            )
         for layers in self.aux_layers:
             states = [out.hidden_states[layer].to(tokens.device) for layer in layers]
             self._chunk[layers] = torch.cat(states, -1)

@@ -91,7 +91,7 @@ def test_temperature_0_is_the_targets_own_text_on_20_prompts(zoo):
         for decoder in (decoders[0], decoders[1 + number % (len(decoders) - 1)]):
             out = decoder.generate(ids, max_new_tokens=24, seed=number)
             assert out.sequences.tolist() == expected.tolist()
-            assert not out.stats.failures
+            assert not out.stats[0].failures
 
 
 def test_replay_says_what_a_fixed_drafter_does(zoo):
@@ -100,13 +100,13 @@ def test_replay_says_what_a_fixed_drafter_does(zoo):
         drafter = zoo.drafters[NAMES.index(name)]
         out = Decoder(zoo.target, [drafter], DecodeConfig(learner="fixed")).generate(encode(zoo, prompt), max_new_tokens=30)
         text = replay.read(zoo.target, out.sequences[0], encode(zoo, prompt).shape[1], zoo.drafters)
-        assert replay.fixed_rounds(drafter, text, 5) == out.stats.emitted_by_round
+        assert replay.fixed_rounds(drafter, text, 5) == out.stats[0].emitted_by_round
 
 
 def test_the_own_expert_is_found(zoo):
     decoder = Decoder(zoo.target, zoo.drafters)
     for domain in ("sql", "math"):
-        stats = decoder.generate(encode(zoo, load_prompts(domain)[0]), max_new_tokens=64, seed=0).stats
+        stats = decoder.generate(encode(zoo, load_prompts(domain)[0]), max_new_tokens=64, seed=0).stats[0]
         own = NAMES.index(domain)
         assert (stats.late_choices(16) == own).mean() >= 0.5
         assert stats.mean_accepted_tokens > 1.5

@@ -1,0 +1,413 @@
+"""Whatever drafts, the text has the target's distribution; and a broken accept rule is noticed.
+
+A Llama without layers sees the last token only, so its text is a Markov chain whose law is a table of 7 x 7. Every emitted
+token is a draw from a known row of it, which numpy works out anew from the target's logits. All tokens of a long ragged batch
+are counted twice, each time given something that was settled before they were drawn, and compared with that row:
+
+- by their offset in the round that emitted them and the token before them: accepted, recovered and bonus tokens apart;
+- by the two tokens before them, which puts the joint law of consecutive tokens to the test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+
+from hedgespec import hf
+from hedgespec.config import DecodeConfig
+from hedgespec.decoder import Decoder, Request
+from hedgespec.drafters.causal_lm import CausalLMDrafter
+from hedgespec.drafters.ngram import NGramDrafter
+from hedgespec.records import Verdict
+from hedgespec.sampling import Sampling
+
+V = 7
+ROWS = 128
+LONGEST_PROMPT = 4
+SMALLEST_P_VALUE = 1e-4
+FEW, MANY = 80, 800
+"""Tokens a row: 10,240 and 102,400 draws. The mutants below are noticed within a third of the few."""
+
+
+def chain(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=8, num_hidden_layers=0, num_attention_heads=2,
+        max_position_embeddings=1024, initializer_range=0.5, eos_token_id=None, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def target():
+    return chain(seed=0)
+
+
+@torch.inference_mode()
+def table_of(model) -> torch.Tensor:
+    """Logits [V, V] of the next token after each."""
+    return model(torch.arange(V)[:, None]).logits[:, 0].clone()
+
+
+@dataclass
+class TableDrafter:
+    """A Markov chain as a drafter, for next to no time."""
+
+    name: str
+    table: torch.Tensor
+    draft_to_target: torch.Tensor | None = None
+    vocab_size = V
+    aux_layers = ()
+
+    def session(self):
+        return TableSession(self.table)
+
+
+class TableSession:
+    def __init__(self, table):
+        self.table, self.verified = table, 0
+
+    def prefill(self, tokens, features, logits_to_keep):
+        self.verified += len(tokens)
+        return self.table[tokens[-logits_to_keep:]]
+
+    def step(self, token):
+        return self.table[token[0]]
+
+
+def pool(target, *names: str):
+    random, table = torch.Generator().manual_seed(1), table_of(target)
+    close = table + 0.7 * torch.randn(V, V, generator=random)
+    known = torch.tensor([5, 0, 3, 6])
+    drafters = {
+        "good": TableDrafter("good", close),
+        "bad": TableDrafter("bad", 2 * torch.randn(V, V, generator=random)),
+        "reduced": TableDrafter("reduced", close[:, known] + torch.randn(V, 4, generator=random), known),
+        "ngram": NGramDrafter(V),
+        "lm": CausalLMDrafter(chain(seed=3), target, name="lm"),
+    }
+    return [drafters[name] for name in names]
+
+
+MIXED = ("good", "bad", "reduced", "ngram")
+
+
+# --- the law, worked out in numpy -----------------------------------------------------------------------------------
+
+
+def warped(logits, temperature: float = 1.0, top_k=None, top_p=None, min_p=None) -> np.ndarray:
+    """Probabilities [V] of logits [V] as `generate` means these options, in its order."""
+    logits = np.asarray(logits, dtype=np.float64) / temperature
+    probs = np.exp(logits - logits.max())
+    kept = np.argsort(-probs)[:top_k]
+    if top_p is not None:
+        mass = np.cumsum(probs[kept]) / probs[kept].sum()
+        kept = kept[: np.searchsorted(mass, top_p) + 1]
+    if min_p is not None:
+        kept = kept[probs[kept] >= min_p * probs.max()]
+    law = np.zeros(V)
+    law[kept] = probs[kept] / probs[kept].sum()
+    return law
+
+
+def law_of(table, **sampling) -> np.ndarray:
+    """[2, V, V]: of the next token, by the parity of its place and the token before it."""
+    return np.array([[warped(row, **sampling) for row in rows] for rows in np.broadcast_to(table, (2, V, V))])
+
+
+def p_values(sequences: torch.Tensor, emitted_by_round: list[list[int]], law: np.ndarray) -> tuple[float, float]:
+    """Of the chi-squares above; 0 where a token is none that the target ever says."""
+    tokens = sequences[:, LONGEST_PROMPT - 1 :].numpy()
+    offsets = np.array([[0, *(offset for count in rounds for offset in range(count))] for rounds in emitted_by_round])
+    parity = np.broadcast_to((LONGEST_PROMPT + np.arange(offsets.shape[1])) % 2, offsets.shape)
+    before, now = tokens[:, :-1], tokens[:, 1:]
+    if (law[parity, before, now] == 0).any():
+        return 0.0, 0.0
+    by_offset = np.zeros((offsets.max() + 1, 2, V, V))
+    np.add.at(by_offset, (offsets, parity, before, now), 1)
+    by_pair = np.zeros((V, 2, V, V))
+    np.add.at(by_pair, (before[:, :-1], parity[:, 1:], before[:, 1:], now[:, 1:]), 1)
+    return _p_value(by_offset, law), _p_value(by_pair, law)
+
+
+def _p_value(counts: np.ndarray, law: np.ndarray) -> float:
+    statistic, degrees = 0.0, 0
+    for observed, probs in zip(counts.reshape(-1, V), np.broadcast_to(law, counts.shape).reshape(-1, V)):
+        expected = observed.sum() * probs
+        common = expected >= 5  # the rest as one cell, if that is enough
+        cells = [*zip(observed[common], expected[common]), (observed[~common].sum(), expected[~common].sum())]
+        if cells[-1][1] < 5:
+            # The few draws of it would break the approximation; what is left is compared as a law of its own.
+            cells.pop()
+            if len(cells) > 1:
+                scale = sum(seen for seen, _ in cells) / sum(wanted for _, wanted in cells)
+                cells = [(seen, wanted * scale) for seen, wanted in cells]
+        if len(cells) > 1:
+            statistic += sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+            degrees += len(cells) - 1
+    return float(stats.chi2.sf(statistic, degrees))
+
+
+# --- texts ----------------------------------------------------------------------------------------------------------
+
+
+def prompts(rows: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(V, (rows, LONGEST_PROMPT), generator=torch.Generator().manual_seed(2))
+    padding = torch.arange(rows)[:, None] % LONGEST_PROMPT
+    return {"input_ids": ids, "attention_mask": (torch.arange(LONGEST_PROMPT) >= padding).long()}
+
+
+def direct(target, drafters, config: DecodeConfig, count: int, rows: int = ROWS, **sampling) -> tuple[float, float]:
+    out = Decoder(target, drafters, config).generate(**prompts(rows), max_new_tokens=count, seed=0, **sampling)
+    assert not any(one.failures for one in out.stats)
+    return p_values(out.sequences, [one.emitted_by_round for one in out.stats], law_of(table_of(target), **sampling))
+
+
+CASES = {
+    "sampled": (DecodeConfig(draft_length=3), {"temperature": 0.8, "top_k": 5}, MIXED),
+    "argmax": (DecodeConfig(draft_length=5, mode="argmax", learner="exp3"), {"temperature": 1.2, "top_p": 0.9}, MIXED),
+    "one ahead": (DecodeConfig(draft_length=1, evaluate_every=3), {"temperature": 1.0, "min_p": 0.1}, MIXED),
+}
+MORE = {
+    "plain temperature": (DecodeConfig(draft_length=5), {"temperature": 1.0}, MIXED),
+    "hot": (DecodeConfig(draft_length=3, evaluate_every=3), {"temperature": 2.5}, ("bad", "reduced")),
+    "everything": (
+        DecodeConfig(draft_length=3, learner="exp3"), {"temperature": 1.3, "top_k": 6, "top_p": 0.95, "min_p": 0.02}, MIXED,
+    ),
+    "argmax, one ahead": (DecodeConfig(draft_length=1, mode="argmax"), {"temperature": 0.7}, MIXED),
+    "argmax, seldom scored": (
+        DecodeConfig(draft_length=3, mode="argmax", evaluate_every=3), {"temperature": 1.5, "top_k": 4}, ("good", "ngram"),
+    ),
+    "a language model": (DecodeConfig(draft_length=3), {"temperature": 1.5, "top_p": 0.9}, ("lm", "reduced", "ngram")),
+    "reference": (DecodeConfig(draft_length=3, backend="reference"), {"temperature": 1.0, "top_p": 0.8}, MIXED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_text_has_the_targets_distribution(target, case):
+    config, sampling, names = CASES[case]
+    assert min(direct(target, pool(target, *names), config, FEW, **sampling)) > SMALLEST_P_VALUE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES | MORE)
+def test_text_has_the_targets_distribution_over_many_draws(target, case):
+    config, sampling, names = (CASES | MORE)[case]
+    assert min(direct(target, pool(target, *names), config, MANY, **sampling)) > SMALLEST_P_VALUE
+
+
+class Bias(LogitsProcessor):
+    """Adds to the logits what depends on the parity of the token's place and on the token before it."""
+
+    table = torch.randn(2, V, V, generator=torch.Generator().manual_seed(4))
+
+    def __init__(self, stateless: bool):
+        self.stateless = stateless
+
+    def __call__(self, input_ids, scores):
+        return scores + self.table[input_ids.shape[1] % 2, input_ids[:, -1]]
+
+
+BAD_WORDS = [[3], [1, 2]]
+
+
+def processed(target) -> np.ndarray:
+    """The law's logits [2, V, V] under the bias and the bad words."""
+    logits = (table_of(target) + Bias.table).numpy()
+    logits[:, :, 3] = -np.inf
+    logits[:, 1, 2] = -np.inf
+    return logits
+
+
+def through_generate(target, drafters, config: DecodeConfig, count: int, rows: int = ROWS, *, stateless: bool = True,
+                     scores: bool = False, **sampling) -> tuple[float, float]:  # fmt: skip
+    inputs = prompts(rows)
+    inputs["input_ids"].remainder_(3)  # no prompt holds the word that nobody may say
+    torch.manual_seed(0)
+    out = target.generate(
+        **inputs, do_sample=True, max_new_tokens=count, bad_words_ids=BAD_WORDS, return_dict_in_generate=True,
+        logits_processor=LogitsProcessorList([Bias(stateless)]), output_scores=scores,
+        custom_generate=Decoder(target, drafters, config), **{"top_k": 0} | sampling,
+    )  # fmt: skip
+    assert not any(one.failures for one in out.hedgespec)
+    rounds = [one.emitted_by_round for one in out.hedgespec]
+    return p_values(out.sequences, rounds, law_of(processed(target), **sampling))
+
+
+PROCESSED = {
+    "drafts too": (DecodeConfig(draft_length=3), {"temperature": 1.2, "top_k": 4}),
+    "argmax": (DecodeConfig(draft_length=5, mode="argmax", learner="exp3"), {"temperature": 0.8}),
+    "drafts not": (DecodeConfig(draft_length=3, evaluate_every=3), {"temperature": 1.0, "top_p": 0.9, "stateless": False}),
+    "scores kept": (DecodeConfig(draft_length=1), {"temperature": 1.0, "min_p": 0.05, "scores": True}),
+}
+
+
+def test_processors_shape_the_distribution(target):
+    config, options = PROCESSED["drafts too"]
+    assert min(through_generate(target, pool(target, *MIXED), config, 20, **options)) > SMALLEST_P_VALUE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PROCESSED)
+def test_processors_shape_the_distribution_over_many_draws(target, case):
+    config, options = PROCESSED[case]
+    assert min(through_generate(target, pool(target, *MIXED), config, MANY, **options)) > SMALLEST_P_VALUE
+
+
+# --- mutants: the rule once more, and each way to get it wrong -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Verification, position by position; every field is a place where it may be wrong."""
+
+    accepts: Callable[[float, float, float], bool] = lambda uniform, draft_prob, target_prob: uniform * draft_prob < target_prob
+    residual: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda target, draft: np.maximum(target - draft, 0)
+    renormalises: bool = True
+    processes: bool = True
+    """Whether a token is accepted by the target's processed probabilities."""
+    bonus: np.ndarray | None = None
+    """What the bonus token is drawn from, by the token before it; None: the target."""
+    raw: list[torch.Tensor] | None = None
+    """Where the last logits lie before the processors of `generate` saw them."""
+
+    def __call__(self, target_logits, draft_tokens, draft_logits, uniforms, *, mode, lengths, draft_to_target,
+                 target_temperature, draft_temperature, target_threshold, draft_threshold, backend):  # fmt: skip
+        batch, positions, _ = target_logits.shape
+        tokens = torch.full((batch, positions), -1)
+        accepted = torch.zeros(batch, dtype=torch.int64)
+        for row in range(batch):
+            drafted = positions - 1 if lengths is None else int(lengths[row])
+            for place in range(drafted + 1):
+                threshold = -math.inf if target_threshold is None else float(target_threshold[row, place])
+                target = _probs(target_logits[row, place], target_temperature, threshold)
+                if place == drafted:
+                    weights = target if self.bonus is None or place == 0 else self.bonus[tokens[row, place - 1]]
+                    tokens[row, place] = _draw(weights, uniforms[row, -1])
+                    break
+                token = int(draft_tokens[row, place])
+                draft = np.zeros(V)
+                if mode == "argmax":
+                    draft[token] = 1
+                else:
+                    threshold = -math.inf if draft_threshold is None else float(draft_threshold[row, place])
+                    mapping = slice(None) if draft_to_target is None else draft_to_target.view(-1, draft_logits.shape[2])
+                    mapping = mapping if draft_to_target is None else mapping[row % len(mapping)].numpy()
+                    draft[mapping] = _probs(draft_logits[row, place], draft_temperature, threshold)
+                judged = target
+                if not self.processes:
+                    judged = _probs(self.raw[0][0] if self.raw else target_logits[row, place], target_temperature, -math.inf)
+                if self.accepts(float(uniforms[row, place]), draft[token], judged[token]):
+                    tokens[row, place], accepted[row] = token, place + 1
+                    continue
+                weights = self.residual(target, draft)
+                weights = weights if weights.any() else target
+                tokens[row, place] = _draw(weights, uniforms[row, -1], None if self.renormalises else 1.0)
+                break
+        return Verdict(accepted, tokens)
+
+
+def _probs(logits: torch.Tensor, temperature: float, threshold: float) -> np.ndarray:
+    logits = logits.double().masked_fill(logits < threshold, -math.inf)
+    return (logits / temperature).softmax(-1).numpy()
+
+
+def _draw(weights: np.ndarray, uniform, total: float | None = None) -> int:
+    cumulative = np.cumsum(weights)
+    above = np.flatnonzero(cumulative > float(uniform) * (cumulative[-1] if total is None else total))
+    return int(above[0]) if len(above) else int(np.flatnonzero(weights)[-1])
+
+
+HONEST = Rule()
+MUTANTS = {
+    "accepts with p and q swapped": Rule(accepts=lambda uniform, draft, target: uniform * target < draft),
+    "recovers with p and q swapped": Rule(residual=lambda target, draft: np.maximum(draft - target, 0)),
+    "does not renormalise the residual": Rule(renormalises=False),
+    "recovers from p": Rule(residual=lambda target, draft: target),
+    "accepts everything": Rule(accepts=lambda uniform, draft, target: target > 0),
+    "accepts unprocessed": Rule(processes=False),
+}
+SAMPLING = {"temperature": 1.2, "top_k": 4}
+
+
+def rule_is_noticed(monkeypatch, target, rule: Rule, mode: str) -> bool:
+    """Whether the chi-squares reject 2880 draws, all drafted by one fair drafter."""
+    monkeypatch.setattr(importlib.import_module("hedgespec.decoder.batch"), "verify", rule)
+    config = DecodeConfig(draft_length=3, learner="fixed", mode=mode)
+    return min(direct(target, pool(target, "good"), config, 60, 48, **SAMPLING)) < SMALLEST_P_VALUE
+
+
+@pytest.mark.parametrize("mode", ["sampled", "argmax"])
+def test_the_rule_written_anew_passes(monkeypatch, target, mode):
+    assert not rule_is_noticed(monkeypatch, target, HONEST, mode)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_noticed(monkeypatch, target, mutant):
+    assert rule_is_noticed(monkeypatch, target, MUTANTS[mutant], "sampled")
+
+
+@pytest.mark.parametrize("mutant", ["recovers from p", "does not renormalise the residual", "accepts everything"])
+def test_mutants_are_noticed_in_mode_argmax(monkeypatch, target, mutant):
+    assert rule_is_noticed(monkeypatch, target, MUTANTS[mutant], "argmax")
+
+
+def test_a_bonus_token_from_the_drafter_is_noticed(monkeypatch, target):
+    [good] = pool(target, "good")
+    assert rule_is_noticed(monkeypatch, target, Rule(bonus=law_of(good.table, **SAMPLING)[0]), "sampled")
+
+
+@pytest.mark.parametrize("processes", [True, False])
+def test_a_token_accepted_without_the_users_processors_is_noticed(monkeypatch, target, processes):
+    raw: list[torch.Tensor] = []
+    process = hf._Recorder.process
+
+    def noting(self, processors):
+        inner = process(self, processors)
+
+        def note(tokens, logits):
+            raw[:] = [logits]
+            return inner(tokens, logits)
+
+        return note
+
+    monkeypatch.setattr(hf._Recorder, "process", noting)
+    rule = Rule(processes=processes, raw=raw)
+    monkeypatch.setattr(importlib.import_module("hedgespec.decoder.batch"), "verify", rule)
+    config = DecodeConfig(draft_length=3, learner="fixed")
+    [p_by_offset, p_by_pair] = through_generate(target, pool(target, "good"), config, 50, 48, temperature=1.2)
+    assert (min(p_by_offset, p_by_pair) > SMALLEST_P_VALUE) == processes
+
+
+class Zeros:
+    """A source of uniforms that are all 0: as likely as any other, and where a rule that is not strict goes wrong."""
+
+    def random(self, count: int) -> np.ndarray:
+        return np.zeros(count)
+
+
+@pytest.mark.parametrize("mode", ["sampled", "argmax"])
+def test_a_uniform_of_0_accepts_nothing_impossible(monkeypatch, target, mode):
+    law = law_of(table_of(target), temperature=1.0, top_k=2)[0]
+    impossible = TableDrafter("impossible", torch.where(torch.from_numpy(law) > 0, -math.inf, 0.0).float())
+    decoder = Decoder(target, [impossible], DecodeConfig(draft_length=2, mode=mode))
+
+    def says_the_impossible() -> bool:
+        request = Request(torch.tensor([0]), 0, 12, Zeros())
+        [row] = decoder.decode([request], Sampling(1.0, top_k=2))
+        assert not row.stats.failures
+        return any(law[before, now] == 0 for before, now in zip(row.sequence.tolist(), row.sequence[1:].tolist()))
+
+    with torch.no_grad():
+        assert not says_the_impossible()
+        lax = Rule(accepts=lambda uniform, draft_prob, target_prob: uniform * draft_prob <= target_prob)
+        monkeypatch.setattr(importlib.import_module("hedgespec.decoder.batch"), "verify", lax)
+        assert says_the_impossible()
