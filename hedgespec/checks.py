@@ -65,11 +65,14 @@ def check_ids(name: str, ids: Tensor, highest: int) -> None:
 
 def check_uniforms(name: str, uniforms: Tensor) -> None:
     """Numbers in [0, 1)."""
-    if not uniforms.is_cpu or uniforms.numel() == 0:
+    count = uniforms.numel()
+    if not uniforms.is_cpu or count == 0:
         return
-    low, high = (bound.item() for bound in uniforms.aminmax())
-    if not (low >= 0 and high < 1):  # written so that NaN fails
-        raise wrong(name, "values in [0, 1)", high if low >= 0 else low)
+    # Lists are quicker than reductions. Of many the smallest and the largest will do, and both are NaN if one is.
+    values = uniforms.flatten().tolist() if count <= _FEW else [bound.item() for bound in uniforms.aminmax()]
+    for value in values:
+        if not 0 <= value < 1:  # written so that NaN fails
+            raise wrong(name, "values in [0, 1)", value)
 
 
 def check_temperature(name: str, temperature: float | Tensor, shape: tuple[int, ...], device) -> float | Tensor:

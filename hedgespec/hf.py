@@ -387,7 +387,14 @@ def _copies(callables: list, batch: int, target, argument: str) -> list:
 
 def _process_drafts(processors: list) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
     pure = LogitsProcessorList(processor for processor in processors if _is_stateless(processor))
-    return (lambda tokens, logits: pure(tokens, logits.to(torch.float32, copy=True))) if pure else None
+    return (lambda tokens, logits: _through(pure, tokens, logits.to(torch.float32, copy=True))) if pure else None
+
+
+def _through(processors: list, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """What a `LogitsProcessorList` does, without asking for each processor's signature each time."""
+    for processor in processors:
+        logits = processor(tokens, logits)
+    return logits
 
 
 def _stop(criteria: list, recorder: _Recorder) -> Callable[[torch.Tensor], bool]:
@@ -405,13 +412,11 @@ class _Recorder:
         self.logits: list[torch.Tensor] = []
 
     def process(self, processors: list) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        processors = LogitsProcessorList(processors)
-
         def process(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             logits = logits.to(torch.float32, copy=True)
             if self.keeps_logits:
                 self.logits.append(logits.clone())
-            logits = processors(tokens, logits)
+            logits = _through(processors, tokens, logits)
             if self.keeps_scores:
                 self.scores.append(logits)
             return logits

@@ -49,28 +49,27 @@ class Sampling:
         top_p, min_p = self.top_p if self.top_p != 1 else None, self.min_p or None
         if self.temperature == 0 or (self.top_k, top_p, min_p) == (None, None, None):
             return None
-        size = logits.shape[-1]
-        log_total = lowest = None
+        held, lowest = logits, None
         if self.top_k is not None:
-            kept = logits.topk(min(self.top_k, size)).values
-            lowest = kept[..., -1]
-            log_total = (kept.double() / self.temperature).logsumexp(-1, keepdim=True)
-        elif top_p is not None:
-            log_total = (logits.double() / self.temperature).logsumexp(-1, keepdim=True)
-            few = NUCLEUS if logits.is_cpu and size > 4 * NUCLEUS else size  # elsewhere to ask would be to wait for the device
-            kept = logits.topk(few).values
-            if few < size and not (self._probs(kept, log_total).sum(-1) >= top_p).all():
-                kept = logits.topk(size).values
-        else:
-            kept = logits.amax(-1, keepdim=True)
+            held = logits.topk(min(self.top_k, logits.shape[-1])).values
+            lowest = held[..., -1]
         if top_p is not None:
-            probs = self._probs(kept, log_total)
+            ordered, probs = self._likeliest(held, top_p)
             last = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True) - 1
-            lowest = kept.gather(-1, last)[..., 0]
+            lowest = ordered.gather(-1, last)[..., 0]
         if min_p is not None:
-            floor = kept[..., 0] + self.temperature * math.log(min_p)
+            floor = held.amax(-1) + self.temperature * math.log(min_p)
             lowest = floor if lowest is None else torch.maximum(lowest, floor)
         return lowest
 
-    def _probs(self, kept: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
-        return (kept.double() / self.temperature - log_total).exp()
+    def _likeliest(self, logits: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest of logits [..., n], in order, at least those of mass top_p, and their probabilities among all n."""
+        size = logits.shape[-1]
+        log_total = (logits.double() / self.temperature).logsumexp(-1, keepdim=True)
+        few = NUCLEUS if logits.is_cpu and size > 4 * NUCLEUS else size  # elsewhere, to ask whether they do is to wait
+        while True:
+            ordered = logits.topk(few).values
+            probs = (ordered.double() / self.temperature - log_total).exp()
+            if few == size or (probs.sum(-1) >= top_p).all():
+                return ordered, probs
+            few = size

@@ -177,7 +177,7 @@ class Row:
             raise ValueError(f"expected logits of shape {(rows, width)}, got {tuple(logits.shape)}")
         if not logits.is_floating_point():
             raise TypeError(f"expected floating-point logits, got {logits.dtype}")
-        if not logits.amax(-1).isfinite().all():
+        if not all(map(math.isfinite, logits.amax(-1).tolist())):
             raise ValueError("expected logits with a finite maximum, got NaN, +inf or -inf throughout")
         return logits
 
