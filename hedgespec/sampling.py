@@ -56,6 +56,7 @@ class Sampling:
         if top_p is not None:
             ordered, probs = self._likeliest(held, top_p)
             last = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True) - 1
+            last = last.clamp(min=0)  # a row without any mass is NaN, hence below nothing
             lowest = ordered.gather(-1, last)[..., 0]
         if min_p is not None:
             floor = held.amax(-1) + self.temperature * math.log(min_p)

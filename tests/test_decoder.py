@@ -318,6 +318,12 @@ def test_thresholds_keep_what_transformers_keeps(option, spread, vocabulary):
     assert ((logits >= threshold[:, None]) == scores.isfinite()).all()
 
 
+def test_a_row_without_mass_has_a_threshold_all_the_same():
+    logits = torch.full((2, 5), -math.inf)
+    logits[1, 3] = 0.0
+    assert Sampling(1.0, top_k=4, top_p=0.5, min_p=0.1).threshold(logits).tolist() == [-math.inf, 0.0]
+
+
 def test_options_that_keep_all_make_no_threshold():
     assert Sampling(1.0, top_p=1.0, min_p=0.0).threshold(torch.zeros(1, 5)) is None
     assert Sampling(0.0, top_k=3).threshold(torch.zeros(1, 5)) is None
