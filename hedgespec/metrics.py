@@ -79,15 +79,6 @@ class DecodeStats:
         began = 1 + np.concatenate([[0], np.cumsum(self.emitted_by_round)[:-1]]) if self.choices else np.zeros(0)
         return choices[(began >= after_tokens) & (choices >= 0)]
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Adds the wall time of the block to a stage; an asynchronous device is not waited for."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds_by_stage[stage] += time.perf_counter() - began
-
     def to_dict(self) -> dict:
         """Plain numbers, for JSON; what is not defined yet is None."""
         return {
@@ -103,6 +94,18 @@ class DecodeStats:
             "seconds_by_stage": self.seconds_by_stage,
             "failures": self.failures,
         }
+
+
+@contextmanager
+def timed(requests: Sequence[DecodeStats], stage: str) -> Iterator[None]:
+    """Adds the wall time of the block to a stage of each request; an asynchronous device is not waited for."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - began
+        for stats in requests:
+            stats.seconds_by_stage[stage] += seconds
 
 
 def plot_weights(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:

@@ -7,8 +7,7 @@ kept at the position before their token, have a row for every token.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +20,7 @@ from hedgespec.decoder.row import Row, width_of
 from hedgespec.drafters import Drafter
 from hedgespec.evaluate import evaluate
 from hedgespec.linear import few_row_view
+from hedgespec.metrics import timed
 from hedgespec.records import Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
 from hedgespec.target import TargetSession, device_of
@@ -52,7 +52,7 @@ class Batch:
 
     def begin(self, past: DynamicCache | None) -> None:
         """Reads the prompts and emits every row's first token, the target's own: a head needs it before it can draft."""
-        with self._timed("prefill"):
+        with timed([row.stats for row in self.rows], "prefill"):
             if past is not None:
                 self._load(past)
             logits = self._read_prompts()
@@ -65,26 +65,26 @@ class Batch:
 
     def round(self) -> None:
         """One target forward and everything around it."""
-        length, rows = self.config.draft_length, self.rows
+        length, rows, stats = self.config.draft_length, self.rows, [row.stats for row in self.rows]
         uniforms = [row.uniforms(2 * length + 2) for row in rows]  # one selects, K draft, K + 1 verify
-        with self._timed("select"):
+        with timed(stats, "select"):
             weights = [row.weights() for row in rows]
             choices = [row.select(held, one[0]) for row, held, one in zip(rows, weights, uniforms)]
-        with self._timed("draft"):
+        with timed(stats, "draft"):
             drafts = [row.draft(choice, one[1:], self.sampling) for row, choice, one in zip(rows, choices, uniforms)]
-        with self._timed("verify"):
+        with timed(stats, "verify"):
             last = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens[0]]) for row, draft in zip(rows, drafts)]
             tokens = stack(last, 0)
             logits = self.target.forward(tokens, tokens.shape[1])
             tests = [np.append(one[length + 1 :][: draft.tokens.shape[1]], one[-1]) for one, draft in zip(uniforms, drafts)]
             emitted, verified = self._verify(logits, choices, drafts, tests)
             self.target.keep([len(tokens) for tokens in emitted])
-        with self._timed("evaluate"):
+        with timed(stats, "evaluate"):
             for row, chunk in zip(rows, verified):
                 if row.scores_all:
                     row.unscored.append(chunk)
             scores = self._evaluate([row for row in rows if row.evaluation_is_due(EAGER_ROUNDS)])
-        with self._timed("learn"):
+        with timed(stats, "learn"):
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
                 drafted = draft.tokens.shape[1] > 0
                 row.learn(choice if drafted else None, held, len(tokens), scores.get(row.index))
@@ -253,16 +253,6 @@ class Batch:
             self.rows = [self.rows[place] for place in left]
             if left:
                 self.target.select(left)
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        """Adds a block's wall time to a stage of every row that is under way; an asynchronous device is not waited for."""
-        rows, began = self.rows, time.perf_counter()
-        try:
-            yield
-        finally:
-            for row in rows:
-                row.stats.seconds_by_stage[stage] += time.perf_counter() - began
 
 
 def stack(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:
