@@ -20,8 +20,9 @@ class KVCache:
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes T new positions behind the current length and returns views of all, [1, kv_heads, length, head_dim]."""
         end = self.length + keys.shape[2]
-        if end > self._keys.shape[2]:
-            self._keys, self._values = (self._grown(buffer, end) for buffer in (self._keys, self._values))
+        if end > (capacity := self._keys.shape[2]):
+            capacity = max(end, 2 * capacity)
+            self._keys, self._values = _grown(self._keys, 2, capacity), _grown(self._values, 2, capacity)
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
         self.length = end
@@ -31,13 +32,6 @@ class KVCache:
         """Forgets every position from `length` on; what they held is overwritten by the next append."""
         assert 0 <= length <= self.length, (length, self.length)
         self.length = length
-
-    @staticmethod
-    def _grown(buffer: torch.Tensor, needed: int) -> torch.Tensor:
-        capacity = max(needed, 2 * buffer.shape[2])
-        larger = buffer.new_empty(1, buffer.shape[1], capacity, buffer.shape[3])
-        larger[:, :, : buffer.shape[2]] = buffer
-        return larger
 
 
 class RowBuffer:
@@ -59,16 +53,9 @@ class RowBuffer:
         if self._rows is None:
             self._rows = rows.new_empty(max(end, self._capacity), rows.shape[1])
         elif end > self._rows.shape[0]:
-            larger = rows.new_empty(max(end, 2 * self._rows.shape[0]), rows.shape[1])
-            larger[: self._length] = self._rows[: self._length]
-            self._rows = larger
+            self._rows = _grown(self._rows, 0, max(end, 2 * self._rows.shape[0]))
         self._rows[self._length : end] = rows
         self._length = end
-
-    def drop(self, count: int) -> None:
-        """Forgets the last `count` rows."""
-        assert 0 <= count <= self._length, (count, self._length)
-        self._length -= count
 
 
 class RaggedCache(Cache):
@@ -85,11 +72,23 @@ class RaggedCache(Cache):
         self.lengths = [0] * batch
         self.written = 0
         """Slots that the last forward wrote in every row."""
+        self._slots: tuple[tuple, torch.Tensor] | None = None
         super().__init__(layers=[])
+
+    def slots(self, count: int, device: torch.device) -> torch.Tensor:
+        """The next `count` slots of every row, int64 [B, count]: the positions of the tokens that will be written there.
+
+        Asked for by every layer of a forward, and put on a device once.
+        """
+        key = (count, device, *self.lengths)
+        if self._slots is None or self._slots[0] != key:
+            slots = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(count, device=device)
+            self._slots = key, slots
+        return self._slots[1]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         while len(self.layers) <= layer_idx:
-            self.layers.append(_RaggedLayer(self.lengths))
+            self.layers.append(_RaggedLayer(self))
         self.written = key_states.shape[2]
         return self.layers[layer_idx].update(key_states, value_states)
 
@@ -107,7 +106,7 @@ class RaggedCache(Cache):
 
     def load(self, past: DynamicCache, rows: Sequence[int], padding: Sequence[int], lengths: Sequence[int]) -> None:
         """Copies in what a cache holds of some of its rows: `lengths` tokens of each, from slot `padding` on."""
-        self.layers = [_RaggedLayer(self.lengths) for _ in past.layers]
+        self.layers = [_RaggedLayer(self) for _ in past.layers]
         for layer, source in zip(self.layers, past.layers):
             gone = source.get_seq_length() - source.keys.shape[2]  # a sliding window forgets: no query will look there
             for place, (row, first, count) in enumerate(zip(rows, padding, lengths, strict=True)):
@@ -120,20 +119,19 @@ class RaggedCache(Cache):
 class _RaggedLayer(DynamicLayer):
     """One layer of a `RaggedCache`, whatever the layer's window: the mask knows it, and every token may still be needed."""
 
-    def __init__(self, lengths: list[int]):
+    def __init__(self, cache: RaggedCache):
         super().__init__()
-        self.lengths = lengths  # the cache's own, shared
+        self.cache = cache
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        first, last, count = min(self.lengths), max(self.lengths), key_states.shape[2]
-        end = last + count
+        lengths, count = self.cache.lengths, key_states.shape[2]
+        first, end = min(lengths), max(lengths) + count
         self._make_room(key_states, value_states, end)
-        if first == last:
+        if end - first == count:  # all rows are at one position
             self.keys[:, :, first:end], self.values[:, :, first:end] = key_states, value_states
         else:
-            device = key_states.device
-            rows = torch.arange(len(self.lengths), device=device)[:, None]
-            slots = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(count, device=device)
+            slots = self.cache.slots(count, key_states.device)
+            rows = torch.arange(len(slots), device=slots.device)[:, None]
             self.keys[rows, :, slots], self.values[rows, :, slots] = key_states.transpose(1, 2), value_states.transpose(1, 2)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
@@ -144,19 +142,27 @@ class _RaggedLayer(DynamicLayer):
         self.keys[row, :, slot:end], self.values[row, :, slot:end] = keys, values
 
     def get_seq_length(self) -> int:
-        return max(self.lengths)
+        return max(self.cache.lengths)
 
     def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor, end: int) -> None:
-        have = self.keys.shape[2] if self.is_initialized else 0
-        if end <= have:
-            return
-        capacity = max(end, have + max(256, have // 2))
-        buffers = []
-        for states, old in ((key_states, self.keys), (value_states, self.values)):
-            # Zeros: a masked slot has weight 0, and 0 times what memory happens to hold need not be 0.
-            new = states.new_zeros(len(self.lengths), states.shape[1], capacity, states.shape[3])
-            if have:
-                new[:, :, :have] = old
-            buffers.append(new)
-        self.keys, self.values = buffers
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        if not self.is_initialized:
+            self.keys, self.values = (
+                states.new_empty(len(self.cache.lengths), states.shape[1], 0, states.shape[3])
+                for states in (key_states, value_states)
+            )
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        if end > (have := self.keys.shape[2]):
+            capacity = max(end, have + max(256, have // 2))
+            self.keys, self.values = _grown(self.keys, 2, capacity), _grown(self.values, 2, capacity)
+
+
+def _grown(buffer: torch.Tensor, dim: int, capacity: int) -> torch.Tensor:
+    """The buffer with room for `capacity` along `dim`.
+
+    Zeros, since a masked slot has weight 0, and 0 times what memory happens to hold need not be 0.
+    """
+    shape = list(buffer.shape)
+    shape[dim] = capacity
+    larger = buffer.new_zeros(shape)
+    larger.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
+    return larger

@@ -79,7 +79,7 @@ class TargetSession:
         Returns: logits [B, logits_to_keep, V] of the last positions.
         """
         lengths, count = self.cache.lengths, tokens.shape[1]
-        positions = torch.tensor(lengths, device=tokens.device)[:, None] + torch.arange(count, device=tokens.device)
+        positions = self.cache.slots(count, tokens.device)
         arguments = {}
         if "position_ids" in self._arguments:
             arguments["position_ids"] = positions
