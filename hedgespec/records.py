@@ -26,6 +26,8 @@ class Draft:
     """Proposed token ids in the target's vocabulary, int64 [B, K]."""
     logits: torch.Tensor | None
     """The drafter's logits, before temperature and threshold, [B, K, Vd]; None where the proposal is one-hot or empty."""
+    draft_to_target: torch.Tensor | None = None
+    """int64 [Vd], the target's id of each draft id of the logits; None where they are over the target's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ import torch
 
 from hedgespec import learners
 from hedgespec.config import DecodeConfig
-from hedgespec.decoder.batch import EAGER_ROUNDS, Batch, groups_of, stack
+from hedgespec.decoder.batch import Batch, groups_of, stack
 from hedgespec.decoder.request import Request, rows_of, states_of
-from hedgespec.decoder.row import Row
+from hedgespec.decoder.row import EAGER_ROUNDS, Row
 from hedgespec.drafters import Drafter
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.metrics import DecodeStats
@@ -59,9 +59,9 @@ class Decoder:
         self.target, self.drafters, self.config = target, tuple(drafters), config or DecodeConfig()
         if not self.drafters:
             raise ValueError("drafters: expected at least 1, got 0")
-        self.names = tuple(drafter.name for drafter in self.drafters)
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"drafters: expected distinct names, got {self.names}")
+        names = tuple(drafter.name for drafter in self.drafters)
+        if len(set(names)) < len(names):
+            raise ValueError(f"drafters: expected distinct names, got {names}")
         vocabulary = target.config.get_text_config(decoder=True).vocab_size
         for drafter in self.drafters:
             if drafter.vocab_size > vocabulary or (drafter.draft_to_target is None and drafter.vocab_size < vocabulary):

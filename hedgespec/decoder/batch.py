@@ -16,21 +16,18 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from hedgespec.decoder.request import Request
-from hedgespec.decoder.row import Row, width_of
+from hedgespec.decoder.row import NOBODY, Row, width_of
 from hedgespec.drafters import Drafter
 from hedgespec.evaluate import evaluate
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
-from hedgespec.records import Choice, Draft, Verdict
+from hedgespec.records import Draft, Verdict
 from hedgespec.sampling import Sampling
 from hedgespec.target import TargetSession, device_of
 from hedgespec.verify import verify
 
 if TYPE_CHECKING:
     from hedgespec.decoder import Decoder
-
-EAGER_ROUNDS = 8
-"""Rounds at the start of a request after each of which the drafters are scored, whatever the cadence."""
 
 
 class Batch:
@@ -56,8 +53,8 @@ class Batch:
             if past is not None:
                 self._load(past)
             logits = self._read_prompts()
-            nothing = [Draft(self.rows[0].tokens.new_empty(1, 0), None)] * len(self.rows)
-            emitted, _ = self._verify(logits, [None] * len(self.rows), nothing, [row.uniforms(1) for row in self.rows])
+            nothing = [row.draft(NOBODY, np.empty(0), self.sampling) for row in self.rows]
+            emitted, _ = self._verify(logits, nothing, [row.uniforms(1) for row in self.rows])
             for row in self.rows:
                 if row.scores_all and not row.finished:
                     row.take_in_by_all()
@@ -77,13 +74,13 @@ class Batch:
             tokens = stack(last, 0)
             logits = self.target.forward(tokens, tokens.shape[1])
             tests = [np.append(one[length + 1 :][: draft.tokens.shape[1]], one[-1]) for one, draft in zip(uniforms, drafts)]
-            emitted, verified = self._verify(logits, choices, drafts, tests)
+            emitted, verified = self._verify(logits, drafts, tests)
             self.target.keep([len(tokens) for tokens in emitted])
         with timed(stats, "evaluate"):
             for row, chunk in zip(rows, verified):
                 if row.scores_all:
                     row.unscored.append(chunk)
-            scores = self._evaluate([row for row in rows if row.evaluation_is_due(EAGER_ROUNDS)])
+            scores = self._evaluate([row for row in rows if row.evaluation_is_due()])
         with timed(stats, "learn"):
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
                 drafted = draft.tokens.shape[1] > 0
@@ -116,8 +113,9 @@ class Batch:
         self.target.keep(counts)
         return logits
 
-    def _verify(self, logits: torch.Tensor, choices: Sequence[Choice | None], drafts: Sequence[Draft],
-                uniforms: Sequence[np.ndarray]) -> tuple[list[list[int]], list[torch.Tensor]]:  # fmt: skip
+    def _verify(
+        self, logits: torch.Tensor, drafts: Sequence[Draft], uniforms: Sequence[np.ndarray]
+    ) -> tuple[list[list[int]], list[torch.Tensor]]:
         """Emits what the target makes of every row's draft.
 
         Args:
@@ -128,21 +126,20 @@ class Batch:
         emitted: list[list[int]] = [[]] * len(self.rows)
         verified: list[torch.Tensor] = [logits[0, :0]] * len(self.rows)
         together: dict[tuple[int, bool] | None, list[int]] = {}
-        for place, (row, choice, draft) in enumerate(zip(self.rows, choices, drafts)):
+        for place, (row, draft) in enumerate(zip(self.rows, drafts)):
             if row.request.process is not None:
-                emitted[place], verified[place] = self._walk(row, logits[place], choice, draft, uniforms[place])
-            elif draft.logits is None:
-                together.setdefault(None, []).append(place)
+                emitted[place], verified[place] = self._walk(row, logits[place], draft, uniforms[place])
             else:
-                together.setdefault(_shape(self.drafters[choice.drafter]), []).append(place)
+                alike = None if draft.logits is None else (draft.logits.shape[2], draft.draft_to_target is not None)
+                together.setdefault(alike, []).append(place)
         for places in together.values():
-            found = self._verify_alike(places, logits, choices, drafts, uniforms)
+            found = self._verify_alike(places, logits, drafts, uniforms)
             for place, tokens in zip(places, found):
                 emitted[place] = self.rows[place].emit(tokens)
                 verified[place] = logits[place, : len(emitted[place])]
         return emitted, verified
 
-    def _verify_alike(self, places: list[int], logits: torch.Tensor, choices, drafts, uniforms) -> list[list[int]]:
+    def _verify_alike(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[list[int]]:
         """Rows whose draft logits stack, verified in one call."""
         counts = [drafts[place].tokens.shape[1] for place in places]
         most = max(counts)
@@ -154,18 +151,14 @@ class Batch:
         draft_logits = mapping = None
         if drafts[places[0]].logits is not None:
             draft_logits = stack([drafts[place].logits[0] for place in places], 0)
-            mapping = _maps([self.drafters[choices[place].drafter] for place in places], self.device)
+            mapping = _maps([drafts[place].draft_to_target for place in places], self.device)
         draft_tokens = stack([drafts[place].tokens[0] for place in places], 0)
         lengths = None if min(counts) == most else torch.tensor(counts, device=self.device)
         verdict = self._call_verify(target_logits, draft_tokens, draft_logits, mapping, tests, lengths)
         return [tokens[: accepted + 1] for tokens, accepted in zip(verdict.tokens.tolist(), verdict.accepted_length.tolist())]
 
-    def _walk(self, row: Row, logits: torch.Tensor, choice: Choice | None, draft: Draft,
-              uniforms: np.ndarray) -> tuple[list[int], torch.Tensor]:  # fmt: skip
+    def _walk(self, row: Row, logits: torch.Tensor, draft: Draft, uniforms: np.ndarray) -> tuple[list[int], torch.Tensor]:
         """Verifies one draft token by token, so that the row's processors see every emitted token once, and no other."""
-        mapping = None
-        if draft.logits is not None and row.request.process_drafts is None:  # else they were lifted
-            mapping = self.drafters[choice.drafter].draft_to_target
         emitted: list[int] = []
         verified: list[torch.Tensor] = []
         drafted = draft.tokens.shape[1]
@@ -175,8 +168,9 @@ class Batch:
             # A chain of one token asks for a bonus position too, which is not looked at: the walk goes on there.
             target_logits = verified[-1].expand(1 + here.stop - here.start, -1)[None]
             draft_logits = None if draft.logits is None or position == drafted else draft.logits[:, here]
-            verdict = self._call_verify(target_logits, draft.tokens[:, here], draft_logits, mapping,
-                                        np.append(uniforms[:-1][here], uniforms[-1])[None])  # fmt: skip
+            mapping = None if draft_logits is None else draft.draft_to_target
+            tests = np.append(uniforms[:-1][here], uniforms[-1])[None]
+            verdict = self._call_verify(target_logits, draft.tokens[:, here], draft_logits, mapping, tests)
             emitted += row.emit(verdict.tokens[0, :1].tolist())
             if row.finished or int(verdict.accepted_length[0]) == 0:
                 break
@@ -266,21 +260,15 @@ def groups_of(drafters: Sequence[Drafter], device: torch.device) -> list[tuple[l
     """Drafters evaluated in one call, because their logits stack: (indices, int64 map [n, Vd] or None)."""
     members: dict[tuple[int, bool], list[int]] = {}
     for index, drafter in enumerate(drafters):
-        members.setdefault(_shape(drafter), []).append(index)
+        members.setdefault((width_of(drafter), drafter.draft_to_target is not None), []).append(index)
     return [
         (indices, torch.stack([drafters[i].draft_to_target for i in indices]).to(device) if mapped else None)
         for (_, mapped), indices in members.items()
     ]
 
 
-def _shape(drafter: Drafter) -> tuple[int, bool]:
-    """Vd, and whether a map goes with it: logits of drafters with the same stack."""
-    return width_of(drafter), drafter.draft_to_target is not None
-
-
-def _maps(drafters: Sequence[Drafter], device: torch.device) -> torch.Tensor | None:
-    """The maps of rows' drafters of one shape, [B, Vd], or [Vd] where all have the same, or None."""
-    maps = [drafter.draft_to_target for drafter in drafters]
+def _maps(maps: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
+    """The maps of alike drafts, [B, Vd], or [Vd] where all have the same, or None."""
     if maps[0] is None:
         return None
     shared = all(one is maps[0] for one in maps)

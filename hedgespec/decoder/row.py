@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +22,10 @@ from hedgespec.records import Choice, Draft
 from hedgespec.sampling import Sampling
 from hedgespec.selection import select
 from hedgespec.verify import sample
+
+EAGER_ROUNDS = 8
+"""Rounds at the start of a request after each of which the drafters are scored, whatever the cadence."""
+NOBODY = Choice(drafter=-1, draft_length=0)
 
 
 class Row:
@@ -54,7 +60,11 @@ class Row:
         """Once it is finished and the request asks for it: the target's keys and values by layer, [heads, length, head_dim]."""
         self.finished = False
         self.scores_all = self.learner.feedback == "full" or self.config.track_regret
-        self.sessions: list[DrafterSession | None] = [self._session(drafter) for drafter in range(len(drafters))]
+        self.sessions: dict[int, DrafterSession] = {}
+        """By drafter."""
+        for drafter in range(len(drafters)):
+            with self._quarantine(drafter):
+                self.sessions[drafter] = drafters[drafter].session()
         self.given: list[list[torch.Tensor]] = [[] for _ in self.drafters]
         """Each drafter's logits, chunks [T, Vd], from the first unscored token to the one after the last it has taken in."""
         self.unscored: list[torch.Tensor] = []
@@ -74,6 +84,11 @@ class Row:
     def room(self) -> int:
         return len(self.tokens) - self.length
 
+    @property
+    def alive(self) -> np.ndarray:
+        """Which drafters have not failed, bool [N]."""
+        return np.array([drafter.name not in self.stats.failures for drafter in self.drafters])
+
     def uniforms(self, count: int) -> np.ndarray:
         return self.request.random.random(count)
 
@@ -81,33 +96,34 @@ class Row:
         """The learner's weights [N], what failed drafters hold shared out among the others; all 0 if all failed."""
         weights = self.learner.weights()
         if self.stats.failures:
-            alive = np.array([drafter.name not in self.stats.failures for drafter in self.drafters])
-            weights = np.where(alive, weights, 0.0)
-            weights = weights / weights.sum() if weights.any() else alive / max(alive.sum(), 1)
+            weights = np.where(self.alive, weights, 0.0)
+            weights = weights / weights.sum() if weights.any() else self.alive / max(self.alive.sum(), 1)
         return weights
 
     def select(self, weights: np.ndarray, uniform: float) -> Choice:
         room = self.room - 1  # the recovered or bonus token comes on top of the draft
         if room == 0 or not weights.any():
-            return Choice(drafter=-1, draft_length=0)
+            return NOBODY
         choice = select(weights, uniform, draft_length=self.config.draft_length, rule=self.config.selection)
         return replace(choice, draft_length=min(choice.draft_length, room))
 
     def draft(self, choice: Choice, uniforms: np.ndarray, sampling: Sampling) -> Draft:
         """What the chosen drafter proposes; nothing if it fails."""
         one_hot = self.config.mode == "argmax" or sampling.temperature == 0
-        tokens, logits = [], []
-        try:
+        draft = Draft(self.tokens.new_empty(1, 0), None)
+        if choice == NOBODY:
+            return draft
+        with self._quarantine(choice.drafter):
+            tokens, logits = [], []
+            mapping = self.drafters[choice.drafter].draft_to_target if self.request.process_drafts is None else None
             for position in range(choice.draft_length):
                 if position == 0:
                     self.take_in(choice.drafter)
                     row = self.given[choice.drafter][-1][-1]
                 else:
                     row = self._checked(choice.drafter, self.sessions[choice.drafter].step(tokens[-1])[None], 1)[0]
-                mapping = self.drafters[choice.drafter].draft_to_target
                 if self.request.process_drafts is not None:
-                    drafted = torch.cat([self.seen[0], *tokens])
-                    row, mapping = self.processed(choice.drafter, row[None], drafted)[0], None
+                    row = self._processed(choice.drafter, row[None], torch.cat([self.seen[0], *tokens]))[0]
                     if not row.amax().isfinite():
                         break  # nothing that the drafter can name is allowed here
                 if one_hot:
@@ -117,14 +133,12 @@ class Row:
                     token = sample(row, uniform, temperature=sampling.temperature, threshold=threshold)
                 tokens.append((token if mapping is None else mapping[token]).view(1))
                 logits.append(row)
-        except Exception as error:
-            self.quarantine(choice.drafter, error)
-            tokens, logits = [], []
-        if not tokens:
-            return Draft(self.tokens.new_empty(1, 0), None)
-        return Draft(torch.cat(tokens)[None], None if one_hot else torch.stack(logits)[None])
+            if tokens:
+                proposal = (None, None) if one_hot else (torch.stack(logits)[None], mapping)
+                draft = Draft(torch.cat(tokens)[None], *proposal)
+        return draft
 
-    def processed(self, drafter: int, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def _processed(self, drafter: int, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """A drafter's logits [n, Vd] for the token after `tokens` [L] as the target's processors leave them, [n, V]."""
         return self.request.process_drafts(tokens[None], _lifted(logits, self.drafters[drafter], self.vocabulary))
 
@@ -139,13 +153,6 @@ class Row:
             if self.finished:
                 return tokens[:count]
         return tokens
-
-    def _session(self, drafter: int) -> DrafterSession | None:
-        try:
-            return self.drafters[drafter].session()
-        except Exception as error:
-            self.quarantine(drafter, error)
-            return None
 
     def take_in(self, drafter: int) -> None:
         """Feeds a drafter the verified tokens it lacks, all in one chunk; of a fresh session only the last row is kept."""
@@ -163,12 +170,9 @@ class Row:
 
     def take_in_by_all(self) -> None:
         """`take_in` by every drafter that has not failed."""
-        for drafter, spec in enumerate(self.drafters):
-            if spec.name not in self.stats.failures:
-                try:
-                    self.take_in(drafter)
-                except Exception as error:
-                    self.quarantine(drafter, error)
+        for drafter in np.flatnonzero(self.alive):
+            with self._quarantine(drafter):
+                self.take_in(drafter)
 
     def _checked(self, drafter: int, logits: torch.Tensor, rows: int) -> torch.Tensor:
         """The logits [rows, Vd] themselves, if they are what a drafter owes. A row's maximum tells NaN, +inf and no mass."""
@@ -181,10 +185,10 @@ class Row:
             raise ValueError("expected logits with a finite maximum, got NaN, +inf or -inf throughout")
         return logits
 
-    def evaluation_is_due(self, eager_rounds: int) -> bool:
+    def evaluation_is_due(self) -> bool:
         """Every round while there is much to learn, later as the configuration says, and at the end."""
         rounds = self.stats.rounds + 1
-        return self.scores_all and (rounds <= eager_rounds or rounds % self.config.evaluate_every == 0 or self.finished)
+        return self.scores_all and (rounds <= EAGER_ROUNDS or rounds % self.config.evaluate_every == 0 or self.finished)
 
     def to_score(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Lets every drafter take in what it lacks; the target's logits [T, V] of the unscored tokens, and by drafter its own.
@@ -193,22 +197,18 @@ class Row:
         """
         target_logits = torch.cat(self.unscored)
         self.unscored.clear()
+        self.take_in_by_all()
         rows: dict[int, torch.Tensor] = {}
-        for drafter, spec in enumerate(self.drafters):
-            if spec.name in self.stats.failures:
-                continue
-            try:
-                self.take_in(drafter)
+        for drafter in np.flatnonzero(self.alive):
+            with self._quarantine(drafter):
                 logits = torch.cat(self.given[drafter])
                 rows[drafter], self.given[drafter] = logits[:-1], [logits[-1:]]
                 if self.request.process_drafts is not None:
                     first = self.seen.shape[1] - len(rows[drafter])
                     rows[drafter] = torch.cat([
-                        self.processed(drafter, row[None], self.seen[0, : first + position])
+                        self._processed(drafter, row[None], self.seen[0, : first + position])
                         for position, row in enumerate(rows[drafter])
                     ])  # fmt: skip
-            except Exception as error:
-                self.quarantine(drafter, error)
         return target_logits, rows
 
     def learn(self, choice: Choice | None, weights: np.ndarray, emitted: int, scores) -> None:
@@ -228,17 +228,19 @@ class Row:
         self.stats.emitted_tokens = self.length - self.prompt_length
         self.stats.learner_state = self.learner.state_dict()
         self.stats.seconds = seconds
-        self.sessions, self.given, self.features = [], [], {}
+        self.sessions, self.given, self.features = {}, [], {}
 
-    def quarantine(self, drafter: int, error: Exception) -> None:
-        """Takes a drafter out of the request: whatever it does, the request goes on and its text stays the same."""
-        name = self.drafters[drafter].name
-        if name not in self.stats.failures:
-            self.stats.failures[name] = f"{type(error).__name__}: {error}"
-            if name in self.warned:  # one row of a batch has spoken for all
-                return
-            self.warned.add(name)
-            warnings.warn(f"drafter {name} is out of this request: {self.stats.failures[name]}", stacklevel=2)
+    @contextmanager
+    def _quarantine(self, drafter: int) -> Iterator[None]:
+        """Takes a drafter whose code fails out of the request: whatever it does, the request goes on, its text the same."""
+        try:
+            yield
+        except Exception as error:
+            name = self.drafters[drafter].name
+            cause = self.stats.failures[name] = f"{type(error).__name__}: {error}"
+            if name not in self.warned:  # one row of a batch speaks for all
+                self.warned.add(name)
+                warnings.warn(f"drafter {name} is out of this request: {cause}", stacklevel=3)  # where it was asked
 
 
 def width_of(drafter: Drafter) -> int:
