@@ -52,12 +52,14 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from hedgespec.config import DecodeConfig
-from hedgespec.decoder import Decoder
+from hedgespec.decoder import Decoder, eos_of
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.learners import make
 from hedgespec.metrics import STAGES
 from hedgespec.zoo import GENERALIST, NAMES, Prompt, Zoo, load_prompts, load_zoo
 
+WAYS = ("plain", "assistant", "early exit", "prompt lookup", "FlashSpec")
+WAYS += ("generalist", "own expert", "HedgeSpec", "HedgeSpec + lookup")
 DRAFT_LENGTH = 5
 DEPTHS = (1, 8, 26)
 """Layers of the target that are tried as a small language model."""
@@ -164,7 +166,7 @@ class Rivals:
                 config = FlashSpecConfig(device=str(place), bandit=single, sampling=sampling)
                 engine = SpeculativeEngine(config, drafters, TargetModel("target", place, dtype, model=self.target))
                 with counted(self.target) as forwards:
-                    out = engine.generate(work.ids, max_new_tokens, eos_token_ids=sorted(ends_of(self.target)))
+                    out = engine.generate(work.ids, max_new_tokens, eos_token_ids=sorted(eos_of(self.target)))
                 text = out.output_ids[:, : out.n_tokens_generated].to(work.ids.device)
                 return Done(torch.cat([work.ids, text], 1), [len(forwards)])
 
@@ -238,12 +240,7 @@ def counted(target) -> Iterator[list]:
         handle.remove()
 
 
-def ends_of(target) -> set[int]:
-    ends = target.generation_config.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-
-def texts_of(work: Work, done: Done, ends: set[int]) -> list[list[int]]:
+def texts_of(work: Work, done: Done, ends: frozenset[int]) -> list[list[int]]:
     """The continuations, each up to the token that ends it."""
     texts = done.sequences[:, work.ids.shape[1] :].tolist()
     for text in texts:
@@ -284,7 +281,7 @@ def batches_of(zoo: Zoo, prompts: Sequence[Prompt], size: int, seed: int) -> lis
     return batches
 
 
-def best_of(candidates: dict, works: list[Work], ends: set[int], max_new_tokens: int) -> tuple[object, dict]:
+def best_of(candidates: dict, works: list[Work], ends: frozenset[int], max_new_tokens: int) -> tuple[object, dict]:
     """The key of the fastest candidate, and the tokens a second of all, in turns on the same prompts."""
     tokens, seconds = dict.fromkeys(candidates, 0), dict.fromkeys(candidates, 0.0)
     for way in candidates.values():
@@ -300,7 +297,7 @@ def best_of(candidates: dict, works: list[Work], ends: set[int], max_new_tokens:
 
 def measure(ways: list[Way], works: list[Work], target, max_new_tokens: int, compares: bool, console: Console) -> list[dict]:
     """Raw figures and their sums of each way, plain first."""
-    ends = ends_of(target)
+    ends = eos_of(target)
     batches: dict[str, list[dict]] = {way.name: [] for way in ways}
     gaps: dict[str, list[float]] = {way.name: [] for way in ways}
     for way in ways:
@@ -397,7 +394,7 @@ def main() -> int:
         "--evaluate-every", type=positive, default=4, help="rounds between evaluations, default 4 as in the demo"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", metavar="WAY", help="these ways (and plain) only")
+    parser.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", help="these ways (and plain) only")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where raw figures go")
     options = parser.parse_args()
@@ -418,7 +415,7 @@ def main() -> int:
         return options.only is None or name in options.only
 
     def add_best(name: str, candidates: dict) -> object:
-        chosen, speeds = best_of(candidates, works, ends_of(zoo.target), min(CALIBRATION_TOKENS, options.max_new_tokens))
+        chosen, speeds = best_of(candidates, works, eos_of(zoo.target), min(CALIBRATION_TOKENS, options.max_new_tokens))
         calibration[name] = {str(key): speed for key, speed in speeds.items()}
         tried = ", ".join(f"{candidates[key].note} {speed:.1f}" for key, speed in speeds.items())
         console.print(f"{name}, tokens/s on {len(works)} other prompts: {tried}", highlight=False)

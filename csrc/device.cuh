@@ -147,50 +147,34 @@ HEDGESPEC_DEVICE void mbarrier_arrive_expect(Mbarrier* mbarrier, unsigned bytes)
 #endif
 }
 
-HEDGESPEC_DEVICE void mbarrier_wait(Mbarrier* mbarrier, unsigned parity) {
-#if defined(HEDGESPEC_EMULATED)
-  hedgespec_emulator::mbarrier_wait(mbarrier, parity);
-#elif HEDGESPEC_HAS_CLUSTERS
-  const std::uint32_t address = shared_address(mbarrier);
-  unsigned done;
-  do {  // try_wait sleeps for a while in hardware before it gives up
-    asm volatile(
-        "{\n"
-        ".reg .pred ended;\n"
-        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 ended, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, ended;\n"
-        "}"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
-  } while (!done);
+#if HEDGESPEC_HAS_CLUSTERS && !defined(HEDGESPEC_EMULATED)
+// Instructions are spelt out, scope included. try_wait sleeps for a while in hardware before it gives up.
+#define HEDGESPEC_MBARRIER_WAIT(scope)                                                    \
+  const std::uint32_t address = shared_address(mbarrier);                                 \
+  unsigned done;                                                                          \
+  do {                                                                                    \
+    asm volatile(                                                                         \
+        "{\n"                                                                             \
+        ".reg .pred ended;\n"                                                             \
+        "mbarrier.try_wait.parity.acquire." scope ".shared::cta.b64 ended, [%1], %2;\n"   \
+        "selp.u32 %0, 1, 0, ended;\n"                                                     \
+        "}"                                                                               \
+        : "=r"(done)                                                                      \
+        : "r"(address), "r"(parity)                                                       \
+        : "memory");                                                                      \
+  } while (!done)
+#elif defined(HEDGESPEC_EMULATED)
+#define HEDGESPEC_MBARRIER_WAIT(scope) hedgespec_emulator::mbarrier_wait(mbarrier, parity)
 #else
-  __trap();
+#define HEDGESPEC_MBARRIER_WAIT(scope) __trap()
 #endif
-}
+
+HEDGESPEC_DEVICE void mbarrier_wait(Mbarrier* mbarrier, unsigned parity) { HEDGESPEC_MBARRIER_WAIT("cta"); }
 
 // The same, where other blocks of the cluster count at the mbarrier: what they did before is seen too.
-HEDGESPEC_DEVICE void mbarrier_wait_cluster(Mbarrier* mbarrier, unsigned parity) {
-#if defined(HEDGESPEC_EMULATED)
-  hedgespec_emulator::mbarrier_wait(mbarrier, parity);
-#elif HEDGESPEC_HAS_CLUSTERS
-  const std::uint32_t address = shared_address(mbarrier);
-  unsigned done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred ended;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, ended;\n"
-        "}"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
-  } while (!done);
-#else
-  __trap();
-#endif
-}
+HEDGESPEC_DEVICE void mbarrier_wait_cluster(Mbarrier* mbarrier, unsigned parity) { HEDGESPEC_MBARRIER_WAIT("cluster"); }
+
+#undef HEDGESPEC_MBARRIER_WAIT
 
 // Orders this thread's ordinary accesses to shared memory before the copy engine's that follow.
 HEDGESPEC_DEVICE void fence_before_copies() {

@@ -386,7 +386,7 @@ def _copies(callables: list, batch: int, target, argument: str) -> list:
 
 
 def _process_drafts(processors: list) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    pure = LogitsProcessorList(processor for processor in processors if _is_stateless(processor))
+    pure = [processor for processor in processors if _is_stateless(processor)]
     return (lambda tokens, logits: _through(pure, tokens, logits.to(torch.float32, copy=True))) if pure else None
 
 
@@ -436,7 +436,7 @@ def _by_step(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
 
 def _store(cache: DynamicCache, rows: list[Row]) -> None:
     """Puts the rows' keys and values into a cache, as `generate` leaves them: a column for every token but the last."""
-    columns = max(len(row.sequence) for row in rows) - 1
+    columns = max(row.seen.shape[1] for row in rows) - 1
     while len(cache.layers) < len(rows[0].cache):
         cache.layers.append(cache.layer_class_to_replicate())
     for layer_idx, layer in enumerate(cache.layers):

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from hedgespec import learners
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.batch import Batch, groups_of, stack
-from hedgespec.decoder.request import Request, rows_of, states_of
+from hedgespec.decoder.request import Request, eos_of, generator, rows_of, states_of
 from hedgespec.decoder.row import EAGER_ROUNDS, Row
 from hedgespec.drafters import Drafter
 from hedgespec.errors import VocabularyMismatchError
@@ -22,7 +21,7 @@ from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
 from hedgespec.target import check_target, device_of, rows_may_differ
 
-__all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "generator", "rows_of", "stack", "states_of"]
+__all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Decoder:
             ValueError: an empty prompt, one that does not fit the target's context, or an argument outside its range.
         """
         prompts = rows_of(input_ids, attention_mask, self.target)
-        eos = _eos(self.target, eos_token_id)
+        eos = eos_of(self.target, eos_token_id)
         states = states_of(learner_state, len(prompts))
         requests = [
             Request(prompt, padding, max_new_tokens, generator(seed, row), eos, states[row])
@@ -162,16 +161,3 @@ class Decoder:
             while batch.rows:
                 batch.round()
         return rows
-
-
-def generator(seed: int | None, row: int) -> np.random.Generator:
-    """The uniforms of a row; those of row 0 do not depend on how many there are."""
-    return np.random.default_rng(seed if seed is None or row == 0 else [seed, row])
-
-
-def _eos(target, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
-    if eos_token_id is None:
-        eos_token_id = target.generation_config.eos_token_id
-    if eos_token_id is None:
-        return frozenset()
-    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)

@@ -52,6 +52,20 @@ class Request:
             )
 
 
+def generator(seed: int | None, row: int) -> np.random.Generator:
+    """The uniforms of a row; those of row 0 do not depend on how many there are."""
+    return np.random.default_rng(seed if seed is None or row == 0 else [seed, row])
+
+
+def eos_of(target, eos_token_id: int | Sequence[int] | None = None) -> frozenset[int]:
+    """The ids that end a text: those given, or else those of the target's generation config."""
+    if eos_token_id is None:
+        eos_token_id = target.generation_config.eos_token_id
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+
 def states_of(learner_state: dict | Sequence[dict] | None, rows: int) -> Sequence[dict | None]:
     """A learner's state for each row, of one for all, or of one for each. Raises ValueError for another number."""
     states = learner_state if isinstance(learner_state, Sequence) else [learner_state] * rows
