@@ -22,7 +22,7 @@ class KVCache:
         end = self.length + keys.shape[2]
         if end > (capacity := self._keys.shape[2]):
             capacity = max(end, 2 * capacity)
-            self._keys, self._values = _grown(self._keys, 2, capacity), _grown(self._values, 2, capacity)
+            self._keys, self._values = grown(self._keys, 2, capacity), grown(self._values, 2, capacity)
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
         self.length = end
@@ -53,7 +53,7 @@ class RowBuffer:
         if self._rows is None:
             self._rows = rows.new_empty(max(end, self._capacity), rows.shape[1])
         elif end > self._rows.shape[0]:
-            self._rows = _grown(self._rows, 0, max(end, 2 * self._rows.shape[0]))
+            self._rows = grown(self._rows, 0, max(end, 2 * self._rows.shape[0]))
         self._rows[self._length : end] = rows
         self._length = end
 
@@ -153,10 +153,10 @@ class _RaggedLayer(DynamicLayer):
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         if end > (have := self.keys.shape[2]):
             capacity = max(end, have + max(256, have // 2))
-            self.keys, self.values = _grown(self.keys, 2, capacity), _grown(self.values, 2, capacity)
+            self.keys, self.values = grown(self.keys, 2, capacity), grown(self.values, 2, capacity)
 
 
-def _grown(buffer: torch.Tensor, dim: int, capacity: int) -> torch.Tensor:
+def grown(buffer: torch.Tensor, dim: int, capacity: int) -> torch.Tensor:
     """The buffer with room for `capacity` along `dim`.
 
     Zeros, since a masked slot has weight 0, and 0 times what memory happens to hold need not be 0.

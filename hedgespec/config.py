@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 CHOICES = {
     "mode": ("sampled", "argmax"),
@@ -26,9 +26,13 @@ class DecodeConfig:
         prior: belief in each drafter before the first loss, [N]; None is uniform.
         estimator: of the expected emitted length, "exact" or "product".
         loss: "length" (1 - expected length / (K+1)) or "acceptance_rate" (1 - acceptance_prob).
-        evaluate_every: rounds from one evaluation of all drafters to the next, >= 1, once a request's first few rounds are
-            over; 1 is the paper's. The drafters' weights are read once an evaluation, however many tokens it covers, so its
-            cost falls as 1/m, and the learner sees the same losses later, which its delay queue allows.
+        evaluate_every: m, rounds from one evaluation of all drafters to the next, >= 1; 1 is the paper's. The drafters'
+            weights are read once an evaluation, however many tokens it covers, so its cost falls as 1/m, and the learner
+            sees the same losses later, which its delay queue allows. A learner that hears of all drafters switches only
+            after one. "adaptive" begins with 1, doubles it up to 8 while the same drafter is drawn again, and goes back to
+            1 when another one is.
+        drafter_window: most verified tokens of a request that each EAGLE head keeps in its cache, >= 16, which bounds its
+            memory; the head then drafts as if the text began later. None keeps all.
         selection: "sample" a drafter from the weights, or take their "argmax".
         track_regret: score every drafter after each round even where the learner does not ask for it.
         backend: of `evaluate` and `verify`; "auto" or a name from `hedgespec.backends.BACKENDS`.
@@ -45,20 +49,27 @@ class DecodeConfig:
     estimator: str = "exact"
     loss: str = "length"
     selection: str = "sample"
-    evaluate_every: int = 1
+    evaluate_every: int | Literal["adaptive"] = "adaptive"
+    drafter_window: int | None = None
     track_regret: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("draft_length", "evaluate_every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.evaluate_every != "adaptive":
+            _check_int("evaluate_every", self.evaluate_every, 1, ' or "adaptive"')
+        _check_int("draft_length", self.draft_length, 1)
+        if self.drafter_window is not None:
+            _check_int("drafter_window", self.drafter_window, 16, " or None")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         object.__setattr__(self, "learner_options", dict(self.learner_options))
         if self.prior is not None:
             object.__setattr__(self, "prior", tuple(float(value) for value in self.prior))
+
+
+def _check_int(name: str, value: object, least: int, otherwise: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int{otherwise}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}{otherwise}, got {value}")

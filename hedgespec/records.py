@@ -28,6 +28,9 @@ class Draft:
     """The drafter's logits, before temperature and threshold, [B, K, Vd]; None where the proposal is one-hot or empty."""
     draft_to_target: torch.Tensor | None = None
     """int64 [Vd], the target's id of each draft id of the logits; None where they are over the target's vocabulary."""
+    sound: torch.Tensor | None = None
+    """bool [], whether the drafter's logits had a finite maximum at each position; None where that is known. Where they
+    had not, the draft must not be used."""
 
 
 @dataclass(frozen=True, slots=True)

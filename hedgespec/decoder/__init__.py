@@ -12,16 +12,18 @@ import torch
 
 from hedgespec import learners
 from hedgespec.config import DecodeConfig
-from hedgespec.decoder.batch import Batch, groups_of, stack
+from hedgespec.decoder.batch import Batch, stack
+from hedgespec.decoder.pool import stacks_of
 from hedgespec.decoder.request import Request, eos_of, generator, rows_of, states_of
-from hedgespec.decoder.row import EAGER_ROUNDS, Row
+from hedgespec.decoder.row import RAREST, Row
 from hedgespec.drafters import Drafter
+from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
-from hedgespec.target import check_target, device_of, rows_may_differ
+from hedgespec.target import check_target, rows_may_differ
 
-__all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
+__all__ = ["RAREST", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,14 @@ class Decoder:
                     f"drafter {drafter.name}: expected the target's vocabulary of {vocabulary} tokens, or a map into it, "
                     f"got {drafter.vocab_size}"
                 )
-        self.vocabulary, self.groups = vocabulary, groups_of(self.drafters, device_of(target))
+        self.vocabulary, self._stacks = vocabulary, stacks_of(self.drafters)
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
+
+    def stacks(self) -> list[tuple[list[int], HeadStack]]:
+        """The pool's equal-shaped heads, stacked: indices and weights. Made anew if a head has changed since."""
+        if not all(stack.is_current() for _, stack in self._stacks):
+            self._stacks = stacks_of(self.drafters)
+        return self._stacks
 
     def new_learner(self) -> learners.Learner:
         """A learner as the configuration has it, at the start of a request."""

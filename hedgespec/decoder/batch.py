@@ -15,13 +15,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from hedgespec.decoder.pool import UNSOUND, Pool, no_draft
 from hedgespec.decoder.request import Request
-from hedgespec.decoder.row import NOBODY, Row, width_of
-from hedgespec.drafters import Drafter
+from hedgespec.decoder.row import NOBODY, Row
 from hedgespec.evaluate import evaluate
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
-from hedgespec.records import Draft, Verdict
+from hedgespec.records import Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
 from hedgespec.target import TargetSession, device_of
 from hedgespec.verify import verify
@@ -36,15 +36,19 @@ class Batch:
 
     def __init__(self, decoder: Decoder, requests: Sequence[Request], first: int, sampling: Sampling,
                  on_tokens: Callable[[int, list[int]], None] | None, warned: set[str]):  # fmt: skip
-        self.drafters, self.groups, self.config = decoder.drafters, decoder.groups, decoder.config
+        drafters, self.config = decoder.drafters, decoder.config
         self.device, self.sampling, self.on_tokens = device_of(decoder.target), sampling, on_tokens
+        self.one_hot = self.config.mode == "argmax" or sampling.temperature == 0
         # A view of the target as it is now: adapters and hooks may have come and gone since the last request.
         view = few_row_view(decoder.target)
-        self.target = TargetSession(view, (drafter.aux_layers for drafter in self.drafters), len(requests))
+        self.target = TargetSession(view, (drafter.aux_layers for drafter in drafters), len(requests))
         self.rows = [
-            Row(index, request, self.drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
+            Row(index, request, drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
         ]
+        for place, row in enumerate(self.rows):
+            row.place = place
+        self.pool = Pool(drafters, decoder.stacks(), self.rows, self.config.drafter_window)
         self.began = time.perf_counter()
 
     def begin(self, past: DynamicCache | None) -> None:
@@ -53,28 +57,28 @@ class Batch:
             if past is not None:
                 self._load(past)
             logits = self._read_prompts()
-            nothing = [row.draft(NOBODY, np.empty(0), self.sampling) for row in self.rows]
-            emitted, _ = self._verify(logits, nothing, [row.uniforms(1) for row in self.rows])
-            for row in self.rows:
-                if row.scores_all and not row.finished:
-                    row.take_in_by_all()
+            nothing = [no_draft(row) for row in self.rows]
+            emitted, _ = self._verify(logits, nothing, [NOBODY] * len(self.rows), [row.uniforms(1) for row in self.rows])
+            going_on = [row for row in self.rows if row.scores_all and not row.finished]
+            if going_on:
+                self.pool.score(going_on, [0] * len(going_on))
         self._hand_out(emitted)
 
     def round(self) -> None:
         """One target forward and everything around it."""
         length, rows, stats = self.config.draft_length, self.rows, [row.stats for row in self.rows]
-        uniforms = [row.uniforms(2 * length + 2) for row in rows]  # one selects, K draft, K + 1 verify
+        uniforms = np.stack([row.uniforms(2 * length + 2) for row in rows])  # one selects, K draft, K + 1 verify
         with timed(stats, "select"):
             weights = [row.weights() for row in rows]
-            choices = [row.select(held, one[0]) for row, held, one in zip(rows, weights, uniforms)]
+            choices = [row.select(held, one) for row, held, one in zip(rows, weights, uniforms[:, 0].tolist())]
         with timed(stats, "draft"):
-            drafts = [row.draft(choice, one[1:], self.sampling) for row, choice, one in zip(rows, choices, uniforms)]
+            to_draft = torch.as_tensor(uniforms[:, 1 : 1 + length], device=self.device)
+            drafts = self.pool.draft(choices, to_draft, self.sampling, self.one_hot)
         with timed(stats, "verify"):
             last = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens[0]]) for row, draft in zip(rows, drafts)]
             tokens = stack(last, 0)
             logits = self.target.forward(tokens, tokens.shape[1])
-            tests = [np.append(one[length + 1 :][: draft.tokens.shape[1]], one[-1]) for one, draft in zip(uniforms, drafts)]
-            emitted, verified = self._verify(logits, drafts, tests)
+            emitted, verified = self._verify(logits, drafts, choices, uniforms[:, length + 1 :])
             self.target.keep([len(tokens) for tokens in emitted])
         with timed(stats, "evaluate"):
             for row, chunk in zip(rows, verified):
@@ -82,9 +86,12 @@ class Batch:
                     row.unscored.append(chunk)
             scores = self._evaluate([row for row in rows if row.evaluation_is_due()])
         with timed(stats, "learn"):
+            for row, one in scores:
+                row.observe(*one)
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
                 drafted = draft.tokens.shape[1] > 0
-                row.learn(choice if drafted else None, held, len(tokens), scores.get(row.index))
+                if drafted:
+                    row.reward(choice.drafter, held, len(tokens))
                 row.stats.record_round(choice.drafter if drafted else None, held, len(tokens))
         self._hand_out(emitted)
 
@@ -114,13 +121,15 @@ class Batch:
         return logits
 
     def _verify(
-        self, logits: torch.Tensor, drafts: Sequence[Draft], uniforms: Sequence[np.ndarray]
+        self, logits: torch.Tensor, drafts: list[Draft], choices: Sequence[Choice], uniforms: Sequence[np.ndarray]
     ) -> tuple[list[list[int]], list[torch.Tensor]]:
         """Emits what the target makes of every row's draft.
 
         Args:
             logits: [B, K+1, V]; of a row with a shorter draft the first positions count.
-            uniforms: by row, [drafted + 1].
+            drafts: of each row. One that turns out unsound is replaced by none, its drafter lost to the row.
+            choices: who drafted, by row.
+            uniforms: by row, at least one for each drafted token, and the last one draws the token that follows.
         Returns: by row, the emitted tokens and the target's processed logits [emitted, V] at their positions.
         """
         emitted: list[list[int]] = [[]] * len(self.rows)
@@ -128,24 +137,35 @@ class Batch:
         together: dict[tuple[int, bool] | None, list[int]] = {}
         for place, (row, draft) in enumerate(zip(self.rows, drafts)):
             if row.request.process is not None:
-                emitted[place], verified[place] = self._walk(row, logits[place], draft, uniforms[place])
+                if draft.sound is not None and not draft.sound:
+                    self._reject(place, drafts, choices)
+                emitted[place], verified[place] = self._walk(row, logits[place], drafts[place], uniforms[place])
             else:
                 alike = None if draft.logits is None else (draft.logits.shape[2], draft.draft_to_target is not None)
                 together.setdefault(alike, []).append(place)
-        for places in together.values():
-            found = self._verify_alike(places, logits, drafts, uniforms)
-            for place, tokens in zip(places, found):
-                emitted[place] = self.rows[place].emit(tokens)
-                verified[place] = logits[place, : len(emitted[place])]
+        while together:
+            alike, places = together.popitem()
+            for place, tokens in zip(places, self._verify_alike(places, logits, drafts, uniforms)):
+                if tokens is None:
+                    self._reject(place, drafts, choices)
+                    together.setdefault(None, []).append(place)
+                else:
+                    emitted[place] = self.rows[place].emit(tokens)
+                    verified[place] = logits[place, : len(emitted[place])]
         return emitted, verified
 
-    def _verify_alike(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[list[int]]:
-        """Rows whose draft logits stack, verified in one call."""
+    def _reject(self, place: int, drafts: list[Draft], choices: Sequence[Choice]) -> None:
+        """Takes an unsound draft away, and its drafter out of the request."""
+        drafts[place] = no_draft(self.rows[place])
+        self.rows[place].lose(choices[place].drafter, ValueError(UNSOUND))
+
+    def _verify_alike(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[list[int] | None]:
+        """Rows whose draft logits stack, verified in one call: what each emits, None where its draft is not sound."""
         counts = [drafts[place].tokens.shape[1] for place in places]
         most = max(counts)
         tests = np.zeros((len(places), most + 1))
         for row, (place, count) in zip(tests, zip(places, counts)):
-            row[:count], row[-1] = uniforms[place][:-1], uniforms[place][-1]
+            row[:count], row[-1] = uniforms[place][:count], uniforms[place][-1]
         everyone = len(places) == len(self.rows)
         target_logits = (logits if everyone else logits[places])[:, : most + 1]
         draft_logits = mapping = None
@@ -155,7 +175,12 @@ class Batch:
         draft_tokens = stack([drafts[place].tokens[0] for place in places], 0)
         lengths = None if min(counts) == most else torch.tensor(counts, device=self.device)
         verdict = self._call_verify(target_logits, draft_tokens, draft_logits, mapping, tests, lengths)
-        return [tokens[: accepted + 1] for tokens, accepted in zip(verdict.tokens.tolist(), verdict.accepted_length.tolist())]
+        known = [drafts[place].sound for place in places]
+        true = torch.ones((), dtype=torch.bool, device=self.device)
+        sound = torch.stack([true if one is None else one for one in known])
+        # What the host needs of a round, in one transfer.
+        found = torch.cat([sound[:, None], verdict.tokens], 1).tolist()
+        return [[token for token in tokens if token >= 0] if good else None for good, *tokens in found]
 
     def _walk(self, row: Row, logits: torch.Tensor, draft: Draft, uniforms: np.ndarray) -> tuple[list[int], torch.Tensor]:
         """Verifies one draft token by token, so that the row's processors see every emitted token once, and no other."""
@@ -169,7 +194,7 @@ class Batch:
             target_logits = verified[-1].expand(1 + here.stop - here.start, -1)[None]
             draft_logits = None if draft.logits is None or position == drafted else draft.logits[:, here]
             mapping = None if draft_logits is None else draft.draft_to_target
-            tests = np.append(uniforms[:-1][here], uniforms[-1])[None]
+            tests = np.append(uniforms[here], uniforms[-1])[None]
             verdict = self._call_verify(target_logits, draft.tokens[:, here], draft_logits, mapping, tests)
             emitted += row.emit(verdict.tokens[0, :1].tolist())
             if row.finished or int(verdict.accepted_length[0]) == 0:
@@ -192,45 +217,63 @@ class Batch:
             backend=self.config.backend,
         )
 
-    def _evaluate(self, rows: list[Row]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """acceptance_prob and acceptance_ratio, float64 [N, T], of every drafter on the unscored tokens of the rows, by row."""
+    def _evaluate(self, rows: list[Row]) -> list[tuple[Row, np.ndarray]]:
+        """Every drafter on the unscored tokens of the rows: acceptance_prob and acceptance_ratio, float64 [2, N, T], by row.
+
+        What a lost drafter is said to have scored is 0.
+        """
         if not rows:
-            return {}
-        scored = [row.to_score() for row in rows]
-        counts = [len(target_logits) for target_logits, _ in scored]
-        target_logits = stack([one for one, _ in scored], 0)
+            return []
+        counts = [row.unscored_tokens for row in rows]
+        scored = self.pool.score(rows, counts)
+        target_logits = stack([torch.cat(row.unscored) for row in rows], 0)
+        for row in rows:
+            row.unscored.clear()
+            row.may_switch = True
         tokens = stack([row.tokens[row.length - count : row.length] for row, count in zip(rows, counts)], 0)
         lengths = None if min(counts) == max(counts) else torch.tensor(counts, device=self.device)
         target_threshold = self.sampling.threshold(target_logits)
-        scores = [np.zeros((2, len(self.drafters), count)) for count in counts]
-        lifted = rows[0].request.process_drafts is not None
-        for members, mapping in [(range(len(self.drafters)), None)] if lifted else self.groups:
-            present = [place for place, drafter in enumerate(members) if any(drafter in logits for _, logits in scored)]
-            if not present:
-                continue
-            alive = [members[place] for place in present]
-            width = next(logits[drafter].shape[1] for drafter in alive for _, logits in scored if drafter in logits)
-            drafter_logits = torch.stack([
-                stack([logits.get(drafter, one.new_zeros(len(one), width)) for one, logits in scored], 0) for drafter in alive
-            ])  # fmt: skip
+        scores = [np.zeros((2, len(row.drafters), count)) for row, count in zip(rows, counts)]
+        for part, logits in scored:
+            sound, maps = logits.amax(-1).isfinite().all(-1), part.maps  # [n, R]
+            if not logits.is_cpu or not sound.all():
+                logits = logits.masked_fill(~sound[..., None, None], 0)  # what comes of NaN is for kernels to choose
+            if rows[0].request.process_drafts is not None:
+                logits, maps = self._process(rows, counts, part.members, logits), None
             result = evaluate(
                 target_logits,
-                drafter_logits,
+                logits,
                 tokens,
                 lengths=lengths,
-                draft_to_target=mapping[present] if mapping is not None and len(present) < len(members) else mapping,
+                draft_to_target=maps,
                 target_temperature=self.sampling.temperature,
                 drafter_temperature=self.sampling.temperature,
                 target_threshold=target_threshold,
-                drafter_threshold=self.sampling.threshold(drafter_logits),
+                drafter_threshold=self.sampling.threshold(logits),
                 backend=self.config.backend,
             )
             measured = result.scores.double().cpu().numpy()[slice(2, 4) if self.config.mode == "argmax" else slice(2)]
-            for place, ((_, logits), count) in enumerate(zip(scored, counts)):
-                for number, drafter in enumerate(alive):
-                    if drafter in logits:
-                        scores[place][:, drafter] = measured[:, number, place, :count]
-        return {row.index: (prob, ratio) for row, (prob, ratio) in zip(rows, scores)}
+            for place, (row, count) in enumerate(zip(rows, counts)):
+                for member, good in enumerate(sound[:, place].tolist()):
+                    drafter = part.members[member]
+                    if not good:
+                        row.lose(drafter, ValueError(UNSOUND))
+                    if row.alive[drafter]:
+                        scores[place][:, drafter] = measured[:, member, place, :count]
+        return list(zip(rows, scores))
+
+    def _process(
+        self, rows: Sequence[Row], counts: Sequence[int], members: Sequence[int], logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Drafters' logits [n, R, T, Vd] for the rows' last `counts` tokens as the target's processors leave them, over V."""
+        lifted = logits.new_zeros(*logits.shape[:3], rows[0].vocabulary)
+        for place, (row, count) in enumerate(zip(rows, counts)):
+            first = row.seen.shape[1] - count
+            for member, drafter in enumerate(members):
+                for position in range(count if row.alive[drafter] else 0):
+                    one = logits[member, place, position, None]
+                    lifted[member, place, position] = row.processed(drafter, one, row.seen[0, : first + position])[0]
+        return lifted
 
     def _hand_out(self, emitted: list[list[int]]) -> None:
         """Shows the caller what is new, and takes leave of the rows that are finished."""
@@ -245,8 +288,11 @@ class Batch:
         left = [place for place, row in enumerate(self.rows) if not row.finished]
         if len(left) < len(self.rows):
             self.rows = [self.rows[place] for place in left]
+            for place, row in enumerate(self.rows):
+                row.place = place
             if left:
                 self.target.select(left)
+                self.pool.select(left)
 
 
 def stack(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:
@@ -254,17 +300,6 @@ def stack(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:
     if len(tensors) == 1:
         return tensors[0][None]
     return pad_sequence(list(tensors), batch_first=True, padding_value=padding)
-
-
-def groups_of(drafters: Sequence[Drafter], device: torch.device) -> list[tuple[list[int], torch.Tensor | None]]:
-    """Drafters evaluated in one call, because their logits stack: (indices, int64 map [n, Vd] or None)."""
-    members: dict[tuple[int, bool], list[int]] = {}
-    for index, drafter in enumerate(drafters):
-        members.setdefault((width_of(drafter), drafter.draft_to_target is not None), []).append(index)
-    return [
-        (indices, torch.stack([drafters[i].draft_to_target for i in indices]).to(device) if mapped else None)
-        for (_, mapped), indices in members.items()
-    ]
 
 
 def _maps(maps: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""One request while it is decoded: its tokens, its learner, every drafter's session, and what it does in a round."""
+"""One request while it is decoded: its tokens, its learner, and what it decides in a round."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,16 +14,14 @@ from hedgespec.cache import RowBuffer
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.request import Request
 from hedgespec.delay import DelayQueue
-from hedgespec.drafters import Drafter, DrafterSession
+from hedgespec.drafters import Drafter
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
-from hedgespec.records import Choice, Draft
-from hedgespec.sampling import Sampling
+from hedgespec.records import Choice
 from hedgespec.selection import select
-from hedgespec.verify import sample
 
-EAGER_ROUNDS = 8
-"""Rounds at the start of a request after each of which the drafters are scored, whatever the cadence."""
+RAREST = 8
+"""Most rounds from one evaluation to the next where they adapt; a power of two, so that the rows of a batch meet."""
 NOBODY = Choice(drafter=-1, draft_length=0)
 
 
@@ -32,7 +29,7 @@ class Row:
     """One request of a batch.
 
     Args:
-        index: its place in the batch as it came in.
+        index: its place among all that came in; `place` is the one it has in the batch now.
         request: what is asked.
         drafters, config, learner: the decoder's, a fresh learner.
         vocabulary: V, the target's.
@@ -54,19 +51,21 @@ class Row:
         self.tokens = self.padded[request.padding :]
         """The row's own tokens, the first `length` of them known."""
         self.length = self.prompt_length = len(self.tokens) - request.max_new_tokens
+        self.place = 0
         self.cached = 0
         """Tokens that came in a cache: no features are known for them."""
         self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Once it is finished and the request asks for it: the target's keys and values by layer, [heads, length, head_dim]."""
         self.finished = False
         self.scores_all = self.learner.feedback == "full" or self.config.track_regret
-        self.sessions: dict[int, DrafterSession] = {}
-        """By drafter."""
-        for drafter in range(len(drafters)):
-            with self._quarantine(drafter):
-                self.sessions[drafter] = drafters[drafter].session()
-        self.given: list[list[torch.Tensor]] = [[] for _ in self.drafters]
-        """Each drafter's logits, chunks [T, Vd], from the first unscored token to the one after the last it has taken in."""
+        self.alive = np.ones(len(drafters), dtype=bool)
+        """Which drafters have not failed, [N]."""
+        self.every = config.evaluate_every if config.evaluate_every != "adaptive" else 1
+        """Rounds from one evaluation to the next."""
+        self.chosen = -1
+        """Drafter of the last round."""
+        self.may_switch = True
+        """Whether every drafter may be chosen, or only the same again."""
         self.unscored: list[torch.Tensor] = []
         """The target's logits, chunks [T, V], of the verified tokens on which the drafters are not scored yet."""
 
@@ -84,11 +83,6 @@ class Row:
     def room(self) -> int:
         return len(self.tokens) - self.length
 
-    @property
-    def alive(self) -> np.ndarray:
-        """Which drafters have not failed, bool [N]."""
-        return np.array([drafter.name not in self.stats.failures for drafter in self.drafters])
-
     def uniforms(self, count: int) -> np.ndarray:
         return self.request.random.random(count)
 
@@ -101,45 +95,29 @@ class Row:
         return weights
 
     def select(self, weights: np.ndarray, uniform: float) -> Choice:
+        """The drafter of the next round. With a learner that hears of all drafters it changes only after an evaluation, when
+        all of them are up to date; while one stays, evaluations grow rarer if the configuration lets them."""
         room = self.room - 1  # the recovered or bonus token comes on top of the draft
         if room == 0 or not weights.any():
             return NOBODY
-        choice = select(weights, uniform, draft_length=self.config.draft_length, rule=self.config.selection)
-        return replace(choice, draft_length=min(choice.draft_length, room))
+        if self.may_switch or not self.alive[self.chosen]:
+            chosen = select(weights, uniform, draft_length=self.config.draft_length, rule=self.config.selection).drafter
+            if self.config.evaluate_every == "adaptive":
+                self.every = min(2 * self.every, RAREST) if chosen == self.chosen else 1
+            self.chosen, self.may_switch = chosen, self.learner.feedback != "full"
+        return Choice(self.chosen, min(self.config.draft_length, room))
 
-    def draft(self, choice: Choice, uniforms: np.ndarray, sampling: Sampling) -> Draft:
-        """What the chosen drafter proposes; nothing if it fails."""
-        one_hot = self.config.mode == "argmax" or sampling.temperature == 0
-        draft = Draft(self.tokens.new_empty(1, 0), None)
-        if choice == NOBODY:
-            return draft
-        with self._quarantine(choice.drafter):
-            tokens, logits = [], []
-            mapping = self.drafters[choice.drafter].draft_to_target if self.request.process_drafts is None else None
-            for position in range(choice.draft_length):
-                if position == 0:
-                    self.take_in(choice.drafter)
-                    row = self.given[choice.drafter][-1][-1]
-                else:
-                    row = self._checked(choice.drafter, self.sessions[choice.drafter].step(tokens[-1])[None], 1)[0]
-                if self.request.process_drafts is not None:
-                    row = self._processed(choice.drafter, row[None], torch.cat([self.seen[0], *tokens]))[0]
-                    if not row.amax().isfinite():
-                        break  # nothing that the drafter can name is allowed here
-                if one_hot:
-                    token = row.argmax()
-                else:
-                    uniform, threshold = torch.as_tensor(uniforms[position], device=row.device), sampling.threshold(row)
-                    token = sample(row, uniform, temperature=sampling.temperature, threshold=threshold)
-                tokens.append((token if mapping is None else mapping[token]).view(1))
-                logits.append(row)
-            if tokens:
-                proposal = (None, None) if one_hot else (torch.stack(logits)[None], mapping)
-                draft = Draft(torch.cat(tokens)[None], *proposal)
-        return draft
+    def since(self, taken: int, layers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Verified tokens [T] after the first `taken`, and the target's hidden states [T, W] before each at these layers.
 
-    def _processed(self, drafter: int, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """A drafter's logits [n, Vd] for the token after `tokens` [L] as the target's processors leave them, [n, V]."""
+        A head's count of tokens begins where features do.
+        """
+        if not layers:
+            return self.tokens[taken : self.length], None
+        return self.tokens[self.cached + taken : self.length], self.features[layers][taken : self.length - self.cached]
+
+    def processed(self, drafter: int, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """A drafter's logits [1, Vd] for the token after `tokens` [L] as the target's processors leave them, [1, V]."""
         return self.request.process_drafts(tokens[None], _lifted(logits, self.drafters[drafter], self.vocabulary))
 
     def emit(self, tokens: list[int]) -> list[int]:
@@ -154,96 +132,57 @@ class Row:
                 return tokens[:count]
         return tokens
 
-    def take_in(self, drafter: int) -> None:
-        """Feeds a drafter the verified tokens it lacks, all in one chunk; of a fresh session only the last row is kept."""
-        session, layers = self.sessions[drafter], self.drafters[drafter].aux_layers
-        first = self.cached if layers else 0  # a head's request begins where features do
-        lacking = slice(first + session.verified, self.length)
-        if lacking.start == lacking.stop:
-            return
-        keep = 1 if session.verified == 0 else lacking.stop - lacking.start
-        features = self.features[layers][lacking.start - first : lacking.stop - first] if layers else None
-        logits = self._checked(drafter, session.prefill(self.tokens[lacking], features, keep), keep)
-        if not self.scores_all:
-            self.given[drafter].clear()  # nobody will ask for what lies behind
-        self.given[drafter].append(logits)
-
-    def take_in_by_all(self) -> None:
-        """`take_in` by every drafter that has not failed."""
-        for drafter in np.flatnonzero(self.alive):
-            with self._quarantine(drafter):
-                self.take_in(drafter)
-
-    def _checked(self, drafter: int, logits: torch.Tensor, rows: int) -> torch.Tensor:
-        """The logits [rows, Vd] themselves, if they are what a drafter owes. A row's maximum tells NaN, +inf and no mass."""
-        width = width_of(self.drafters[drafter])
-        if logits.shape != (rows, width):
-            raise ValueError(f"expected logits of shape {(rows, width)}, got {tuple(logits.shape)}")
-        if not logits.is_floating_point():
-            raise TypeError(f"expected floating-point logits, got {logits.dtype}")
-        if not all(map(math.isfinite, logits.amax(-1).tolist())):
-            raise ValueError("expected logits with a finite maximum, got NaN, +inf or -inf throughout")
-        return logits
+    @property
+    def unscored_tokens(self) -> int:
+        """Verified tokens on which the drafters are not scored yet."""
+        return sum(map(len, self.unscored))
 
     def evaluation_is_due(self) -> bool:
-        """Every round while there is much to learn, later as the configuration says, and at the end."""
-        rounds = self.stats.rounds + 1
-        return self.scores_all and (rounds <= EAGER_ROUNDS or rounds % self.config.evaluate_every == 0 or self.finished)
+        """At the end, too: what is known by then is learned, for a next request to go on from."""
+        return self.scores_all and (self.finished or (self.stats.rounds + 1) % self.every == 0)
 
-    def to_score(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Lets every drafter take in what it lacks; the target's logits [T, V] of the unscored tokens, and by drafter its own.
-
-        A drafter's logits for the first of them are those it ended the last evaluation with.
-        """
-        target_logits = torch.cat(self.unscored)
-        self.unscored.clear()
-        self.take_in_by_all()
-        rows: dict[int, torch.Tensor] = {}
-        for drafter in np.flatnonzero(self.alive):
-            with self._quarantine(drafter):
-                logits = torch.cat(self.given[drafter])
-                rows[drafter], self.given[drafter] = logits[:-1], [logits[-1:]]
-                if self.request.process_drafts is not None:
-                    first = self.seen.shape[1] - len(rows[drafter])
-                    rows[drafter] = torch.cat([
-                        self._processed(drafter, row[None], self.seen[0, : first + position])
-                        for position, row in enumerate(rows[drafter])
-                    ])  # fmt: skip
-        return target_logits, rows
-
-    def learn(self, choice: Choice | None, weights: np.ndarray, emitted: int, scores) -> None:
-        """Hands the learner what it asks for: every drafter's completed losses, or the chosen one's own round."""
-        full = self.learner.feedback == "full"
-        for feedback in self.queue.push(*scores) if scores is not None else ():
+    def observe(self, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray) -> None:
+        """Hands the learner every drafter's completed losses. Both: float64 [N, T] of the tokens that come next."""
+        for feedback in self.queue.push(acceptance_prob, acceptance_ratio):
             self.stats.record_loss(feedback.losses, self.learner.weights())
-            if full:
+            if self.learner.feedback == "full":
                 self.learner.update(feedback.losses)
-        if self.learner.feedback == "bandit" and choice is not None:
+
+    def reward(self, drafter: int, weights: np.ndarray, emitted: int) -> None:
+        """Tells a learner that asks for no more how the drafter of a round fared."""
+        if self.learner.feedback == "bandit":
             losses = np.full(len(self.drafters), np.nan)
-            losses[choice.drafter] = 1 - emitted / (self.config.draft_length + 1)
-            self.learner.update(losses, chosen=choice.drafter, chosen_weight=float(weights[choice.drafter]))
+            losses[drafter] = 1 - emitted / (self.config.draft_length + 1)
+            self.learner.update(losses, chosen=drafter, chosen_weight=float(weights[drafter]))
 
     def close(self, seconds: float) -> None:
         """Completes the statistics and lets go of what only decoding needs."""
         self.stats.emitted_tokens = self.length - self.prompt_length
         self.stats.learner_state = self.learner.state_dict()
         self.stats.seconds = seconds
-        self.sessions, self.given, self.features = {}, [], {}
+        self.features, self.unscored = {}, []
 
     @contextmanager
-    def _quarantine(self, drafter: int) -> Iterator[None]:
+    def quarantine(self, drafter: int) -> Iterator[None]:
         """Takes a drafter whose code fails out of the request: whatever it does, the request goes on, its text the same."""
         try:
             yield
         except Exception as error:
-            name = self.drafters[drafter].name
-            cause = self.stats.failures[name] = f"{type(error).__name__}: {error}"
-            if name not in self.warned:  # one row of a batch speaks for all
-                self.warned.add(name)
-                warnings.warn(f"drafter {name} is out of this request: {cause}", stacklevel=3)  # where it was asked
+            self.lose(drafter, error)
+
+    def lose(self, drafter: int, error: Exception) -> None:
+        """Goes on without a drafter."""
+        name = self.drafters[drafter].name
+        if name in self.stats.failures:
+            return
+        cause = self.stats.failures[name] = f"{type(error).__name__}: {error}"
+        self.alive[drafter] = False
+        if name not in self.warned:  # one row of a batch speaks for all
+            self.warned.add(name)
+            warnings.warn(f"drafter {name} is out of this request: {cause}", stacklevel=3)  # where it was asked
 
 
-def width_of(drafter: Drafter) -> int:
+def draft_width(drafter: Drafter) -> int:
     """Vd: how many logits the drafter gives."""
     return drafter.vocab_size if drafter.draft_to_target is None else len(drafter.draft_to_target)
 

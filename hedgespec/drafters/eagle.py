@@ -80,8 +80,13 @@ class EagleHead(nn.Module):
         half = self.config.head_dim // 2
         self.rope_frequency = self.config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
 
+    @property
+    def embedding(self) -> nn.Module:
+        """The target's."""
+        return self._shared[0]
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._shared[0](tokens)
+        return self.embedding(tokens)
 
     def rotate(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of `states` [B, heads, T, head_dim] at `positions` [T]."""

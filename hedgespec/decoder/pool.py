@@ -1,0 +1,311 @@
+"""The drafters of a batch: every row drafts with its own, all are scored in one pass, and one that fails leaves its row.
+
+Equal-shaped EAGLE heads work as one (`Heads`), any other drafter by itself with a session for each row (`Singles`). Both
+answer the same calls: `score` lets all its drafters take in what is verified, `lead` brings each row's own up to date and
+begins a draft, `step` goes on with it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from hedgespec.decoder.row import Row, draft_width
+from hedgespec.drafters import Drafter, DrafterSession
+from hedgespec.drafters.eagle import EagleHead
+from hedgespec.drafters.stack import HeadStack, StackSession, kind_of
+from hedgespec.records import Choice, Draft
+from hedgespec.sampling import Sampling
+from hedgespec.verify import sample
+
+UNSOUND = "expected logits with a finite maximum, got NaN, +inf or -inf throughout"
+"""Of logits. A row's maximum tells all three."""
+
+
+class Heads:
+    """Some of the pool's drafters as one stack, at work on a batch.
+
+    Args:
+        members: their indices in the pool.
+        stack: their weights.
+        batch: B, rows.
+        window: see `StackSession`.
+    """
+
+    def __init__(self, members: Sequence[int], stack: HeadStack, batch: int, window: int | None):
+        self.members, self.maps, self.layers = list(members), stack.maps, stack.config.aux_layers
+        self.session = StackSession(stack, batch, window)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.session.cache_bytes
+
+    def select(self, places: Sequence[int]) -> None:
+        """Goes on with the rows at these places only."""
+        self.session.select(places)
+
+    def score(self, rows: Sequence[Row], counts: Sequence[int]) -> torch.Tensor:
+        """Logits [n, R, T, Vd] that the members had for each row's last `counts` tokens, T of the longest; they take in all
+        that is verified. Nothing ([n, R, 0, Vd]) if the rows are at their prompts."""
+        places = [row.place for row in rows]
+        return self.session.score(places, *self._since(rows, self.session.scored[places]))
+
+    def lead(self, rows: Sequence[Row], members: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+        """Which of the rows draft, as places among them, and the logits [R', Vd] for their first tokens."""
+        places = [row.place for row in rows]
+        taken = self.session.taken[members, places]
+        return list(range(len(rows))), self.session.lead(places, members, *self._since(rows, taken))
+
+    def step(self, chosen: Sequence[int], tokens: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """Takes in one drafted token of each row that goes on, `chosen` among those that drafted last; returns as `lead`."""
+        return list(range(len(chosen))), self.session.step(chosen, tokens)
+
+    def _since(self, rows: Sequence[Row], taken: np.ndarray) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        news = [row.since(count, self.layers) for row, count in zip(rows, taken.tolist())]
+        return [tokens for tokens, _ in news], [features for _, features in news]
+
+
+class Singles:
+    """Some of the pool's drafters, whose logits are alike in shape, each at work on each row by itself.
+
+    Whatever one of them does, its row goes on without it.
+
+    Args:
+        members: their indices in the pool.
+        drafters: they themselves.
+        rows: of the batch.
+    """
+
+    def __init__(self, members: Sequence[int], drafters: Sequence[Drafter], rows: Sequence[Row]):
+        self.members, self.drafters = list(members), list(drafters)
+        self.maps = None
+        if self.drafters[0].draft_to_target is not None:
+            self.maps = torch.stack([drafter.draft_to_target for drafter in self.drafters])
+        self.sessions: dict[tuple[int, int], DrafterSession] = {}
+        """By row and member."""
+        self.given: dict[tuple[int, int], list[torch.Tensor]] = {}
+        """Logits, chunks [T, Vd], from the first unscored token to the one after the last that was taken in; likewise."""
+        for row in rows:
+            for member, drafter in enumerate(self.drafters):
+                with row.quarantine(self.members[member]):
+                    self.sessions[row.index, member] = drafter.session()
+        self._drafting: list[tuple[Row, int]] = []
+
+    cache_bytes = 0
+    """Not known."""
+
+    def select(self, places: Sequence[int]) -> None:
+        """Rows that are gone are not asked for again."""
+
+    def score(self, rows: Sequence[Row], counts: Sequence[int]) -> torch.Tensor:
+        known: dict[tuple[int, int], torch.Tensor] = {}
+        for row, count in zip(rows, counts):
+            for member, index in enumerate(self.members):
+                if not row.alive[index]:
+                    continue
+                with row.quarantine(index):
+                    self._take_in(row, member, count)
+                    logits = torch.cat(self.given[row.index, member])
+                    known[row.index, member], self.given[row.index, member] = logits[:-1], [logits[-1:]]
+        like = next(iter(known.values()), torch.empty(0, draft_width(self.drafters[0])))
+        out = like.new_zeros(len(self.members), len(rows), max(counts), like.shape[1])
+        for place, row in enumerate(rows):
+            for member in range(len(self.members)):
+                if (logits := known.get((row.index, member))) is not None:
+                    out[member, place, : len(logits)] = logits
+        return out
+
+    def lead(self, rows: Sequence[Row], members: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+        self._drafting = list(zip(rows, members))
+        return self._each(lambda row, member, place: self._take_in(row, member, row.unscored_tokens))
+
+    def step(self, chosen: Sequence[int], tokens: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        self._drafting = [self._drafting[place] for place in chosen]
+
+        def one(row: Row, member: int, place: int) -> torch.Tensor:
+            logits = self.sessions[row.index, member].step(tokens[place : place + 1])
+            return self._checked(member, logits[None], 1)
+
+        return self._each(one)
+
+    def _each(self, ask) -> tuple[list[int], torch.Tensor]:
+        """The rows that get an answer, which alone draft on, and the last row of each answer, stacked."""
+        going, answers = [], []
+        for place, (row, member) in enumerate(self._drafting):
+            with row.quarantine(self.members[member]):
+                answers.append(ask(row, member, place)[-1])
+                going.append(place)
+        self._drafting = [self._drafting[place] for place in going]
+        return going, torch.stack(answers) if answers else torch.empty(0)
+
+    def _take_in(self, row: Row, member: int, unscored: int) -> torch.Tensor:
+        """Feeds a drafter the verified tokens it lacks, all in one chunk; the logits it gives last, [.., Vd].
+
+        Of a fresh session only those that are to be scored are kept, and the last.
+        """
+        session, chunks = self.sessions[row.index, member], self.given.setdefault((row.index, member), [])
+        tokens, features = row.since(session.verified, self.drafters[member].aux_layers)
+        if len(tokens):
+            keep = len(tokens) if session.verified else unscored + 1
+            logits = self._checked(member, session.prefill(tokens, features, keep), keep)
+            if not row.scores_all:
+                chunks.clear()  # nobody will ask for what lies behind
+            chunks.append(logits)
+        return chunks[-1]
+
+    def _checked(self, member: int, logits: torch.Tensor, rows: int) -> torch.Tensor:
+        """The logits [rows, Vd] themselves, if they are what a drafter owes."""
+        width = draft_width(self.drafters[member])
+        if logits.shape != (rows, width):
+            raise ValueError(f"expected logits of shape {(rows, width)}, got {tuple(logits.shape)}")
+        if not logits.is_floating_point():
+            raise TypeError(f"expected floating-point logits, got {logits.dtype}")
+        if not all(map(math.isfinite, logits.amax(-1).tolist())):
+            raise ValueError(UNSOUND)
+        return logits
+
+
+class Pool:
+    """All drafters of a batch.
+
+    Args:
+        drafters: N.
+        stacks: which of them work as one, as (indices, weights).
+        rows: B rows, not begun.
+        window: see `StackSession`.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter], stacks: Sequence[tuple[list[int], HeadStack]], rows: Sequence[Row],
+                 window: int | None = None):  # fmt: skip
+        self.drafters, self.rows = drafters, list(rows)
+        self.parts: list[Heads | Singles] = [Heads(members, stack, len(rows), window) for members, stack in stacks]
+        stacked = {index for members, _ in stacks for index in members}
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for index, drafter in enumerate(drafters):
+            if index not in stacked:
+                alike.setdefault((draft_width(drafter), drafter.draft_to_target is not None), []).append(index)
+        self.parts += [Singles(members, [drafters[index] for index in members], rows) for members in alike.values()]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the stacked heads' keys and values."""
+        return sum(part.cache_bytes for part in self.parts)
+
+    def select(self, places: Sequence[int]) -> None:
+        """Goes on with the rows at these places only."""
+        self.rows = [self.rows[place] for place in places]
+        for part in self.parts:
+            part.select(places)
+
+    def score(self, rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[Heads | Singles, torch.Tensor]]:
+        """All drafters take in what is verified of some rows; by part their logits [n, R, T, Vd] for the last `counts` tokens
+        of each row, T of the longest, anything past a row's own."""
+        scored = [self._or_apart(number, _score, rows, counts) for number in range(len(self.parts))]
+        return list(zip(self.parts, scored))
+
+    def draft(self, choices: Sequence[Choice], uniforms: torch.Tensor, sampling: Sampling, one_hot: bool) -> list[Draft]:
+        """What each row's chosen drafter proposes; nothing where none is chosen or it fails.
+
+        Args:
+            choices: of each row, [B].
+            uniforms: floating [B, K]: row b's k-th draws its k-th token.
+            sampling: of all rows.
+            one_hot: proposals are the drafters' likeliest tokens.
+        """
+        drafts = [no_draft(row) for row in self.rows]
+        for number, part in enumerate(self.parts):
+            places = [place for place, choice in enumerate(choices) if choice.drafter in part.members]
+            if places:
+                own = uniforms if len(places) == len(self.rows) else uniforms[places]
+                chosen = [choices[place] for place in places]
+                rows = [self.rows[place] for place in places]
+                found = self._or_apart(number, self._draft_with, rows, chosen, own, sampling, one_hot)
+                for place, draft in zip(places, found):
+                    drafts[place] = draft
+        return drafts
+
+    def _or_apart(self, number: int, call: Callable, *arguments):
+        """`call` with a part and the arguments. Heads that fail together go on one by one, and those at fault leave."""
+        try:
+            return call(self.parts[number], *arguments)
+        except Exception as error:
+            part = self.parts[number]
+            if isinstance(part, Singles):
+                raise
+            warnings.warn(f"stacked heads work apart from now on: {type(error).__name__}: {error}", stacklevel=2)
+        self.parts[number] = Singles(part.members, [self.drafters[index] for index in part.members], self.rows)
+        return call(self.parts[number], *arguments)
+
+    def _draft_with(self, part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], uniforms: torch.Tensor,
+                    sampling: Sampling, one_hot: bool) -> list[Draft]:  # fmt: skip
+        """`draft` for rows that all draft with the same part."""
+        processed = rows[0].request.process_drafts is not None
+        members = [part.members.index(choice.drafter) for choice in choices]
+        which = torch.tensor(members, device=uniforms.device)
+        tokens: list[list[torch.Tensor]] = [[] for _ in rows]
+        logits: list[list[torch.Tensor]] = [[] for _ in rows]
+        sound = torch.ones(len(rows), dtype=torch.bool, device=uniforms.device)
+        drafting, given = part.lead(rows, members)  # `drafting`: the rows to which the rows of `given` belong
+        for position in range(max(choice.draft_length for choice in choices)):
+            there = list(range(len(drafting)))  # their places among those that drafted last
+            if processed:
+                given = [
+                    rows[row].processed(choices[row].drafter, given[place, None], torch.cat([rows[row].seen[0], *tokens[row]]))
+                    for place, row in enumerate(drafting)
+                ]
+                # Where nothing that the drafter can name is allowed, its draft ends.
+                there = [place for place in there if given[place].amax().isfinite()]
+                given = torch.cat([given[place] for place in there]) if there else None
+                drafting = [drafting[place] for place in there]
+            if not drafting:
+                break
+            every = len(drafting) == len(rows)
+            if one_hot:
+                best, drawn = given.max(-1)
+            else:
+                best, own = given.amax(-1), uniforms[:, position] if every else uniforms[drafting, position]
+                drawn = sample(given, own, temperature=sampling.temperature, threshold=sampling.threshold(given))
+            sound[slice(None) if every else drafting] &= best.isfinite()
+            if part.maps is not None and not processed:
+                drawn = part.maps[which if every else which[drafting], drawn]
+            for place, row in enumerate(drafting):
+                tokens[row].append(drawn[place : place + 1])
+                logits[row].append(given[place])
+            going = [place for place, row in enumerate(drafting) if choices[row].draft_length > position + 1]
+            if not going:
+                break
+            answered, given = part.step([there[place] for place in going], drawn if len(going) == len(drawn) else drawn[going])
+            drafting = [drafting[going[place]] for place in answered]
+        drafts = []
+        for row, choice in enumerate(choices):
+            draft = no_draft(rows[row])
+            if tokens[row] and rows[row].alive[choice.drafter]:
+                proposal = (None, None)
+                if not one_hot:
+                    mapping = None if processed else self.drafters[choice.drafter].draft_to_target
+                    proposal = torch.stack(logits[row])[None], mapping
+                draft = Draft(torch.cat(tokens[row])[None], *proposal, sound=sound[row])
+            drafts.append(draft)
+        return drafts
+
+
+def _score(part: Heads | Singles, rows: Sequence[Row], counts: Sequence[int]) -> torch.Tensor:
+    return part.score(rows, counts)
+
+
+def no_draft(row: Row) -> Draft:
+    """No tokens, where the row's are."""
+    return Draft(row.tokens.new_empty(1, 0), None)
+
+
+def stacks_of(drafters: Sequence[Drafter]) -> list[tuple[list[int], HeadStack]]:
+    """The heads among the drafters, by kind: their indices and their weights."""
+    kinds: dict[tuple, list[int]] = {}
+    for index, drafter in enumerate(drafters):
+        if type(drafter) is EagleHead:  # what a class derived from it does is its own affair
+            kinds.setdefault(kind_of(drafter), []).append(index)
+    return [(members, HeadStack([drafters[index] for index in members])) for members in kinds.values()]

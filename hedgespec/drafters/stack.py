@@ -1,0 +1,349 @@
+"""Equal-shaped EAGLE heads as one: weights stacked, caches in one buffer, every layer operation once for all of them.
+
+An evaluation lets all N heads read the same verified tokens. Head after head that is N times the launches and, of what the
+heads share (the tokens' embeddings, the target's features, the rows of the target's output matrix), N times the reading.
+The head that drafts uses the same weights and the same cache, by its index.
+
+The arithmetic is `EagleHead`'s and `EagleSession`'s, with two dimensions more: heads, and rows of a batch that advance each
+at its own pace.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from hedgespec.cache import grown
+from hedgespec.drafters.eagle import EagleHead
+from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
+
+_OWNERS: weakref.WeakKeyDictionary[EagleHead, weakref.ref[HeadStack]] = weakref.WeakKeyDictionary()
+"""The stack in whose memory a head's own parameters lie."""
+
+
+class HeadStack:
+    """The weights of N equal-shaped heads, each [N, ...].
+
+    The heads' own parameters become views of the stack, so nothing is held twice; a head that another living stack has
+    already taken up is copied. A single head is not copied at all.
+
+    Where all output rows are rows of one matrix (a draft vocabulary's slice of the target's head), they are held once, as a
+    table [U, H] of the U ids that any head names, and an index [N, Vd] into it.
+
+    Args:
+        heads: N >= 1 heads whose `kind_of` is the same.
+    """
+
+    def __init__(self, heads: Sequence[EagleHead]):
+        self.heads, self.config, self.embed = tuple(heads), heads[0].config, heads[0].embed
+        free = len(heads) > 1 and not any(head in _OWNERS and _OWNERS[head]() for head in heads)
+        self.weights: dict[str, torch.Tensor] = {}
+        for name in self.config.shapes:
+            own = [head.get_parameter(name) for head in heads]
+            if name == "lm_head.weight":
+                self.weights[name], self.index = _shared_rows(heads)
+                continue
+            self.weights[name] = torch.stack([one.detach() for one in own]) if len(own) > 1 else own[0].detach()[None]
+            if free:
+                for one, view in zip(own, self.weights[name]):
+                    one.data = view
+        if free:
+            _OWNERS.update(dict.fromkeys(heads, weakref.ref(self)))
+        self.maps = None
+        if heads[0].draft_to_target is not None:
+            self.maps = torch.stack([head.draft_to_target for head in heads])
+        self.frequency = heads[0].rope_frequency.to(self.weights["fc.weight"].device)
+        self._origin = self._origins()
+
+    def is_current(self) -> bool:
+        """Whether the heads' parameters are still what was stacked: neither moved, nor replaced, nor written to."""
+        return self._origin == self._origins()
+
+    def _origins(self) -> list[tuple[int, int]]:
+        parameters = [parameter for head in self.heads for parameter in head.parameters()]
+        return [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters]
+
+    def linear(self, name: str, x: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
+        return stack_linear(x, self.weights[name], which)
+
+    def norm(self, name: str, x: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
+        return stack_rms_norm(x, self.weights[name], self.config.rms_norm_eps, which)
+
+    def logits(self, hidden: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
+        """Draft logits [..., Vd] of hidden states [N, R, H], or [R, H] of the heads `which` [R]."""
+        normed = self.norm("norm.weight", hidden, which)
+        return stack_linear(normed, self.weights["lm_head.weight"], which, index=self.index)
+
+
+def kind_of(head: EagleHead) -> tuple:
+    """Heads of one kind can be stacked: same shapes, dtype, device and embedding."""
+    weight = head.fc.weight
+    return head.config, weight.dtype, weight.device, id(head.embedding), head.draft_to_target is None
+
+
+def _shared_rows(heads: Sequence[EagleHead]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All heads' output rows: (table [U, H], index [N, Vd]) where they are rows of one matrix, else ([N, Vd, H], None)."""
+    rows = [head.lm_head.weight.detach() for head in heads]
+    if len(heads) == 1:
+        return rows[0][None], None
+    names = torch.arange(len(rows[0]), device=rows[0].device)
+    ids = [names if head.draft_to_target is None else head.draft_to_target.to(names.device) for head in heads]
+    union, index = torch.stack(ids).unique(return_inverse=True)
+    table = rows[0].new_empty(len(union), rows[0].shape[1])
+    for place, one in zip(index, rows):
+        table[place] = one
+    if all(torch.equal(table[place], one) for place, one in zip(index, rows)):
+        return table, index
+    return torch.stack(rows), None
+
+
+@dataclass
+class _Rows:
+    """Some rows of the batch, where they are, and which head is at work on each: on the host, and where indexing needs it."""
+
+    places: np.ndarray
+    """int64 [R], rows of the batch."""
+    heads: np.ndarray | None
+    """int64 [R], the head of each; None where all heads are at work on all rows."""
+    positions: np.ndarray
+    """int64 [R], position of the next token: how many are in the cache, forgotten ones counted."""
+    index: torch.Tensor
+    """`places` on the device."""
+    which: torch.Tensor | None
+    """`heads` on the device."""
+
+    @classmethod
+    def at(cls, places, heads, positions: np.ndarray, device: torch.device) -> _Rows:
+        places, heads = np.asarray(places), None if heads is None else np.asarray(heads)
+        which = None if heads is None else torch.as_tensor(heads, device=device)
+        return cls(places, heads, positions, torch.as_tensor(places, device=device), which)
+
+    def some(self, chosen: Sequence[int]) -> _Rows:
+        if len(chosen) == len(self.places):
+            return self
+        return _Rows.at(self.places[chosen], self.heads[chosen], self.positions[chosen], self.index.device)
+
+
+class StackSession:
+    """A batch's view of a stack: B rows, of each its own number of tokens, in caches [N, B, kv_heads, capacity, head_dim].
+
+    A token's slot is its position less the row's `base`. What is drafted lies behind what is verified and is overwritten by
+    what comes next: rolling back is bookkeeping.
+
+    Args:
+        stack: the weights.
+        batch: B.
+        window: most verified tokens of a row that are kept for its heads to look at, unless one chunk has more; where they
+            are exceeded the older half is forgotten. None keeps all.
+
+    A row's first token is not read, since no feature precedes it, but counts as taken in.
+    """
+
+    def __init__(self, stack: HeadStack, batch: int, window: int | None = None):
+        self.stack, self.window = stack, window
+        heads, config, weight = len(stack.heads), stack.config, stack.weights["fc.weight"]
+        self.keys = weight.new_zeros(heads, batch, config.num_key_value_heads, 0, config.head_dim)
+        self.values = self.keys.clone()
+        self.scored = np.zeros(batch, dtype=np.int64)
+        """Tokens of each row that all heads have taken in together, [B]."""
+        self.taken = np.zeros((heads, batch), dtype=np.int64)
+        """Tokens of each row that each head has taken in, [N, B]: one that drafts is ahead of the others."""
+        self.base = np.zeros(batch, dtype=np.int64)
+        """Position of each row's slot 0, [B]."""
+        self.given = weight.new_zeros(heads, batch, config.draft_vocab_size)
+        """Logits for the token after the last of `scored`, [N, B, Vd]."""
+        self.features = weight.new_zeros(heads, batch, config.hidden_size)
+        """The heads' own hidden states that gave them, [N, B, H]."""
+        self._drafting: tuple[_Rows, torch.Tensor] | None = None
+        """Who drafts, and the hidden states [R, H] they draft on from."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of keys and values."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows only."""
+        index = torch.tensor(rows, device=self.keys.device)
+        for name in ("keys", "values", "given", "features"):
+            setattr(self, name, getattr(self, name).index_select(1, index))
+        self.scored, self.taken, self.base = self.scored[rows], self.taken[:, rows], self.base[rows]
+
+    def score(self, rows: Sequence[int], tokens: Sequence[torch.Tensor], features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """All heads take in what they have not yet taken in together.
+
+        Args:
+            rows: R distinct rows of the batch, all of them at their first tokens or none.
+            tokens: of each row int64 [T_r], from its token `scored` on, T_r >= 1 (at first 2).
+            features: of each row [T_r, W], the target's hidden states before each token.
+        Returns: [N, R, max T_r, Vd]: the logits that each head had for each of these tokens, given what precedes it;
+            anything past a row's end. [N, R, 0, Vd] where the rows' first tokens are among them.
+        """
+        known, counts = self.scored[rows], np.array([len(one) for one in tokens])
+        fresh = bool(known[0] == 0)
+        now = _Rows.at(rows, None, known, self.keys.device)
+        hidden = self._take_in(now, tokens, features, last_only=fresh)
+        logits = self.stack.logits(hidden.flatten(1, 2), None).unflatten(1, hidden.shape[1:3])
+        had = logits[:, :, :0]
+        if not fresh:
+            had = torch.cat([self.given[:, now.index, None], logits[:, :, :-1]], 2)
+            hidden, logits = _at(hidden, counts - 1), _at(logits, counts - 1)
+        self.given[:, now.index], self.features[:, now.index] = logits[:, :, 0], hidden[:, :, 0]
+        self.scored[rows] += counts
+        self.taken[:, rows] = self.scored[rows]
+        return had
+
+    def lead(self, rows: Sequence[int], heads: Sequence[int], tokens: Sequence[torch.Tensor],
+             features: Sequence[torch.Tensor]) -> torch.Tensor:  # fmt: skip
+        """One head a row takes in what it lacks and begins to draft.
+
+        Args:
+            rows: R distinct rows of the batch.
+            heads: the head of each.
+            tokens, features: as for `score`, from the token `taken` on; empty where the head lacks nothing.
+        Returns: [R, Vd], logits for the first drafted token.
+        """
+        now = _Rows.at(rows, heads, self.taken[heads, rows], self.keys.device)
+        lacking = np.flatnonzero([len(one) for one in tokens]).tolist()
+        if len(lacking) < len(rows):
+            logits, hidden = self.given[now.which, now.index], self.features[now.which, now.index]
+        if lacking:
+            behind = now.some(lacking)
+            found = self._take_in(behind, [tokens[i] for i in lacking], [features[i] for i in lacking], last_only=True)[:, 0]
+            given = self.stack.logits(found, behind.which)
+            if behind is now:
+                logits, hidden = given, found
+            else:
+                logits[lacking], hidden[lacking] = given, found
+            self.taken[heads, rows] += [len(one) for one in tokens]
+        now.positions = self.taken[heads, rows] - 1
+        self._drafting = now, hidden
+        return logits
+
+    def step(self, chosen: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Takes in one drafted token, int64 [R'], of these among the rows that drafted last, and forgets the others.
+
+        Returns: [R', Vd], logits for the next.
+        """
+        last, hidden = self._drafting
+        now = last.some(chosen)
+        hidden = hidden if now is last else hidden[chosen]
+        hidden = self._layer(now, tokens[:, None], hidden[:, None])[:, 0]
+        now.positions = now.positions + 1
+        self._drafting = now, hidden
+        return self.stack.logits(hidden, now.which)
+
+    def _take_in(self, now: _Rows, tokens: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
+                 last_only: bool) -> torch.Tensor:  # fmt: skip
+        """The heads' hidden states [N, R, T, H], or [R, T, H] of one head a row, over verified tokens that follow
+        `now.positions` of them; T = 1, each row's last, where only that is asked for."""
+        skipped = (now.positions == 0).astype(np.int64)  # no feature precedes a row's first token
+        if self.window is not None:
+            wanted = zip(now.places.tolist(), now.positions.tolist(), map(len, tokens))
+            skipped = np.maximum(skipped, [self._forget(*one, last_only) for one in wanted])
+        now.positions = now.positions + skipped - 1
+        tokens, features = ([one[skip:] for one, skip in zip(each, skipped)] for each in (tokens, features))
+        counts = np.array([len(one) for one in tokens])
+        tokens, features = pad_sequence(tokens, batch_first=True), pad_sequence(features, batch_first=True)
+        which = None if now.which is None else now.which.repeat_interleave(tokens.shape[1])
+        feature = features.flatten(0, 1)
+        if which is None:
+            feature = feature.expand(len(self.stack.heads), -1, -1)
+        feature = self.stack.linear("fc.weight", feature, which).unflatten(-2, tokens.shape)
+        return self._layer(now, tokens, feature, counts if last_only else None)
+
+    def _layer(self, now: _Rows, tokens: torch.Tensor, feature: torch.Tensor, counts: np.ndarray | None = None) -> torch.Tensor:
+        """The decoder layer over tokens [R, T] with features [N, R, T, H], or [R, T, H] of one head a row.
+
+        With a single layer, positions whose hidden states nobody asks for are keys and values and nothing more: with
+        `counts` [R] only that of each row's token counts - 1 is made.
+
+        Returns: [(N,) R, T or 1, H].
+        """
+        stack, shape = self.stack, tokens.shape
+        slots = now.positions - self.base[now.places]
+        self._make_room(int(slots.max()) + shape[1])
+        which = now.which if shape[1] == 1 or now.which is None else now.which.repeat_interleave(shape[1])
+        embedded = stack.embed(tokens).flatten(0, 1)
+        if which is None:
+            embedded = embedded[None]
+        flat = feature.flatten(-3, -2)
+        embedded, normed = stack.norm("input_layernorm.weight", embedded, which), stack.norm("hidden_norm.weight", flat, which)
+        x = torch.cat([embedded, normed], -1)
+        positions, device = torch.as_tensor(now.positions), self.keys.device
+        queries = rotary_append(
+            stack.linear("qkv_proj.weight", x, which).unflatten(-2, shape), stack.frequency, positions.to(device),
+            torch.as_tensor(slots).to(device), self.keys, self.values, now.index, now.which,
+        )  # fmt: skip
+        if counts is not None and shape[1] > 1:
+            last = _at(queries.transpose(-3, -2).flatten(-2), counts - 1)
+            queries, feature = last.unflatten(-1, queries.shape[-3::2]).transpose(-3, -2), _at(feature, counts - 1)
+            slots, which, shape = slots + counts - 1, now.which, (shape[0], 1)
+        attended = self._attend(queries, now, slots).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+        hidden = feature.flatten(-3, -2) + stack.linear("o_proj.weight", attended, which)
+        gate_up = stack.linear("gate_up_proj.weight", stack.norm("post_attention_layernorm.weight", hidden, which), which)
+        return (hidden + stack.linear("down_proj.weight", swiglu(gate_up), which)).unflatten(-2, shape)
+
+    def _attend(self, queries: torch.Tensor, now: _Rows, slots: np.ndarray) -> torch.Tensor:
+        """Attention of queries [N, R, A, T, D] or [R, A, T, D], a row's first at `slots` [R], to all slots up to their own."""
+        heads, count = len(self.stack.heads), queries.shape[-2]
+        ends = slots + count
+        end = int(ends.max())
+        keys, values = self.keys[:, :, :, :end], self.values[:, :, :, :end]
+        if now.heads is not None and (queries.is_cpu or len(slots) == 1):  # views, where a launch costs little
+            return torch.cat([
+                _attention(query[None], keys[head, row, None, :, :last], values[head, row, None, :, :last])
+                for query, head, row, last in zip(queries, now.heads.tolist(), now.places.tolist(), ends.tolist())
+            ])  # fmt: skip
+        mask = None
+        if count > 1 or ends.min() < end:
+            own = torch.as_tensor(slots, device=queries.device)[:, None] + torch.arange(count, device=queries.device)
+            mask = torch.arange(end, device=queries.device) <= own[:, None, :, None]
+        if now.heads is not None:
+            return _attention(queries, keys[now.which, now.index], values[now.which, now.index], mask)
+        if not np.array_equal(now.places, np.arange(keys.shape[1])):
+            keys, values = keys[:, now.index], values[:, now.index]
+        if mask is not None:
+            mask = mask.repeat(heads, 1, 1, 1) if len(slots) > 1 else mask
+        return _attention(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), mask).unflatten(0, (heads, -1))
+
+    def _make_room(self, end: int) -> None:
+        if end > (have := self.keys.shape[3]):
+            capacity = have + max(256, have // 2)
+            if self.window is not None:
+                capacity = min(capacity, self.window)
+            self.keys, self.values = (grown(one, 3, max(end, capacity)) for one in (self.keys, self.values))
+
+    def _forget(self, row: int, position: int, count: int, last_only: bool) -> int:
+        """Makes a row fit the window before `count` tokens come at `position`; returns how many of them to leave out."""
+        if position - self.base[row] + count <= self.window:
+            return 0
+        skipped = max(0, count - self.window) if last_only else 0
+        first = position + skipped - max(0, self.window // 2 - count)  # of the tokens that stay
+        if self.scored[row] > 0:
+            first = min(first, self.scored[row])  # a head that drafts is ahead of what all still have to take in
+        shift = first - 1 - self.base[row]
+        if shift > 0:
+            for buffer in (self.keys, self.values):
+                buffer[:, row, :, : max(0, buffer.shape[3] - shift)] = buffer[:, row, :, shift:].clone()
+            self.base[row] += shift
+            self.taken[:, row] = np.maximum(self.taken[:, row], first)
+        return skipped
+
+
+def _at(states: torch.Tensor, position: np.ndarray) -> torch.Tensor:
+    """States [..., R, T, X] of each row at one position [R], [..., R, 1, X]."""
+    index = torch.as_tensor(position, device=states.device)
+    return states[..., torch.arange(len(position), device=states.device), index, :][..., None, :]
+
+
+def _attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
