@@ -400,6 +400,10 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+def _cadence(text: str) -> int | str:
+    return text if text == "adaptive" else _number(int, 1)(text)
+
+
 def _number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
     """An argparse type: a finite number in low..high, `low` itself left out if `above`."""
     words = "an integer" if kind is int else "a number"
@@ -487,8 +491,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
         help="draft from the drafter's distribution or its argmax (default: %(default)s)")  # fmt: skip
     _add_draft_length(add)
-    add("--evaluate-every", metavar="m", type=_number(int, 1), default=DecodeConfig.evaluate_every,
-        help="rounds from one scoring of all drafters to the next, after the first few (default: %(default)s)")  # fmt: skip
+    add("--evaluate-every", metavar="m", type=_cadence, default=DecodeConfig.evaluate_every,
+        help='rounds from one scoring of all drafters to the next, or "adaptive" (default: %(default)s)')  # fmt: skip
     _add_temperature(add)
     add("--top-k", metavar="k", type=_number(int, 1), help="keep the k likeliest tokens")
     add("--top-p", metavar="p", type=_number(float, 0, 1, above=True), help="keep the likeliest tokens of mass p")

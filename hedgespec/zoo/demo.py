@@ -23,8 +23,6 @@ from hedgespec.zoo import EXPERTS, GENERALIST, NAMES, load_prompts, load_zoo, re
 
 SETTLED = 16
 """Tokens after which the pick of the own expert is counted."""
-EVALUATE_EVERY = 4
-"""Rounds from one evaluation of all drafters to the next, after a request's first few."""
 
 
 class _Domain:
@@ -90,7 +88,7 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
     if plot is not None:
         import matplotlib  # noqa: F401  missing, it is missed now and not after minutes of work
     zoo = load_zoo()
-    hedge = Decoder(zoo.target, zoo.drafters, DecodeConfig(draft_length=draft_length, evaluate_every=EVALUATE_EVERY))
+    hedge = Decoder(zoo.target, zoo.drafters, DecodeConfig(draft_length=draft_length))
     alone = [drafter for drafter in zoo.drafters if drafter.name == GENERALIST]
     generalist = Decoder(zoo.target, alone, DecodeConfig(draft_length=draft_length, learner="fixed"))
     stream = load_prompts()[: prompts_per_domain * len(EXPERTS)]
