@@ -7,6 +7,9 @@ Values of `which`, slots and rows are looked at on the CPU only. No gradient pas
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -287,7 +290,15 @@ def rotary_append_reference(
     return rotated[..., :-kv_heads, :].transpose(-3, -2)
 
 
-backends.register("stack_linear", "reference", lambda: stack_linear_reference)
-backends.register("stack_rms_norm", "reference", lambda: stack_rms_norm_reference)
-backends.register("swiglu", "reference", lambda: swiglu_reference)
-backends.register("rotary_append", "reference", lambda: rotary_append_reference)
+def _register(operation: str, reference: Callable) -> None:
+    def load_cpu() -> Callable:
+        return getattr(importlib.import_module("hedgespec.native"), f"{operation}_cpu")
+
+    backends.register(operation, "reference", lambda: reference)
+    backends.register(operation, "cpu", load_cpu, devices=("cpu",), dtypes=(torch.float32,))
+
+
+_register("stack_linear", stack_linear_reference)
+_register("stack_rms_norm", stack_rms_norm_reference)
+_register("swiglu", swiglu_reference)
+_register("rotary_append", rotary_append_reference)

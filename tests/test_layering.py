@@ -10,7 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hedgespec"
 
 STAGES = {"evaluate", "verify", "delay", "learners", "selection", "drafters"}
-FOUNDATIONS = {"records", "config", "errors", "checks", "backends", "cache", "linear", "prefill", "launch", "native", "workspace"}
+FOUNDATIONS = {
+    "records",
+    "config",
+    "errors",
+    "checks",
+    "backends",
+    "cache",
+    "linear",
+    "prefill",
+    "launch",
+    "native",
+    "workspace",
+}
 """What every stage may know: data, names, and what the models of drafters and decoder are made of."""
 ENTRANCES = {"hf", "engines", "zoo", "cli"}
 """Rooms above the decoder, which use the package as its users do."""
