@@ -14,7 +14,7 @@ namespace hedgespec {
 namespace {
 
 constexpr std::int64_t lanes = 8;
-constexpr std::int64_t strip = 16;              // columns that threads share out, whole
+constexpr std::int64_t strip = 12;              // columns that threads share out, whole: a multiple of every tile's
 constexpr std::int64_t block_floats = 1 << 16;  // of a table, between heads: half of a small second-level cache
 using Lanes = float __attribute__((vector_size(lanes * sizeof(float))));
 
@@ -71,21 +71,22 @@ HEDGESPEC_INLINE void stripe(const Head& head, std::int64_t row, std::int64_t be
   for (; column < end; ++column) tile<Rows, 1>(head, row, column);
 }
 
+// Rows in groups of up to six, or of four where there are more: what each group leaves room for in 16 registers decides how
+// many columns it takes, and three with four rows need the fewest loads for a product.
 HEDGESPEC_CLONES void columns_of(const Head& head, std::int64_t begin, std::int64_t end) {
-  constexpr std::int64_t group = 8;
   for (std::int64_t first = begin; first < end; first += strip) {
     const std::int64_t last = std::min(first + strip, end);
-    for (std::int64_t row = 0; row < head.rows; row += group) {
-      switch (std::min(group, head.rows - row)) {
+    for (std::int64_t row = 0; row < head.rows;) {
+      const std::int64_t left = head.rows - row, group = left <= 6 ? left : 4;
+      switch (group) {
         case 1: stripe<1, 4>(head, row, first, last); break;
         case 2: stripe<2, 4>(head, row, first, last); break;
         case 3: stripe<3, 4>(head, row, first, last); break;
-        case 4: stripe<4, 2>(head, row, first, last); break;
         case 5: stripe<5, 2>(head, row, first, last); break;
         case 6: stripe<6, 2>(head, row, first, last); break;
-        case 7: stripe<7, 1>(head, row, first, last); break;
-        default: stripe<8, 1>(head, row, first, last); break;
+        default: stripe<4, 3>(head, row, first, last); break;
       }
+      row += group;
     }
   }
 }

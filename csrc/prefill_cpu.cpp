@@ -13,7 +13,7 @@
 namespace hedgespec {
 namespace {
 
-constexpr std::int64_t worth_threads = 1 << 16;  // elements; waking a thread for fewer would cost more than it saves
+constexpr std::int64_t worth_threads = 1 << 15;  // elements; waking a thread for fewer would cost more than it saves
 
 int threads_for(std::int64_t elements, int threads) { return elements < worth_threads ? 1 : threads; }
 
