@@ -294,8 +294,15 @@ def _register(operation: str, reference: Callable) -> None:
     def load_cpu() -> Callable:
         return getattr(importlib.import_module("hedgespec.native"), f"{operation}_cpu")
 
+    def load_triton() -> Callable:
+        if "cpu" not in backends.TRITON_DEVICES and not torch.cuda.is_available():
+            raise ImportError("torch sees no GPU")
+        return getattr(importlib.import_module("hedgespec.triton_kernels.prefill"), f"{operation}_triton")
+
     backends.register(operation, "reference", lambda: reference)
     backends.register(operation, "cpu", load_cpu, devices=("cpu",), dtypes=(torch.float32,))
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    backends.register(operation, "triton", load_triton, devices=backends.TRITON_DEVICES, dtypes=narrow)
 
 
 _register("stack_linear", stack_linear_reference)
