@@ -108,16 +108,74 @@ hedgespec::VerifyParams verify_params(Shape shape, Address target_logits, int ta
   };
 }
 
-void linear(Address x, std::int64_t x_stride, Address weight, Address out, std::int64_t rows, std::int64_t columns,
-            std::int64_t inner, int threads) {
+using Pair = std::array<std::int64_t, 2>;
+
+void linear(Shape shape, Address x, Pair x_strides, Address which, Address weight, Address index, std::int64_t table_rows,
+            Address out, int threads) {
+  const auto [heads, rows, columns, inner] = shape;
   hedgespec::linear_cpu({
+      .heads = heads,
       .rows = rows,
       .columns = columns,
       .inner = inner,
       .x = at<const float>(x),
-      .x_stride = x_stride,
+      .x_stride_head = x_strides[0],
+      .x_stride_row = x_strides[1],
+      .which = at<const std::int64_t>(which),
       .weight = at<const float>(weight),
+      .index = at<const std::int64_t>(index),
+      .table_rows = table_rows,
       .out = at<float>(out),
+      .threads = threads,
+  });
+}
+
+void stack_rms_norm(Triple shape, Address x, Pair x_strides, Address which, Address weight, float eps, Address out,
+                    int threads) {
+  const auto [heads, rows, width] = shape;
+  hedgespec::stack_rms_norm_cpu({
+      .heads = heads,
+      .rows = rows,
+      .width = width,
+      .x = at<const float>(x),
+      .x_stride_head = x_strides[0],
+      .x_stride_row = x_strides[1],
+      .which = at<const std::int64_t>(which),
+      .weight = at<const float>(weight),
+      .eps = eps,
+      .out = at<float>(out),
+      .threads = threads,
+  });
+}
+
+void swiglu(Address gate_up, Address out, std::int64_t rows, std::int64_t width, int threads) {
+  hedgespec::swiglu_cpu(at<const float>(gate_up), at<float>(out), rows, width, threads);
+}
+
+void rotary_append(std::array<std::int64_t, 6> shape, Address qkv, Address frequency, Address positions, Address slots,
+                   Address batch_rows, Address which, Address keys, Address values, std::array<std::int64_t, 5> strides,
+                   Address queries, int threads) {
+  const auto [heads, rows, steps, attention_heads, kv_heads, head_dim] = shape;
+  hedgespec::rotary_append_cpu({
+      .heads = heads,
+      .rows = rows,
+      .steps = steps,
+      .attention_heads = attention_heads,
+      .kv_heads = kv_heads,
+      .head_dim = head_dim,
+      .qkv = at<const float>(qkv),
+      .frequency = at<const float>(frequency),
+      .positions = at<const std::int64_t>(positions),
+      .slots = at<const std::int64_t>(slots),
+      .batch_rows = at<const std::int64_t>(batch_rows),
+      .which = at<const std::int64_t>(which),
+      .keys = at<float>(keys),
+      .values = at<float>(values),
+      .stride_head = strides[0],
+      .stride_batch = strides[1],
+      .stride_kv_head = strides[2],
+      .stride_slot = strides[3],
+      .queries = at<float>(queries),
       .threads = threads,
   });
 }
@@ -155,6 +213,9 @@ PYBIND11_MODULE(HEDGESPEC_MODULE, module) {
   module.attr("cuda") = "";
 #endif
   module.def("linear", &linear, without_the_gil);
+  module.def("stack_rms_norm", &stack_rms_norm, without_the_gil);
+  module.def("swiglu", &swiglu, without_the_gil);
+  module.def("rotary_append", &rotary_append, without_the_gil);
   module.def("instruction_set", &instruction_set);
   module.attr("compiler") =
 #if defined(__clang__)

@@ -138,18 +138,57 @@ HEDGESPEC_HOST_DEVICE inline float length_losses(const float* prob, const float*
   return expected;
 }
 
-// out[m, n] = sum_k x[m, k] * weight[n, k]
+// Matrix products with few rows, on the CPU, for N heads at once: out[n] = x[n] @ weight[n].T; or each row with the weight of
+// the head it names. With an index column j of head n is row index[n, j] of one table.
 struct LinearParams {
-  std::int64_t rows, columns, inner;
+  std::int64_t heads, rows, columns, inner;  // rows: of each head, or with `which` of all together
 
-  const float* x;         // [rows, inner]
-  std::int64_t x_stride;  // from row to row; within a row contiguous
-  const float* weight;    // [columns, inner], contiguous
-  float* out;             // [rows, columns], contiguous
+  const float* x;                             // [heads, rows, inner], or with `which` [rows, inner]
+  std::int64_t x_stride_head, x_stride_row;   // within a row contiguous
+  const std::int64_t* which;                  // [rows], or null
+  const float* weight;                        // [heads, columns, inner], or with `index` [table_rows, inner]; contiguous
+  const std::int64_t* index;                  // [heads, columns], contiguous, or null
+  std::int64_t table_rows;
+  float* out;                                 // [heads, rows, columns], or with `which` [rows, columns]; contiguous
 
   int threads;
 };
 
 void linear_cpu(const LinearParams& params);
+
+// The other layer operations of a stack of heads, likewise.
+struct RmsNormParams {
+  std::int64_t heads, rows, width;
+
+  const float* x;  // [heads, rows, width], or with `which` [rows, width]
+  std::int64_t x_stride_head, x_stride_row;
+  const std::int64_t* which;
+  const float* weight;  // [heads, width], contiguous
+  float eps;
+  float* out;  // contiguous
+
+  int threads;
+};
+
+struct RotaryParams {
+  std::int64_t heads, rows, steps, attention_heads, kv_heads, head_dim;  // N, R, T, A, KV, D
+
+  const float* qkv;  // [N, R, T, (A + 2 KV) D], or with `which` [R, T, ...]; contiguous
+  const float* frequency;          // [D/2]
+  const std::int64_t* positions;   // [R]
+  const std::int64_t* slots;       // [R]
+  const std::int64_t* batch_rows;  // [R], distinct
+  const std::int64_t* which;       // [R], or null
+  float* keys;                     // [N, B, KV, C, D]
+  float* values;
+  std::int64_t stride_head, stride_batch, stride_kv_head, stride_slot;  // of both
+  float* queries;  // [N, R, A, T, D], or with `which` [R, A, T, D]; contiguous
+
+  int threads;
+};
+
+void stack_rms_norm_cpu(const RmsNormParams& params);
+void swiglu_cpu(const float* gate_up, float* out, std::int64_t rows, std::int64_t width, int threads);
+void rotary_append_cpu(const RotaryParams& params);
 
 }  // namespace hedgespec

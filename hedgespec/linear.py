@@ -54,10 +54,8 @@ def _linear_cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rows = rows.contiguous()
     weight = weight.contiguous()
     out = x.new_empty(*x.shape[:-1], columns)
-    _native.linear(
-        rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), rows.shape[0], columns, inner,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    shape, strides = (1, rows.shape[0], columns, inner), (0, rows.stride(0))
+    _native.linear(shape, rows.data_ptr(), strides, 0, weight.data_ptr(), 0, 0, out.data_ptr(), torch.get_num_threads())
     return out
 
 

@@ -154,6 +154,86 @@ def verifier(module: ModuleType, launch: Launch) -> Callable[..., Verdict]:
     return verify
 
 
+# The layer operations of a stack of heads. Per-row arguments are contiguous or made so; a tensor whose address is handed over
+# must keep a name until the call returns.
+
+
+def stack_linear_cpu(
+    x: torch.Tensor, weight: torch.Tensor, which: torch.Tensor | None = None, *, index: torch.Tensor | None = None
+) -> torch.Tensor:
+    weight = weight.contiguous()
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if index is None:
+        (heads, columns, inner), table_rows = weight.shape, 0
+    else:
+        index = index.contiguous()
+        (heads, columns), (table_rows, inner) = index.shape, weight.shape
+    which, strides = _rows_of(x, which)
+    rows = x.shape[-2]
+    out = torch.empty((rows, columns) if which is not None else (heads, rows, columns), dtype=torch.float32)
+    _native.linear(
+        (heads, rows, columns, inner), x.data_ptr(), strides, _address(which), weight.data_ptr(), _address(index), table_rows,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def stack_rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, which: torch.Tensor | None = None) -> torch.Tensor:
+    weight = weight.contiguous()
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    heads, width = weight.shape
+    which, strides = _rows_of(x, which)
+    if which is None and x.shape[0] == 1:
+        strides = 0, strides[1]
+    rows = x.shape[-2]
+    out = torch.empty((rows, width) if which is not None else (heads, rows, width), dtype=torch.float32)
+    _native.stack_rms_norm(
+        (heads, rows, width), x.data_ptr(), strides, _address(which), weight.data_ptr(), eps, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate_up = gate_up.contiguous()
+    *leading, both = gate_up.shape
+    out = torch.empty((*leading, both // 2), dtype=torch.float32)
+    if out.numel():
+        _native.swiglu(gate_up.data_ptr(), out.data_ptr(), out.numel() // (both // 2), both // 2, torch.get_num_threads())
+    return out
+
+
+def rotary_append_cpu(
+    qkv: torch.Tensor,
+    frequency: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    which: torch.Tensor | None = None,
+) -> torch.Tensor:
+    qkv, frequency, which = qkv.contiguous(), frequency.contiguous(), None if which is None else which.contiguous()
+    positions, slots, rows = positions.contiguous(), slots.contiguous(), rows.contiguous()
+    heads, _, kv_heads, _, head_dim = keys.shape
+    *leading, steps, width = qkv.shape
+    attention_heads = width // head_dim - 2 * kv_heads
+    queries = torch.empty((*leading, attention_heads, steps, head_dim), dtype=torch.float32)
+    _native.rotary_append(
+        (heads, leading[-1], steps, attention_heads, kv_heads, head_dim), qkv.data_ptr(), frequency.data_ptr(),
+        positions.data_ptr(), slots.data_ptr(), rows.data_ptr(), _address(which), keys.data_ptr(), values.data_ptr(),
+        keys.stride(), queries.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return queries
+
+
+def _rows_of(x: torch.Tensor, which: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, int]]:
+    """`which`, contiguous, and the strides of x by head and by row."""
+    return (None, x.stride()[:2]) if which is None else (which.contiguous(), (0, x.stride(0)))
+
+
 def require_cuda() -> None:
     """Raises ImportError, with the reason, where the CUDA kernels cannot run."""
     if not _native.cuda:

@@ -7,6 +7,9 @@ Values of `which`, slots and rows are looked at on the CPU only. No gradient pas
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -287,7 +290,22 @@ def rotary_append_reference(
     return rotated[..., :-kv_heads, :].transpose(-3, -2)
 
 
-backends.register("stack_linear", "reference", lambda: stack_linear_reference)
-backends.register("stack_rms_norm", "reference", lambda: stack_rms_norm_reference)
-backends.register("swiglu", "reference", lambda: swiglu_reference)
-backends.register("rotary_append", "reference", lambda: rotary_append_reference)
+def _register(operation: str, reference: Callable) -> None:
+    def load_cpu() -> Callable:
+        return getattr(importlib.import_module("hedgespec.native"), f"{operation}_cpu")
+
+    def load_triton() -> Callable:
+        if "cpu" not in backends.TRITON_DEVICES and not torch.cuda.is_available():
+            raise ImportError("torch sees no GPU")
+        return getattr(importlib.import_module("hedgespec.triton_kernels.prefill"), f"{operation}_triton")
+
+    backends.register(operation, "reference", lambda: reference)
+    backends.register(operation, "cpu", load_cpu, devices=("cpu",), dtypes=(torch.float32,))
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    backends.register(operation, "triton", load_triton, devices=backends.TRITON_DEVICES, dtypes=narrow)
+
+
+_register("stack_linear", stack_linear_reference)
+_register("stack_rms_norm", stack_rms_norm_reference)
+_register("swiglu", swiglu_reference)
+_register("rotary_append", rotary_append_reference)

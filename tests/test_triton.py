@@ -23,6 +23,7 @@ triton = pytest.importorskip("triton")
 
 from hedgespec.triton_kernels import _common  # noqa: E402
 from hedgespec.triton_kernels import evaluate as evaluation  # noqa: E402
+from hedgespec.triton_kernels import prefill  # noqa: E402
 from hedgespec.triton_kernels import verify as verification  # noqa: E402
 
 from hedgespec import backends  # noqa: E402
@@ -456,7 +457,7 @@ def in_a_process(*arguments: str) -> object:
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("operation", ["evaluate", "verify"])
+@pytest.mark.parametrize("operation", ["evaluate", "verify", "stack_linear", "stack_rms_norm", "swiglu", "rotary_append"])
 def test_compiles_without_spilling(operation, architecture):
     """Ahead of time, for the arguments that the launchers really pass."""
     usage = in_a_process("compile", operation, str(architecture))
@@ -468,7 +469,8 @@ def test_compiles_without_spilling(operation, architecture):
 
 def test_rounds_do_not_compile_anew():
     """Positions, rows, strides and addresses change from round to round; which options are there does not."""
-    assert in_a_process("keys") == {"evaluate": 1, "verify": 1}
+    kernels = ("evaluate", "verify", "stack_linear", "stack_rms_norm", "swiglu", "rotary_append")
+    assert in_a_process("keys") == dict.fromkeys(kernels, 1)
 
 
 class Recorder:
@@ -561,6 +563,30 @@ def run_verify(
     )
 
 
+def run_stack_linear(dtype, *, rows=2, columns=4096, inner=4096, table=False, at=0):
+    weight = torch.empty(3, columns, inner, dtype=dtype)
+    index = torch.zeros(3 * columns + at, dtype=torch.int64)[at:].view(3, columns) if table else None
+    which = torch.zeros(rows + at, dtype=torch.int64)[at:]
+    prefill.stack_linear_triton(torch.empty(rows, inner, dtype=dtype), weight[0] if table else weight, which, index=index)
+
+
+def run_stack_rms_norm(dtype, *, rows=2, width=4096, alone=False, at=0):
+    x = torch.empty(*(() if alone else (3,)), rows, width, dtype=dtype)
+    which = torch.zeros(rows + at, dtype=torch.int64)[at:] if alone else None
+    prefill.stack_rms_norm_triton(x, torch.empty(3, width, dtype=dtype), 1e-5, which)
+
+
+def run_swiglu(dtype, *, rows=2, width=4096):
+    prefill.swiglu_triton(torch.empty(3, rows, 2 * width, dtype=dtype))
+
+
+def run_rotary_append(dtype, *, rows=2, steps=3, capacity=256, head_dim=128, alone=False, at=0):
+    ids = torch.zeros(rows + at, dtype=torch.int64)[at:]
+    keys, values = torch.empty(2, 3, rows, 8, capacity, head_dim, dtype=dtype)
+    qkv = torch.empty(*(() if alone else (3,)), rows, steps, 48 * head_dim, dtype=dtype)
+    prefill.rotary_append_triton(qkv, torch.empty(head_dim // 2), ids, ids, keys, values, ids, ids if alone else None)
+
+
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
 VARIANTS = {
     "evaluate": [
@@ -578,9 +604,27 @@ VARIANTS = {
         (BFLOAT16, dict(mode="argmax")),
         (FLOAT32, dict(ids=True)),
     ],
+    "stack_linear": [(BFLOAT16, {}), (FLOAT32, dict(table=True)), (FLOAT16, dict(table=True, inner=570)), (FLOAT32, {})],
+    "stack_rms_norm": [(BFLOAT16, {}), (FLOAT32, dict(alone=True)), (FLOAT16, dict(alone=True, width=5001))],
+    "swiglu": [(BFLOAT16, {}), (FLOAT32, {}), (FLOAT16, dict(width=577))],
+    "rotary_append": [(BFLOAT16, {}), (FLOAT32, dict(alone=True)), (FLOAT16, dict(head_dim=80))],
 }
-RUN = {"evaluate": run_evaluate, "verify": run_verify}
-KERNEL = {"evaluate": evaluation.evaluate_kernel, "verify": verification.verify_kernel}
+RUN = {
+    "evaluate": run_evaluate,
+    "verify": run_verify,
+    "stack_linear": run_stack_linear,
+    "stack_rms_norm": run_stack_rms_norm,
+    "swiglu": run_swiglu,
+    "rotary_append": run_rotary_append,
+}
+KERNEL = {
+    "evaluate": evaluation.evaluate_kernel,
+    "verify": verification.verify_kernel,
+    "stack_linear": prefill.stack_linear_kernel,
+    "stack_rms_norm": prefill.stack_rms_norm_kernel,
+    "swiglu": prefill.swiglu_kernel,
+    "rotary_append": prefill.rotary_append_kernel,
+}
 
 
 def compile_variants(operation: str, architecture: int) -> dict[str, dict[str, int]]:
@@ -600,17 +644,25 @@ def count_keys() -> dict[str, int]:
     _common.processors = lambda device: 132
     counts = {}
     for operation, rounds in {
+        "stack_linear": [dict(rows=r, at=r % 2) for r in (1, 2, 3, 16)],
+        "stack_rms_norm": [dict(rows=r, alone=True, at=r % 2) for r in (1, 2, 16)],
+        "swiglu": [dict(rows=r) for r in (1, 2, 16)],
+        "rotary_append": [
+            dict(rows=r, steps=t, capacity=c, alone=True, at=r % 2) for r, t, c in [(1, 1, 256), (2, 5, 300), (16, 16, 1000)]
+        ],
         "evaluate": [
-            dict(positions=p, batch=b, at=p % 2) for p, b in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (16, 1), (5, 2)]
+            dict(everything=True, positions=p, batch=b, at=p % 2)
+            for p, b in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (16, 1), (5, 2)]
         ],
         "verify": [
-            dict(draft_length=k, batch=b, at=k % 2) for k, b in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (15, 1), (3, 2)]
+            dict(everything=True, draft_length=k, batch=b, at=k % 2)
+            for k, b in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (15, 1), (3, 2)]
         ],
     }.items():
         recorder = Recorder(90)
         recorder.install(KERNEL[operation], compiles=False)
         for options in rounds:
-            RUN[operation](BFLOAT16, everything=True, **options)
+            RUN[operation](BFLOAT16, **options)
         counts[operation] = len(recorder.keys)
     return counts
 
