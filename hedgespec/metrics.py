@@ -34,6 +34,8 @@ class DecodeStats:
     """Expected loss under the weights that the learner held when it took each of them, [F]."""
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     """Wall time of each stage while the request was under way; of a batch the time of all its rows together."""
+    drafter_cache_bytes: int = 0
+    """Memory of the EAGLE heads' keys and values at the request's end, of a batch all its rows' together."""
     failures: dict[str, str] = field(default_factory=dict)
     """Drafters that were taken out of the request, with the cause."""
     learner_state: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class DecodeStats:
             "regret": float(self.regret[-1]) if self.losses else 0.0,
             "seconds": self.seconds,
             "seconds_by_stage": self.seconds_by_stage,
+            "drafter_cache_bytes": self.drafter_cache_bytes,
             "failures": self.failures,
         }
 

@@ -282,7 +282,7 @@ class Batch:
                 self.on_tokens(row.index, tokens)
         for place, row in enumerate(self.rows):
             if row.finished:
-                row.close(time.perf_counter() - self.began)
+                row.close(time.perf_counter() - self.began, self.pool.cache_bytes)
                 if row.request.keep_cache:
                     row.cache = self.target.cache.row(place)
         left = [place for place, row in enumerate(self.rows) if not row.finished]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -251,7 +252,12 @@ class Pool:
         sound = torch.ones(len(rows), dtype=torch.bool, device=uniforms.device)
         drafting, given = part.lead(rows, members)  # `drafting`: the rows to which the rows of `given` belong
         for position in range(max(choice.draft_length for choice in choices)):
+            if not drafting:
+                break
             there = list(range(len(drafting)))  # their places among those that drafted last
+            every = len(drafting) == len(rows)
+            best, likeliest = given.max(-1)
+            sound[slice(None) if every else drafting] &= best.isfinite()
             if processed:
                 given = [
                     rows[row].processed(choices[row].drafter, given[place, None], torch.cat([rows[row].seen[0], *tokens[row]]))
@@ -259,17 +265,16 @@ class Pool:
                 ]
                 # Where nothing that the drafter can name is allowed, its draft ends.
                 there = [place for place in there if given[place].amax().isfinite()]
-                given = torch.cat([given[place] for place in there]) if there else None
-                drafting = [drafting[place] for place in there]
-            if not drafting:
-                break
-            every = len(drafting) == len(rows)
+                if not there:
+                    break
+                given = torch.cat([given[place] for place in there])
+                drafting, likeliest = [drafting[place] for place in there], given.argmax(-1)
+                every = len(drafting) == len(rows)
             if one_hot:
-                best, drawn = given.max(-1)
+                drawn = likeliest
             else:
-                best, own = given.amax(-1), uniforms[:, position] if every else uniforms[drafting, position]
+                own = uniforms[:, position] if every else uniforms[drafting, position]
                 drawn = sample(given, own, temperature=sampling.temperature, threshold=sampling.threshold(given))
-            sound[slice(None) if every else drafting] &= best.isfinite()
             if part.maps is not None and not processed:
                 drawn = part.maps[which if every else which[drafting], drawn]
             for place, row in enumerate(drafting):
@@ -282,7 +287,7 @@ class Pool:
             drafting = [drafting[going[place]] for place in answered]
         drafts = []
         for row, choice in enumerate(choices):
-            draft = no_draft(rows[row])
+            draft = replace(no_draft(rows[row]), sound=sound[row])
             if tokens[row] and rows[row].alive[choice.drafter]:
                 proposal = (None, None)
                 if not one_hot:

@@ -155,11 +155,11 @@ class Row:
             losses[drafter] = 1 - emitted / (self.config.draft_length + 1)
             self.learner.update(losses, chosen=drafter, chosen_weight=float(weights[drafter]))
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float, drafter_cache_bytes: int) -> None:
         """Completes the statistics and lets go of what only decoding needs."""
         self.stats.emitted_tokens = self.length - self.prompt_length
         self.stats.learner_state = self.learner.state_dict()
-        self.stats.seconds = seconds
+        self.stats.seconds, self.stats.drafter_cache_bytes = seconds, drafter_cache_bytes
         self.features, self.unscored = {}, []
 
     @contextmanager
