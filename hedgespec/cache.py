@@ -8,6 +8,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hedgespec.transfer import to_device
+
 
 class KVCache:
     """Keys and values of one attention layer, [1, kv_heads, length, head_dim], in buffers that double when full."""
@@ -82,7 +84,7 @@ class RaggedCache(Cache):
         """
         key = (count, device, *self.lengths)
         if self._slots is None or self._slots[0] != key:
-            slots = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(count, device=device)
+            slots = to_device(self.lengths, device)[:, None] + torch.arange(count, device=device)
             self._slots = key, slots
         return self._slots[1]
 
@@ -96,7 +98,7 @@ class RaggedCache(Cache):
         """Keeps these rows, in this order."""
         self.lengths[:] = [self.lengths[row] for row in rows]
         for layer in self.layers:
-            index = torch.tensor(rows, device=layer.keys.device)
+            index = to_device(rows, layer.keys.device)
             layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
 
     def row(self, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -33,6 +33,8 @@ class DecodeConfig:
             1 when another one is.
         drafter_window: most verified tokens of a request that each EAGLE head keeps in its cache, >= 16, which bounds its
             memory; the head then drafts as if the text began later. None keeps all.
+        overlap: lets the next round begin while the drafters are being scored; the learner hears of it one round later,
+            which its delay queue allows. None does so on a GPU, where there is something to gain.
         selection: "sample" a drafter from the weights, or take their "argmax".
         track_regret: score every drafter after each round even where the learner does not ask for it.
         backend: of `evaluate` and `verify`; "auto" or a name from `hedgespec.backends.BACKENDS`.
@@ -51,6 +53,7 @@ class DecodeConfig:
     selection: str = "sample"
     evaluate_every: int | Literal["adaptive"] = "adaptive"
     drafter_window: int | None = None
+    overlap: bool | None = None
     track_regret: bool = False
     backend: str = "auto"
 

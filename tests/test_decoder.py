@@ -153,7 +153,7 @@ def test_a_gpu_emits_what_the_cpu_emits():
     for device in ("cpu", "cuda"):
         target = tiny_llama(seed=0, layers=4).to(device)
         drafters = [tiny_head(target, 1).to(device), NGramDrafter(VOCABULARY)]
-        decoder = Decoder(target, drafters, DecodeConfig(backend="reference"))
+        decoder = Decoder(target, drafters, DecodeConfig(backend="reference", overlap=False))
         options = {"attention_mask": mask.to(device), "max_new_tokens": 30}
         sampled = decoder.generate(prompts.to(device), temperature=0.7, seed=0, **options).sequences
         dropped_in = target.generate(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import linecache
 import math
+import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_decoder import VOCABULARY, prompt_of, tiny_head, tiny_llama
+from torch.overrides import TorchFunctionMode
 
 from hedgespec.config import DecodeConfig
-from hedgespec.decoder import RAREST, Decoder
+from hedgespec.decoder import RAREST, Decoder, Row
+from hedgespec.decoder.batch import Batch
 from hedgespec.decoder.pool import UNSOUND
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleHead
@@ -178,3 +184,74 @@ def test_a_window_changes_drafts_and_no_text(target):
     assert not any(stats.failures for stats in out.stats)
     whole = Decoder(target, pool(target, True)).generate(**batch_of(3), max_new_tokens=80, seed=0)
     assert 0 < out.stats[0].drafter_cache_bytes < whole.stats[0].drafter_cache_bytes
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_losses_arrive_a_round_later_where_evaluation_overlaps(target, monkeypatch, overlap):
+    seen = []
+
+    def observe(row, prob, ratio):
+        seen.append((row.stats.rounds, prob.shape[1]))
+        original(row, prob, ratio)
+
+    original = Row.observe
+    monkeypatch.setattr(Row, "observe", observe)
+    config = DecodeConfig(draft_length=3, evaluate_every=1, overlap=overlap)
+    out = Decoder(target, pool(target, True), config).generate(prompt_of(1), max_new_tokens=30, seed=0)
+    rounds = out.stats[0].rounds
+    assert out.sequences.tolist() == target.generate(prompt_of(1), max_new_tokens=30, do_sample=False).tolist()
+    # Rounds that were over when the learner heard, and of how many tokens: at the end of everything that is left.
+    heard = [min(round + overlap, rounds - 1) for round in range(rounds)]
+    assert seen == list(zip(heard, out.stats[0].emitted_by_round))
+
+
+def test_overlap_changes_when_losses_arrive_and_not_which(target):
+    runs = []
+    for overlap in (False, True):
+        config = DecodeConfig(draft_length=3, learner="fixed", track_regret=True, overlap=overlap)
+        request = batch_of(3) | {"max_new_tokens": 30, "temperature": 1.0, "seed": 0}
+        runs.append(Decoder(target, pool(target, True), config).generate(**request))
+    assert runs[0].sequences.tolist() == runs[1].sequences.tolist()
+    for one, other in zip(*(run.stats for run in runs)):
+        np.testing.assert_array_equal(one.losses, other.losses)
+
+
+class HostReads(TorchFunctionMode):
+    """Notes which line of the decoder or of a stack asks a tensor for its values."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__"):
+            frame = sys._getframe(1)
+            while "torch" in Path(frame.f_code.co_filename).parts:
+                frame = frame.f_back
+            place = Path(frame.f_code.co_filename)
+            if place.parent.name in ("decoder", "drafters") or place.name in ("transfer.py", "target.py", "cache.py"):
+                self.lines[linecache.getline(str(place), frame.f_lineno).strip()] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_round_asks_the_device_once(target, monkeypatch, temperature):
+    """What heads draft, verify and evaluate stays where it is: the host waits for the emitted tokens, and for nothing else."""
+    heads = [tiny_head(target, 1), other_head(target, 2), tiny_head(target, 3)]
+    decoder = Decoder(target, heads, DecodeConfig(draft_length=3, overlap=True))
+    reads, round = HostReads(), Batch.round
+
+    def watched(self):
+        with reads:
+            round(self)
+
+    monkeypatch.setattr(Batch, "round", watched)
+    stats = decoder.generate(**batch_of(3), max_new_tokens=25, temperature=temperature, seed=0).stats
+    rounds = max(one.rounds for one in stats)
+    times = reads.lines.pop("found = torch.cat([sound[:, None], verdict.tokens], 1).tolist()")
+    assert rounds <= times <= rounds + 3  # a row's last round may have no draft, and is verified apart
+    assert set(reads.lines) == {
+        "if not logits.is_cpu or not sound.all():",  # on the CPU only
+        "*measured, sound = bring()",  # what was sent a round ago
+    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,10 +25,23 @@ from hedgespec.metrics import timed
 from hedgespec.records import Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
 from hedgespec.target import TargetSession, device_of
+from hedgespec.transfer import SideStream, to_device
 from hedgespec.verify import verify
 
 if TYPE_CHECKING:
     from hedgespec.decoder import Decoder
+
+
+@dataclass
+class _Scores:
+    """An evaluation under way."""
+
+    rows: list[Row]
+    counts: list[int]
+    """Tokens of each row."""
+    parts: list[tuple[list[int], Callable[[], np.ndarray]]]
+    """Drafters, and what brings acceptance_prob, acceptance_ratio and whether the drafter's logits of the row were sound,
+    float64 [3, n, R, T]."""
 
 
 class Batch:
@@ -49,6 +63,10 @@ class Batch:
         for place, row in enumerate(self.rows):
             row.place = place
         self.pool = Pool(drafters, decoder.stacks(), self.rows, self.config.drafter_window)
+        self.overlaps = self.config.overlap if self.config.overlap is not None else self.device.type == "cuda"
+        self.side = SideStream(self.device)
+        self.under_way: list[_Scores] = []
+        """Evaluations whose results nobody has looked at, the oldest first."""
         self.began = time.perf_counter()
 
     def begin(self, past: DynamicCache | None) -> None:
@@ -72,7 +90,7 @@ class Batch:
             weights = [row.weights() for row in rows]
             choices = [row.select(held, one) for row, held, one in zip(rows, weights, uniforms[:, 0].tolist())]
         with timed(stats, "draft"):
-            to_draft = torch.as_tensor(uniforms[:, 1 : 1 + length], device=self.device)
+            to_draft = to_device(uniforms[:, 1 : 1 + length], self.device)
             drafts = self.pool.draft(choices, to_draft, self.sampling, self.one_hot)
         with timed(stats, "verify"):
             last = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens[0]]) for row, draft in zip(rows, drafts)]
@@ -84,10 +102,9 @@ class Batch:
             for row, chunk in zip(rows, verified):
                 if row.scores_all:
                     row.unscored.append(chunk)
-            scores = self._evaluate([row for row in rows if row.evaluation_is_due()])
+            self._evaluate([row for row in rows if row.evaluation_is_due()])
         with timed(stats, "learn"):
-            for row, one in scores:
-                row.observe(*one)
+            self._observe()
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
                 drafted = draft.tokens.shape[1] > 0
                 if drafted:
@@ -173,7 +190,7 @@ class Batch:
             draft_logits = stack([drafts[place].logits[0] for place in places], 0)
             mapping = _maps([drafts[place].draft_to_target for place in places], self.device)
         draft_tokens = stack([drafts[place].tokens[0] for place in places], 0)
-        lengths = None if min(counts) == most else torch.tensor(counts, device=self.device)
+        lengths = None if min(counts) == most else to_device(counts, self.device)
         verdict = self._call_verify(target_logits, draft_tokens, draft_logits, mapping, tests, lengths)
         known = [drafts[place].sound for place in places]
         true = torch.ones((), dtype=torch.bool, device=self.device)
@@ -206,7 +223,7 @@ class Batch:
             target_logits,
             draft_tokens,
             draft_logits,
-            torch.as_tensor(uniforms, device=self.device),
+            to_device(uniforms, self.device),
             mode=self.config.mode,
             lengths=lengths,
             draft_to_target=mapping,
@@ -217,13 +234,10 @@ class Batch:
             backend=self.config.backend,
         )
 
-    def _evaluate(self, rows: list[Row]) -> list[tuple[Row, np.ndarray]]:
-        """Every drafter on the unscored tokens of the rows: acceptance_prob and acceptance_ratio, float64 [2, N, T], by row.
-
-        What a lost drafter is said to have scored is 0.
-        """
+    def _evaluate(self, rows: list[Row]) -> None:
+        """Scores every drafter on the unscored tokens of the rows; `_observe` sees what comes of it."""
         if not rows:
-            return []
+            return
         counts = [row.unscored_tokens for row in rows]
         scored = self.pool.score(rows, counts)
         target_logits = stack([torch.cat(row.unscored) for row in rows], 0)
@@ -231,36 +245,48 @@ class Batch:
             row.unscored.clear()
             row.may_switch = True
         tokens = stack([row.tokens[row.length - count : row.length] for row, count in zip(rows, counts)], 0)
-        lengths = None if min(counts) == max(counts) else torch.tensor(counts, device=self.device)
-        target_threshold = self.sampling.threshold(target_logits)
-        scores = [np.zeros((2, len(row.drafters), count)) for row, count in zip(rows, counts)]
+        lengths = None if min(counts) == max(counts) else to_device(counts, self.device)
+        lifted = rows[0].request.process_drafts is not None
+        self.under_way.append(_Scores(rows, counts, []))
         for part, logits in scored:
-            sound, maps = logits.amax(-1).isfinite().all(-1), part.maps  # [n, R]
-            if not logits.is_cpu or not sound.all():
-                logits = logits.masked_fill(~sound[..., None, None], 0)  # what comes of NaN is for kernels to choose
-            if rows[0].request.process_drafts is not None:
-                logits, maps = self._process(rows, counts, part.members, logits), None
-            result = evaluate(
-                target_logits,
-                logits,
-                tokens,
-                lengths=lengths,
-                draft_to_target=maps,
-                target_temperature=self.sampling.temperature,
-                drafter_temperature=self.sampling.temperature,
-                target_threshold=target_threshold,
-                drafter_threshold=self.sampling.threshold(logits),
-                backend=self.config.backend,
-            )
-            measured = result.scores.double().cpu().numpy()[slice(2, 4) if self.config.mode == "argmax" else slice(2)]
-            for place, (row, count) in enumerate(zip(rows, counts)):
-                for member, good in enumerate(sound[:, place].tolist()):
-                    drafter = part.members[member]
-                    if not good:
-                        row.lose(drafter, ValueError(UNSOUND))
-                    if row.alive[drafter]:
-                        scores[place][:, drafter] = measured[:, member, place, :count]
-        return list(zip(rows, scores))
+            with self.side.work(logits, target_logits, tokens, lengths):
+                sound = logits.amax(-1).isfinite().all(-1)  # [n, R]
+                if not logits.is_cpu or not sound.all():
+                    logits = logits.masked_fill(~sound[..., None, None], 0)  # what comes of NaN is for kernels to choose
+                if lifted:
+                    logits = self._process(rows, counts, part.members, logits)
+                result = evaluate(
+                    target_logits,
+                    logits,
+                    tokens,
+                    lengths=lengths,
+                    draft_to_target=None if lifted else part.maps,
+                    target_temperature=self.sampling.temperature,
+                    drafter_temperature=self.sampling.temperature,
+                    target_threshold=self.sampling.threshold(target_logits),
+                    drafter_threshold=self.sampling.threshold(logits),
+                    backend=self.config.backend,
+                )
+                measured = result.scores[slice(2, 4) if self.config.mode == "argmax" else slice(2)]
+                found = torch.cat([measured.double(), sound[None, :, :, None].expand_as(measured[:1])])
+                self.under_way[-1].parts.append((part.members, self.side.to_host(found)))
+
+    def _observe(self) -> None:
+        """Lets the rows learn from evaluations; where they overlap the next round, from that of this one only at the end."""
+        later = self.overlaps and not any(row.finished for row in self.rows)
+        while len(self.under_way) > later:
+            one = self.under_way.pop(0)
+            scores = [np.zeros((2, len(row.drafters), count)) for row, count in zip(one.rows, one.counts)]
+            for members, bring in one.parts:
+                *measured, sound = bring()
+                for place, (row, count) in enumerate(zip(one.rows, one.counts)):
+                    for member, drafter in enumerate(members):
+                        if not sound[member, place, 0]:
+                            row.lose(drafter, ValueError(UNSOUND))
+                        if row.alive[drafter]:  # what a lost drafter is said to have scored is 0
+                            scores[place][:, drafter] = [values[member, place, :count] for values in measured]
+            for row, known in zip(one.rows, scores):
+                row.observe(*known)
 
     def _process(
         self, rows: Sequence[Row], counts: Sequence[int], members: Sequence[int], logits: torch.Tensor

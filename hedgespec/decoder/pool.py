@@ -21,6 +21,7 @@ from hedgespec.drafters.eagle import EagleHead
 from hedgespec.drafters.stack import HeadStack, StackSession, kind_of
 from hedgespec.records import Choice, Draft
 from hedgespec.sampling import Sampling
+from hedgespec.transfer import to_device
 from hedgespec.verify import sample
 
 UNSOUND = "expected logits with a finite maximum, got NaN, +inf or -inf throughout"
@@ -246,7 +247,7 @@ class Pool:
         """`draft` for rows that all draft with the same part."""
         processed = rows[0].request.process_drafts is not None
         members = [part.members.index(choice.drafter) for choice in choices]
-        which = torch.tensor(members, device=uniforms.device)
+        which = to_device(members, uniforms.device)
         tokens: list[list[torch.Tensor]] = [[] for _ in rows]
         logits: list[list[torch.Tensor]] = [[] for _ in rows]
         sound = torch.ones(len(rows), dtype=torch.bool, device=uniforms.device)

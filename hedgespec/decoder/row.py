@@ -19,6 +19,7 @@ from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
 from hedgespec.records import Choice
 from hedgespec.selection import select
+from hedgespec.transfer import to_device
 
 RAREST = 8
 """Most rounds from one evaluation to the next where they adapt; a power of two, so that the rows of a batch meet."""
@@ -122,7 +123,7 @@ class Row:
 
     def emit(self, tokens: list[int]) -> list[int]:
         """Appends verified tokens up to the first that ends the text."""
-        self.tokens[self.length : self.length + len(tokens)] = torch.tensor(tokens)
+        self.tokens[self.length : self.length + len(tokens)] = to_device(tokens, self.tokens.device)
         for count, token in enumerate(tokens, start=1):
             self.length += 1
             self.finished = token in self.request.eos or self.room == 0

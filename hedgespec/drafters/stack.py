@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hedgespec.cache import grown
 from hedgespec.drafters.eagle import EagleHead
 from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
+from hedgespec.transfer import to_device
 
 _OWNERS: weakref.WeakKeyDictionary[EagleHead, weakref.ref[HeadStack]] = weakref.WeakKeyDictionary()
 """The stack in whose memory a head's own parameters lie."""
@@ -121,8 +122,8 @@ class _Rows:
     @classmethod
     def at(cls, places, heads, positions: np.ndarray, device: torch.device) -> _Rows:
         places, heads = np.asarray(places), None if heads is None else np.asarray(heads)
-        which = None if heads is None else torch.as_tensor(heads, device=device)
-        return cls(places, heads, positions, torch.as_tensor(places, device=device), which)
+        which = None if heads is None else to_device(heads, device)
+        return cls(places, heads, positions, to_device(places, device), which)
 
     def some(self, chosen: Sequence[int]) -> _Rows:
         if len(chosen) == len(self.places):
@@ -170,7 +171,7 @@ class StackSession:
 
     def select(self, rows: Sequence[int]) -> None:
         """Goes on with these rows only."""
-        index = torch.tensor(rows, device=self.keys.device)
+        index = to_device(rows, self.keys.device)
         for name in ("keys", "values", "given", "features"):
             setattr(self, name, getattr(self, name).index_select(1, index))
         self.scored, self.taken, self.base = self.scored[rows], self.taken[:, rows], self.base[rows]
@@ -276,10 +277,10 @@ class StackSession:
         flat = feature.flatten(-3, -2)
         embedded, normed = stack.norm("input_layernorm.weight", embedded, which), stack.norm("hidden_norm.weight", flat, which)
         x = torch.cat([embedded, normed], -1)
-        positions, device = torch.as_tensor(now.positions), self.keys.device
+        positions, own_slots = (to_device(one, self.keys.device) for one in (now.positions, slots))
         queries = rotary_append(
-            stack.linear("qkv_proj.weight", x, which).unflatten(-2, shape), stack.frequency, positions.to(device),
-            torch.as_tensor(slots).to(device), self.keys, self.values, now.index, now.which,
+            stack.linear("qkv_proj.weight", x, which).unflatten(-2, shape), stack.frequency, positions, own_slots,
+            self.keys, self.values, now.index, now.which,
         )  # fmt: skip
         if counts is not None and shape[1] > 1:
             last = _at(queries.transpose(-3, -2).flatten(-2), counts - 1)
@@ -303,7 +304,7 @@ class StackSession:
             ])  # fmt: skip
         mask = None
         if count > 1 or ends.min() < end:
-            own = torch.as_tensor(slots, device=queries.device)[:, None] + torch.arange(count, device=queries.device)
+            own = to_device(slots, queries.device)[:, None] + torch.arange(count, device=queries.device)
             mask = torch.arange(end, device=queries.device) <= own[:, None, :, None]
         if now.heads is not None:
             return _attention(queries, keys[now.which, now.index], values[now.which, now.index], mask)
@@ -339,7 +340,7 @@ class StackSession:
 
 def _at(states: torch.Tensor, position: np.ndarray) -> torch.Tensor:
     """States [..., R, T, X] of each row at one position [R], [..., R, 1, X]."""
-    index = torch.as_tensor(position, device=states.device)
+    index = to_device(position, states.device)
     return states[..., torch.arange(len(position), device=states.device), index, :][..., None, :]
 
 

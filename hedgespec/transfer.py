@@ -1,0 +1,58 @@
+"""What passes between host and device without either waiting for the other, and work on the device beside its main work.
+
+Where the device is the CPU all of it happens at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def to_device(values: np.ndarray | torch.Tensor | Sequence, device: torch.device) -> torch.Tensor:
+    """Numbers of the host as a tensor on the device. From pageable memory a copy would wait for all work before it."""
+    values = torch.as_tensor(values)
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+class SideStream:
+    """A CUDA stream for work that nothing on the current stream waits for.
+
+    Args:
+        device: of the work.
+    """
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def work(self, *inputs: torch.Tensor | None) -> Iterator[None]:
+        """What the block launches runs once the current stream has made `inputs`, which stay allocated until then."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        for tensor in inputs:
+            if tensor is not None:
+                tensor.record_stream(self.stream)
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def to_host(self, tensor: torch.Tensor) -> Callable[[], np.ndarray]:
+        """Sends what the stream has made; call the answer to wait until it has arrived."""
+        if self.stream is None:
+            return tensor.numpy
+        with torch.cuda.stream(self.stream):
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            held.copy_(tensor, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+
+        def wait() -> np.ndarray:
+            arrived.synchronize()
+            return held.numpy()
+
+        return wait
