@@ -66,16 +66,18 @@ class DelayQueue:
             raise ValueError(f"loss: expected 'length' or 'acceptance_rate', got {loss!r}")
         self.num_drafters, self.draft_length = num_drafters, draft_length
         self.estimator, self.loss = estimator, loss
-        # Row j is the j-th oldest pending loss; between pushes fewer than K are in use.
-        self._lengths = np.empty((draft_length, num_drafters))
-        self._products = np.empty((draft_length, num_drafters))
-        self._pending = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pending = np.empty((2, 0, self.num_drafters))
+        """Lengths and products so far; row j is the j-th oldest pending loss."""
         self._position = 0
+        """Of the loss that leaves next."""
 
     @property
     def pending(self) -> int:
         """Losses still waiting for positions."""
-        return self._pending
+        return self._pending.shape[1]
 
     def push(
         self, acceptance_prob: NDArray[np.floating] | torch.Tensor, acceptance_ratio: NDArray[np.floating] | torch.Tensor
@@ -94,39 +96,38 @@ class DelayQueue:
         ratios = self._read("acceptance_ratio", acceptance_ratio)
         if probs.shape != ratios.shape:
             raise ValueError(f"acceptance_ratio: expected shape {probs.T.shape} as acceptance_prob, got {ratios.T.shape}")
-        take = self._take if self.loss == "length" else self._take_rate
-        return [feedback for prob, ratio in zip(probs, ratios) for feedback in take(prob, ratio)]
+        losses = self._extend(probs, ratios) if self.loss == "length" else 1.0 - probs
+        first, self._position = self._position, self._position + len(losses)
+        return [Feedback(losses=row, position=position) for position, row in enumerate(losses, first)]
 
     def close(self) -> int:
         """End the request: drop what is pending, never guessed, and say how many that was. Position 0 comes next."""
-        dropped, self._pending, self._position = self._pending, 0, 0
+        dropped = self.pending
+        self._reset()
         return dropped
 
-    def _take(self, prob: NDArray[np.float64], ratio: NDArray[np.float64]) -> list[Feedback]:
-        """Extend every pending loss, and a new one, by one position [N]."""
-        opened = self._pending
-        self._lengths[opened] = self._products[opened] = 1.0
-        lengths, products = self._lengths[: opened + 1], self._products[: opened + 1]
-        if self.estimator == "exact":
-            lengths += products * prob
-            products *= ratio
-        else:
-            products *= prob
-            lengths += products
-        # Products grow with their row: an older one has the same factors and more, all at most 1. So what is
-        # complete is always the oldest rows, and the order needs no care.
-        waiting = min(int(np.count_nonzero(products.any(axis=1))), self.draft_length - 1)
-        complete = opened + 1 - waiting
-        first = self._position - opened
-        losses = 1.0 - lengths[:complete] / (self.draft_length + 1)
-        lengths[:waiting], products[:waiting] = lengths[complete:], products[complete:]
-        self._pending = waiting
-        self._position += 1
-        return [Feedback(losses=row, position=first + j) for j, row in enumerate(losses)]
-
-    def _take_rate(self, prob: NDArray[np.float64], ratio: NDArray[np.float64]) -> list[Feedback]:
-        self._position += 1
-        return [Feedback(losses=1.0 - prob, position=self._position - 1)]
+    def _extend(self, probs: NDArray[np.float64], ratios: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Extend every pending loss, and a new one a position, by positions [T, N]; what is complete then, [complete, N]."""
+        opened, most = self.pending, self.draft_length
+        state = np.ones((2, opened + len(probs), self.num_drafters))
+        state[:, :opened] = self._pending
+        lengths, products = state
+        for newest, (prob, ratio) in enumerate(zip(probs, ratios), start=opened):
+            rows = slice(max(newest - most + 1, 0), newest + 1)  # those before have had their K positions
+            length, product = lengths[rows], products[rows]
+            if self.estimator == "exact":
+                length += product * prob
+                product *= ratio
+            else:
+                product *= prob
+                length += product
+        # Products grow with their row: a newer one has the same factors and fewer, all at most 1. So what is complete is
+        # always the oldest rows, the order needs no care, and the first product above 0 ends the search.
+        complete = max(len(lengths) - most + 1, 0)
+        while complete < len(lengths) and not np.count_nonzero(products[complete]):
+            complete += 1
+        self._pending = state[:, complete:]
+        return 1.0 - lengths[:complete] / (most + 1)
 
     def _read(self, name: str, values: NDArray[np.floating] | torch.Tensor) -> NDArray[np.float64]:
         """One validated row a position: [N, T] -> float64 [T, N]."""
@@ -135,6 +136,8 @@ class DelayQueue:
             raise TypeError(f"{name}: expected a floating dtype, got {values.dtype}")
         if values.ndim != 2 or len(values) != self.num_drafters:
             raise ValueError(f"{name}: expected shape ({self.num_drafters}, T), got {values.shape}")
-        if not ((values >= 0) & (values <= 1 + _ROUNDING)).all():  # NaN fails both
+        flat = values.ravel()
+        # argmin stops at a NaN, which then compares false; on so few numbers it costs a fifth of min.
+        if flat.size and not (flat[flat.argmin()] >= 0 and flat[flat.argmax()] <= 1 + _ROUNDING):
             raise ValueError(f"{name}: expected values in [0, 1], got {values}")
         return np.minimum(values.T, 1.0, dtype=np.float64)

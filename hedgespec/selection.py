@@ -34,7 +34,7 @@ def select(weights: ArrayLike, uniform: float, *, draft_length: int, rule: Liter
     if weights.ndim != 1 or not weights.size:
         raise ValueError(f"weights: expected shape (N,) with N at least 1, got {weights.shape}")
     cumulative = weights.cumsum()
-    if not (weights.min() >= 0 and abs(cumulative[-1] - 1) <= 1e-6):  # written so that NaN fails too
+    if not (weights[weights.argmin()] >= 0 and abs(cumulative[-1] - 1) <= 1e-6):  # written so that NaN fails too
         raise ValueError(f"weights: expected non-negative values with sum 1, got {weights}")
     if not 0 <= uniform < 1:
         raise ValueError(f"uniform: expected a number in [0, 1), got {uniform}")
