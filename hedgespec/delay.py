@@ -69,15 +69,15 @@ class DelayQueue:
         self._reset()
 
     def _reset(self) -> None:
-        self._pending = np.empty((2, 0, self.num_drafters))
-        """Lengths and products so far; row j is the j-th oldest pending loss."""
+        self._seen = np.empty((2, 0, self.num_drafters))
+        """acceptance_prob and acceptance_ratio at the positions whose losses are pending, oldest first."""
         self._position = 0
         """Of the loss that leaves next."""
 
     @property
     def pending(self) -> int:
         """Losses still waiting for positions."""
-        return self._pending.shape[1]
+        return self._seen.shape[1]
 
     def push(
         self, acceptance_prob: NDArray[np.floating] | torch.Tensor, acceptance_ratio: NDArray[np.floating] | torch.Tensor
@@ -92,13 +92,30 @@ class DelayQueue:
             TypeError: not floating.
             ValueError: another shape or range.
         """
-        probs = self._read("acceptance_prob", acceptance_prob)
-        ratios = self._read("acceptance_ratio", acceptance_ratio)
+        probs, ratios = self._check("acceptance_prob", acceptance_prob), self._check("acceptance_ratio", acceptance_ratio)
         if probs.shape != ratios.shape:
-            raise ValueError(f"acceptance_ratio: expected shape {probs.T.shape} as acceptance_prob, got {ratios.T.shape}")
-        losses = self._extend(probs, ratios) if self.loss == "length" else 1.0 - probs
-        first, self._position = self._position, self._position + len(losses)
-        return [Feedback(losses=row, position=position) for position, row in enumerate(losses, first)]
+            raise ValueError(f"acceptance_ratio: expected shape {probs.shape} as acceptance_prob, got {ratios.shape}")
+        pending = self.pending
+        known = pending + probs.shape[1]
+        if known == 0:
+            return []
+        # A loss looks up to K - 1 positions ahead. Those that are not known are 1, which leaves every product as it is.
+        seen = np.empty((2, known + self.draft_length - 1, self.num_drafters))
+        seen.fill(1.0)
+        seen[:, :pending] = self._seen
+        seen[0, pending:known] = probs.T
+        seen[1, pending:known] = ratios.T
+        # One pass for both. argmin and argmax stop at a NaN, which then compares false; they cost a fifth of min and max.
+        flat = seen.ravel()
+        lowest, highest = flat[flat.argmin()], flat[flat.argmax()]
+        if not (lowest >= 0 and highest <= 1 + _ROUNDING):
+            raise ValueError(_out_of_range(probs, ratios))
+        if highest > 1:
+            np.minimum(seen, 1.0, out=seen)
+        losses = self._complete(seen, known, lowest) if self.loss == "length" else 1.0 - seen[0, :known]
+        first, complete = self._position, len(losses)
+        self._seen, self._position = seen[:, complete:known], first + complete
+        return [Feedback(row, position) for position, row in enumerate(losses, first)]
 
     def close(self) -> int:
         """End the request: drop what is pending, never guessed, and say how many that was. Position 0 comes next."""
@@ -106,38 +123,31 @@ class DelayQueue:
         self._reset()
         return dropped
 
-    def _extend(self, probs: NDArray[np.float64], ratios: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Extend every pending loss, and a new one a position, by positions [T, N]; what is complete then, [complete, N]."""
-        opened, most = self.pending, self.draft_length
-        state = np.ones((2, opened + len(probs), self.num_drafters))
-        state[:, :opened] = self._pending
-        lengths, products = state
-        for newest, (prob, ratio) in enumerate(zip(probs, ratios), start=opened):
-            rows = slice(max(newest - most + 1, 0), newest + 1)  # those before have had their K positions
-            length, product = lengths[rows], products[rows]
-            if self.estimator == "exact":
-                length += product * prob
-                product *= ratio
-            else:
-                product *= prob
-                length += product
-        # Products grow with their row: a newer one has the same factors and fewer, all at most 1. So what is complete is
-        # always the oldest rows, the order needs no care, and the first product above 0 ends the search.
-        complete = max(len(lengths) - most + 1, 0)
-        while complete < len(lengths) and not np.count_nonzero(products[complete]):
+    def _complete(self, seen: NDArray[np.float64], known: int, lowest: float) -> NDArray[np.float64]:
+        """The losses [complete, N] of the positions that are complete, of those known in `seen` [2, known + K - 1, N]."""
+        probs, ratios = seen if self.estimator == "exact" else (seen[0], seen[0])
+        complete = max(known - self.draft_length + 1, 0)
+        # A later position's product has fewer factors, all at most 1: the first that is not 0 ends the search.
+        while lowest == 0 and complete < known and not np.count_nonzero(np.multiply.reduce(ratios[complete:known])):
             complete += 1
-        self._pending = state[:, complete:]
-        return 1.0 - lengths[:complete] / (most + 1)
+        lengths, products = 1.0 + probs[:complete], ratios[:complete]
+        for k in range(1, self.draft_length):
+            lengths += products * probs[k : k + complete]
+            products = products * ratios[k : k + complete]
+        return 1.0 - lengths / (self.draft_length + 1)
 
-    def _read(self, name: str, values: NDArray[np.floating] | torch.Tensor) -> NDArray[np.float64]:
-        """One validated row a position: [N, T] -> float64 [T, N]."""
+    def _check(self, name: str, values: NDArray[np.floating] | torch.Tensor) -> NDArray[np.floating]:
+        """The values as an array [N, T], their range not looked at yet."""
         values = np.asarray(values)
         if values.dtype.kind != "f":
             raise TypeError(f"{name}: expected a floating dtype, got {values.dtype}")
         if values.ndim != 2 or len(values) != self.num_drafters:
             raise ValueError(f"{name}: expected shape ({self.num_drafters}, T), got {values.shape}")
-        flat = values.ravel()
-        # argmin stops at a NaN, which then compares false; on so few numbers it costs a fifth of min.
-        if flat.size and not (flat[flat.argmin()] >= 0 and flat[flat.argmax()] <= 1 + _ROUNDING):
-            raise ValueError(f"{name}: expected values in [0, 1], got {values}")
-        return np.minimum(values.T, 1.0, dtype=np.float64)
+        return values
+
+
+def _out_of_range(prob: NDArray[np.floating], ratio: NDArray[np.floating]) -> str:
+    """Which of the two is not in [0, 1], NaN included."""
+    prob_fits = ((prob >= 0) & (prob <= 1 + _ROUNDING)).all()
+    name, values = ("acceptance_ratio", ratio) if prob_fits else ("acceptance_prob", prob)
+    return f"{name}: expected values in [0, 1], got {values}"
