@@ -107,7 +107,7 @@ class DelayQueue:
         seen[1, pending:known] = ratios.T
         # One pass for both. argmin and argmax stop at a NaN, which then compares false; they cost a fifth of min and max.
         flat = seen.ravel()
-        lowest, highest = flat[flat.argmin()], flat[flat.argmax()]
+        lowest, highest = flat.item(flat.argmin()), flat.item(flat.argmax())
         if not (lowest >= 0 and highest <= 1 + _ROUNDING):
             raise ValueError(_out_of_range(probs, ratios))
         if highest > 1:
@@ -130,11 +130,13 @@ class DelayQueue:
         # A later position's product has fewer factors, all at most 1: the first that is not 0 ends the search.
         while lowest == 0 and complete < known and not np.count_nonzero(np.multiply.reduce(ratios[complete:known])):
             complete += 1
-        lengths, products = 1.0 + probs[:complete], ratios[:complete]
-        for k in range(1, self.draft_length):
-            lengths += products * probs[k : k + complete]
-            products = products * ratios[k : k + complete]
-        return 1.0 - lengths / (self.draft_length + 1)
+        # The sum from its inner end, L - 1 = prob_1 + ratio_1 * (prob_2 + ratio_2 * (...)): two operations a term, not three.
+        last = self.draft_length - 1
+        accepted = probs[last : last + complete]
+        for k in range(last - 1, -1, -1):
+            accepted = accepted * ratios[k : k + complete]
+            accepted += probs[k : k + complete]
+        return (self.draft_length - accepted) / (self.draft_length + 1)
 
     def _check(self, name: str, values: NDArray[np.floating] | torch.Tensor) -> NDArray[np.floating]:
         """The values as an array [N, T], their range not looked at yet."""
