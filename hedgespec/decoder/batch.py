@@ -49,7 +49,7 @@ class Batch:
 
     def begin(self, past: DynamicCache | None) -> None:
         """Reads the prompts and emits every row's first token, the target's own: a head needs it before it can draft."""
-        with timed([row.stats for row in self.rows], "prefill"):
+        with timed([row.stats for row in self.rows], "prompt"):
             if past is not None:
                 self._load(past)
             logits = self._read_prompts()
