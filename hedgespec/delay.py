@@ -95,16 +95,13 @@ class DelayQueue:
         probs, ratios = self._check("acceptance_prob", acceptance_prob), self._check("acceptance_ratio", acceptance_ratio)
         if probs.shape != ratios.shape:
             raise ValueError(f"acceptance_ratio: expected shape {probs.shape} as acceptance_prob, got {ratios.shape}")
-        pending = self.pending
-        known = pending + probs.shape[1]
-        if known == 0:
+        pending, new = self._seen.shape[1], probs.shape[1]
+        if new == 0:
             return []
-        # A loss looks up to K - 1 positions ahead. Those that are not known are 1, which leaves every product as it is.
-        seen = np.empty((2, known + self.draft_length - 1, self.num_drafters))
-        seen.fill(1.0)
+        seen = np.empty((2, pending + new, self.num_drafters))
         seen[:, :pending] = self._seen
-        seen[0, pending:known] = probs.T
-        seen[1, pending:known] = ratios.T
+        seen[0, pending:] = probs.T
+        seen[1, pending:] = ratios.T
         # One pass for both. argmin and argmax stop at a NaN, which then compares false; they cost a fifth of min and max.
         flat = seen.ravel()
         lowest, highest = flat.item(flat.argmin()), flat.item(flat.argmax())
@@ -112,9 +109,9 @@ class DelayQueue:
             raise ValueError(_out_of_range(probs, ratios))
         if highest > 1:
             np.minimum(seen, 1.0, out=seen)
-        losses = self._complete(seen, known, lowest) if self.loss == "length" else 1.0 - seen[0, :known]
+        losses = self._complete(seen, lowest) if self.loss == "length" else 1.0 - seen[0]
         first, complete = self._position, len(losses)
-        self._seen, self._position = seen[:, complete:known], first + complete
+        self._seen, self._position = seen[:, complete:], first + complete
         return [Feedback(row, position) for position, row in enumerate(losses, first)]
 
     def close(self) -> int:
@@ -123,15 +120,23 @@ class DelayQueue:
         self._reset()
         return dropped
 
-    def _complete(self, seen: NDArray[np.float64], known: int, lowest: float) -> NDArray[np.float64]:
-        """The losses [complete, N] of the positions that are complete, of those known in `seen` [2, known + K - 1, N]."""
-        probs, ratios = seen if self.estimator == "exact" else (seen[0], seen[0])
-        complete = max(known - self.draft_length + 1, 0)
-        # A later position's product has fewer factors, all at most 1: the first that is not 0 ends the search.
-        while lowest == 0 and complete < known and not np.count_nonzero(np.multiply.reduce(ratios[complete:known])):
-            complete += 1
+    def _complete(self, seen: NDArray[np.float64], lowest: float) -> NDArray[np.float64]:
+        """The losses [complete, N] of the oldest positions in `seen` [2, positions, N], whose smallest entry is `lowest`."""
+        probs, ratios = seen[0], seen[1 if self.estimator == "exact" else 0]
+        last, positions = self.draft_length - 1, len(probs)
+        complete = max(positions - last, 0)
+        if lowest == 0:
+            # From the newest back: an older position's product has more factors, so the first that is 0 ends the search.
+            product = 1.0
+            for position in range(positions - 1, complete - 1, -1):
+                product = product * ratios[position]
+                if not np.count_nonzero(product):
+                    complete = position + 1
+                    break
+            if complete + last > positions:  # what such a sum still lacks is multiplied by 0, so anything finite will do
+                unknown = np.zeros((last, self.num_drafters))
+                probs, ratios = np.concatenate((probs, unknown)), np.concatenate((ratios, unknown))
         # The sum from its inner end, L - 1 = prob_1 + ratio_1 * (prob_2 + ratio_2 * (...)): two operations a term, not three.
-        last = self.draft_length - 1
         accepted = probs[last : last + complete]
         for k in range(last - 1, -1, -1):
             accepted = accepted * ratios[k : k + complete]

@@ -49,4 +49,4 @@ def select(weights: ArrayLike, uniform: float, *, draft_length: int, rule: Liter
         drafter = weights.argmax()
     else:
         raise ValueError(f"rule: expected 'sample' or 'argmax', got {rule!r}")
-    return Choice(drafter=int(drafter), draft_length=draft_length)
+    return Choice(int(drafter), draft_length)
