@@ -376,6 +376,22 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def circumstances(target) -> dict:
+    """When, how, with what and on what this script runs."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()}
+        | {name: version_of(name) for name in ("hedgespec", "torch", "transformers", "flashspec")},
+        "machine": {
+            "architecture": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu",
+            "dtype": str(target.dtype).removeprefix("torch."),
+        },
+    }
+
+
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
@@ -446,16 +462,7 @@ def main() -> int:
             show(size, rows, [way for way in ways if way not in able], console)
     if options.json is not None:
         options.json.write_text(json.dumps({
-            "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", "bench/bench_decoder.py", *sys.argv[1:]]),
-            "versions": {"python": platform.python_version()}
-            | {name: version_of(name) for name in ("hedgespec", "torch", "transformers", "flashspec")},
-            "machine": {
-                "architecture": platform.machine(),
-                "threads": torch.get_num_threads(),
-                "device": torch.cuda.get_device_name() if zoo.target.device.type == "cuda" else "cpu",
-                "dtype": str(zoo.target.dtype).removeprefix("torch."),
-            },
+            **circumstances(zoo.target),
             "calibration_tokens_per_second": calibration,
             "batch_sizes": {str(size): rows for size, rows in runs.items()},
         }, indent=1))  # fmt: skip

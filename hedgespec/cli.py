@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,6 +70,8 @@ def generate(options: argparse.Namespace) -> None:
         learner=options.learner,
         evaluate_every=options.evaluate_every,
     )
+    if isinstance(options.profile, Path):
+        import matplotlib  # noqa: F401  missing, it is missed now and not after the text
     target, tokenizer, drafters = _load(options.target, options.drafter)
     decoder = hedgespec.Decoder(target, drafters, config)
     prompt_ids = _encode(tokenizer, prompt, options.chat)
@@ -83,16 +85,20 @@ def generate(options: argparse.Namespace) -> None:
 
     import torch
 
-    out = decoder.generate(
-        torch.tensor(prompt_ids, dtype=torch.int64),
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        seed=options.seed,
-        on_tokens=lambda _, tokens: show(stream.push(tokens)),
-    )
+    from hedgespec.metrics import plot_profile, profile_table, profiled
+    from hedgespec.target import device_of
+
+    with profiled(device_of(target)) if options.profile else nullcontext():
+        out = decoder.generate(
+            torch.tensor(prompt_ids, dtype=torch.int64),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            seed=options.seed,
+            on_tokens=lambda _, tokens: show(stream.push(tokens)),
+        )
     show(stream.end())
     if options.json:
         tokens = out.sequences[0, len(prompt_ids) :].tolist()
@@ -101,6 +107,10 @@ def generate(options: argparse.Namespace) -> None:
         print(flush=True)
     if options.stats:
         _wide_console(stderr=True).print(_stats(out.stats[0]))
+    if options.profile:
+        _wide_console(stderr=True).print(profile_table(out.stats))
+    if isinstance(options.profile, Path):
+        plot_profile([("request", out.stats[0])], options.profile)
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -113,6 +123,7 @@ def demo(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         seed=options.seed,
         plot=options.plot,
+        profile=options.profile,
         console=Console(stderr=options.json == "-"),  # stdout then holds the JSON alone
     )
     if options.json == "-":
@@ -439,6 +450,12 @@ def _output_or_none(text: str) -> Path | None:
     return _output(text) if text else None
 
 
+def _figure(text: str) -> Path:
+    if Path(text).suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"expected a file that ends in .png or .svg, got {text!r}")
+    return _output(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hedgespec", description=hedgespec.__doc__.partition("\n")[0], allow_abbrev=False,
@@ -461,6 +478,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="N", type=_number(int, 1), default=2, help="prompts a domain (default: %(default)s)")
     # One token comes from the prompt's own forward: with no more than that there is no round to report on.
     add("--max-new-tokens", metavar="M", type=_number(int, 2), default=80, help="of each text (default: %(default)s)")
+    _add_profile(add)
     _add_draft_length(add)
     _add_temperature(add)
     add("--seed", type=_number(int, 0), default=0, help="of the first prompt (default: %(default)s)")
@@ -501,12 +519,19 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", metavar="M", type=_number(int, 1), default=128, help="(default: %(default)s)")
     add("--chat", action="store_true", help="put the prompt into the target's chat template")
     add("--stats", action="store_true", help="then, on stderr: MAT, speed, picks, weights, seconds by stage")
+    _add_profile(add)
     add("--json", action="store_true", help='instead of streaming, {"text", "tokens", "stats"} at the end')
 
 
 def _add_draft_length(add: Callable) -> None:
     add("--draft-length", metavar="K", type=_number(int, 1), default=DecodeConfig.draft_length,
         help="tokens drafted a round (default: %(default)s)")  # fmt: skip
+
+
+def _add_profile(add: Callable) -> None:
+    add("--profile", metavar="FILE", nargs="?", type=_figure, const=True, default=False,
+        help="tell the time by stage; draw it, round by round, into FILE (.png or .svg) if one is named. "
+        "A GPU is waited for after every stage, which costs speed")  # fmt: skip
 
 
 def _add_temperature(add: Callable) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-STAGES = ("prefill", "select", "draft", "verify", "evaluate", "learn")
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+STAGES = ("prompt", "select", "draft", "verify", "evaluate", "prefill", "learn")
+"""What a request's time is told by: its prompt, then the stages of a round. `evaluate` compares the drafters with the target,
+`prefill` is their pass over the verified tokens. The rest is what no stage accounts for, `on_tokens` above all."""
 
 
 @dataclass
@@ -32,8 +40,11 @@ class DecodeStats:
     """Completed losses in the order the learner took them, [F] of float64 [N]."""
     played: list[float] = field(default_factory=list)
     """Expected loss under the weights that the learner held when it took each of them, [F]."""
-    seconds_by_stage: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    """Wall time of each stage while the request was under way; of a batch the time of all its rows together."""
+    began: float = field(default_factory=time.perf_counter, repr=False)
+    """When the request did, by `time.perf_counter`."""
+    spans: list[tuple[str, float, float]] = field(default_factory=list, repr=False)
+    """Every stage while the request was under way, in order: name, start and end in seconds after `began`. They do not overlap.
+    Of a batch it is the time of all its rows together."""
     drafter_cache_bytes: int = 0
     """Memory of the EAGLE heads' keys and values at the request's end, of a batch all its rows' together."""
     failures: dict[str, str] = field(default_factory=dict)
@@ -75,6 +86,24 @@ class DecodeStats:
         cumulative = np.cumsum(self.losses, axis=0)
         return np.cumsum(self.played) - cumulative[:, cumulative[-1].argmin()]
 
+    @property
+    def seconds_by_stage(self) -> dict[str, float]:
+        """Wall time of each of `STAGES`."""
+        totals = dict.fromkeys(STAGES, 0.0)
+        for stage, start, end in self.spans:
+            totals[stage] += end - start
+        return totals
+
+    @property
+    def spans_by_round(self) -> list[list[tuple[str, float, float]]]:
+        """The prompt's spans, then those of each round, which begins with its selection."""
+        parts: list[list[tuple[str, float, float]]] = [[]]
+        for span in self.spans:
+            if span[0] == "select":
+                parts.append([])
+            parts[-1].append(span)
+        return parts
+
     def late_choices(self, after_tokens: int) -> np.ndarray:
         """Drafters of the rounds that began once `after_tokens` tokens were emitted, int64; rounds without one left out."""
         choices = np.asarray(self.choices, dtype=np.int64)
@@ -99,16 +128,94 @@ class DecodeStats:
         }
 
 
+_wait: ContextVar[Callable[[], None]] = ContextVar("wait", default=lambda: None)
+"""What `timed` calls before it looks at the clock."""
+
+
 @contextmanager
 def timed(requests: Sequence[DecodeStats], stage: str) -> Iterator[None]:
-    """Adds the wall time of the block to a stage of each request; an asynchronous device is not waited for."""
-    began = time.perf_counter()
+    """Records the block as a span of each request. An asynchronous device is waited for within `profiled` only.
+
+    Blocks do not nest: the times of stages add up.
+    """
+    wait = _wait.get()
+    wait()
+    start = time.perf_counter()
     try:
         yield
     finally:
-        seconds = time.perf_counter() - began
+        wait()
+        end = time.perf_counter()
         for stats in requests:
-            stats.seconds_by_stage[stage] += seconds
+            stats.spans.append((stage, start - stats.began, end - stats.began))
+
+
+@contextmanager
+def profiled(device: torch.device) -> Iterator[None]:
+    """Within it, each stage is charged for what the device does, not for the time it takes to queue that.
+
+    On an accelerator the host waits for the device at both ends of a stage, which costs speed. On a CPU nothing changes.
+    """
+    import torch
+
+    if device.type == "cpu":
+        yield
+        return
+    token = _wait.set(partial(torch.accelerator.synchronize, device))
+    try:
+        yield
+    finally:
+        _wait.reset(token)
+
+
+def profile_table(requests: Sequence[DecodeStats]) -> Table:
+    """Time by stage over requests that ran one at a time, as a table: milliseconds a round, share of the whole, and in all."""
+    from rich.table import Table
+
+    rounds, total = sum(stats.rounds for stats in requests), sum(stats.seconds for stats in requests)
+    seconds = {stage: sum(stats.seconds_by_stage[stage] for stats in requests) for stage in STAGES}
+    seconds["rest"] = total - sum(seconds.values())
+    table = Table("stage", title=f"time by stage over {rounds} rounds", title_justify="left", box=None)
+    for column in ("ms a round", "share, %", "ms"):
+        table.add_column(column, justify="right")
+    for stage, spent in (*seconds.items(), ("total", total)):
+        in_rounds = total - seconds["prompt"] if stage == "total" else spent
+        a_round = f"{1e3 * in_rounds / rounds:.3f}" if rounds and stage != "prompt" else ""
+        table.add_row(stage, a_round, f"{100 * spent / total:.1f}", f"{1e3 * spent:.1f}", style="bold" * (stage == "total"))
+    return table
+
+
+def plot_profile(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:
+    """Draws where the time of requests went, a flame chart each under its title: the request, its rounds, their stages.
+
+    Raises: ImportError if matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def bars(level: float, spans: Sequence[tuple[float, float]], **look) -> None:
+        axes.broken_barh([(1e3 * start, 1e3 * (end - start)) for start, end in spans], (level, 1), **look)
+
+    figure, axes = pyplot.subplots(figsize=(14, 1.5 + 0.8 * len(traces)), layout="constrained")
+    for lane, (_, stats) in enumerate(traces):
+        top = 3.5 * lane
+        rounds = [(part[0][1], part[-1][2]) for part in stats.spans_by_round if part]
+        bars(top, [(0, stats.seconds)], color="tab:gray")
+        bars(top + 1, rounds[::2], color="silver")
+        bars(top + 1, rounds[1::2], color="gainsboro")
+        bars(top + 2, [(0, stats.seconds)], color="whitesmoke", label="rest" if lane == 0 else None)
+        for number, stage in enumerate(STAGES):
+            spans = [(start, end) for name, start, end in stats.spans if name == stage]
+            bars(top + 2, spans, color=pyplot.cm.tab10(number), label=stage if lane == 0 else None)
+    axes.set_yticks([3.5 * lane + 1.5 for lane in range(len(traces))], [title for title, _ in traces])
+    axes.invert_yaxis()
+    axes.set(xlabel="ms; from above: the request, its prompt and rounds, their stages")
+    axes.set_xlim(0, 1e3 * max(stats.seconds for _, stats in traces))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def plot_weights(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:

@@ -33,8 +33,9 @@ def select(weights: ArrayLike, uniform: float, *, draft_length: int, rule: Liter
     weights = np.asarray(weights, dtype=np.float64)
     if weights.ndim != 1 or not weights.size:
         raise ValueError(f"weights: expected shape (N,) with N at least 1, got {weights.shape}")
-    cumulative = weights.cumsum()
-    if not (weights.min() >= 0 and abs(cumulative[-1] - 1) <= 1e-6):  # written so that NaN fails too
+    cumulative = np.add.accumulate(weights)
+    total = cumulative.item(-1)
+    if not (weights.item(weights.argmin()) >= 0 and abs(total - 1) <= 1e-6):  # written so that NaN fails too
         raise ValueError(f"weights: expected non-negative values with sum 1, got {weights}")
     if not 0 <= uniform < 1:
         raise ValueError(f"uniform: expected a number in [0, 1), got {uniform}")
@@ -43,9 +44,9 @@ def select(weights: ArrayLike, uniform: float, *, draft_length: int, rule: Liter
     if rule == "sample":
         # Strictly greater, so flat steps (weight 0) are skipped, at 0 as well. Scaled by the total as it was rounded,
         # so the last step is always above: a float64 below 1 times a normal total rounds to less than that total.
-        drafter = cumulative.searchsorted(float(uniform) * cumulative[-1], side="right")
+        drafter = cumulative.searchsorted(float(uniform) * total, side="right")
     elif rule == "argmax":
         drafter = weights.argmax()
     else:
         raise ValueError(f"rule: expected 'sample' or 'argmax', got {rule!r}")
-    return Choice(drafter=int(drafter), draft_length=draft_length)
+    return Choice(int(drafter), draft_length)

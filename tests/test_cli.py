@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ import hedgespec
 from hedgespec import cli, zoo
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.learners import NAMES as LEARNERS
+from hedgespec.metrics import STAGES
 from hedgespec.zoo.storage import save_head
 
 EOS, WIDTH, CONTEXT = 256, 64, 256
@@ -271,6 +273,31 @@ def test_stats_are_a_table_on_stderr(run, place):
     assert "MAT" not in run("0", "--max-new-tokens", 13)[2]
 
 
+def test_the_profile_is_a_table_on_stderr_and_a_drawing_where_a_file_is_named(run, place, tmp_path):
+    assert "ms a round" not in run("0", "--max-new-tokens", 13, "--stats", drafters=[place.twin])[2]
+    code, out, err = run("0", "--max-new-tokens", 13, "--profile", drafters=[place.twin])
+    assert (code, out) == (0, "1234567890123\n")
+    for word in ("over 2 rounds", "ms a round", "share, %", *STAGES, "rest", "total"):
+        assert word in err
+    assert not list(tmp_path.iterdir())
+    pytest.importorskip("matplotlib")
+    assert run("0", "--max-new-tokens", 13, "--profile", tmp_path / "x.svg")[0] == 0
+    assert "<svg" in (tmp_path / "x.svg").read_text()
+
+
+def test_only_a_profile_waits_for_the_device(run, monkeypatch):
+    devices = []
+    monkeypatch.setattr("hedgespec.metrics.profiled", lambda device: devices.append(device) or nullcontext())
+    for options, expected in ((), []), (("--profile",), [torch.device("cpu")]):
+        assert run("0", "--max-new-tokens", 3, *options)[0] == 0
+        assert devices == expected
+
+
+def test_a_drawing_that_cannot_be_is_refused_before_the_text(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fails(capsys, 1, "matplotlib", outcome=run("0", "--profile", tmp_path / "x.png"))
+
+
 def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
     def broken(*_):
         raise RuntimeError("broken\nin two lines")
@@ -312,6 +339,9 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["demo", "--temperature", "-1"], ["--temperature", "a number >= 0"]),
         (["demo", "--max-new-tokens", "1"], ["--max-new-tokens", "an integer >= 2"]),
         (["demo", "--json", "no/such/folder/x.json"], ["--json", "a file that can be written", "x.json"]),
+        (["generate", "x", "--profile", "x.txt"], ["--profile", "a file that ends in .png or .svg", "'x.txt'"]),
+        (["generate", "x", "--profile", "no/such/x.png"], ["--profile", "a file that can be written", "x.png"]),
+        (["demo", "--profile", "x"], ["--profile", "a file that ends in .png or .svg", "'x'"]),
         (["demo", "--plot", "."], ["--plot", "a file that can be written", "'.'"]),
         (["zoo"], ["{list,path,train}"]),
         (["zoo", "path", "klingon"], ["NAME", "generalist", "'klingon'"]),
@@ -414,6 +444,18 @@ def test_drafters_of_another_vocabulary(place, run, capsys, tmp_path):
     fails(capsys, 1, "drafter model", "vocabulary of 257", "400", outcome=run("x", drafters=[tmp_path / "model"]))
 
 
+def test_a_drafter_of_another_tokenizer(place, run, capsys, tmp_path):
+    """As many tokens, so that only a look at the ids can tell."""
+    names = place.tokenizer.convert_ids_to_tokens(range(len(place.tokenizer)))
+    names[10], names[20] = names[20], names[10]
+    other = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+    place.model.save_pretrained(tmp_path / "model")
+    place.tokenizer.save_pretrained(tmp_path / "model")
+    assert run("c", drafters=[tmp_path / "model"])[:2] == (0, STORY[1:] + "\n")
+    PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<eos>").save_pretrained(tmp_path / "model")
+    fails(capsys, 1, "drafter model", names[20], outcome=run("c", drafters=[tmp_path / "model"]))
+
+
 # Ends of a run
 
 
@@ -476,21 +518,21 @@ def test_demo_defaults(demo, capsys):
     del demo[0]["console"]
     assert demo == [
         {"prompts_per_domain": 2, "max_new_tokens": 80, "draft_length": 5, "temperature": 0.0, "seed": 0,
-         "plot": Path("hedgespec-demo.png")}
+         "plot": Path("hedgespec-demo.png"), "profile": False}
     ]  # fmt: skip
 
 
 def test_demo_options(demo, capsys, tmp_path):
-    options = "--prompts 5 --max-new-tokens 9 --draft-length 4 --temperature 0.5 --seed 3 --plot x.png --json out.json"
-    assert cli.main(["demo", *options.split()]) == 0
+    options = "--prompts 5 --max-new-tokens 9 --draft-length 4 --temperature 0.5 --seed 3"
+    assert cli.main(["demo", *options.split(), *"--plot x.png --profile y.svg --json out.json".split()]) == 0
     assert json.loads((tmp_path / "out.json").read_text()) == FIGURES
     del demo[0]["console"]
     assert demo == [
         {"prompts_per_domain": 5, "max_new_tokens": 9, "draft_length": 4, "temperature": 0.5, "seed": 3,
-         "plot": Path("x.png")}
+         "plot": Path("x.png"), "profile": Path("y.svg")}
     ]  # fmt: skip
-    assert cli.main(["demo", "--plot", ""]) == 0
-    assert demo[1]["plot"] is None
+    assert cli.main(["demo", "--plot", "", "--profile"]) == 0
+    assert demo[1]["plot"] is None and demo[1]["profile"] is True
 
 
 def test_demo_json_on_stdout_has_it_to_itself(demo, capsys):

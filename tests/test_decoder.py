@@ -171,6 +171,27 @@ def test_eos_ends_the_text_and_is_its_last_token(target):
     assert out.sequences[0].tolist() == full[: full.index(eos, 11) + 1]
 
 
+def test_rows_that_end_early_are_filled_up(target, monkeypatch):
+    """Ragged prompts, each row with its own end; what fills up is asked for, or the target's own, or else 0."""
+    prompts = torch.cat([prompt_of(seed) for seed in range(3)])
+    mask = torch.ones_like(prompts)
+    for row, padding in enumerate((0, 4, 2)):
+        mask[row, :padding] = 0
+    decoder = Decoder(target, pool(target))
+
+    def generate(**options):
+        return decoder.generate(prompts, attention_mask=mask, max_new_tokens=30, **options).sequences[:, 11:].tolist()
+
+    whole = generate()
+    eos = whole[0][4]
+    ends = [text.index(eos) + 1 if eos in text else 30 for text in whole]
+    assert min(ends) < max(ends)
+    for own, given, filler in ((None, None, 0), (7, None, 7), (7, VOCABULARY - 1, VOCABULARY - 1)):
+        monkeypatch.setattr(target.generation_config, "pad_token_id", own)
+        expected = [text[:end] + [filler] * (max(ends) - end) for text, end in zip(whole, ends)]
+        assert generate(eos_token_id=eos, pad_token_id=given) == expected
+
+
 def test_tokens_stream_as_they_are_emitted(target):
     streamed = []
     out = Decoder(target, pool(target)).generate(

@@ -114,13 +114,13 @@ def test_the_own_expert_is_found(zoo):
 
 @pytest.mark.slow
 def test_demo_returns_what_it_promises(tmp_path):
-    result = run_demo(prompts_per_domain=1, max_new_tokens=16, plot=tmp_path / "weights.png")
+    result = run_demo(prompts_per_domain=1, max_new_tokens=16, plot=tmp_path / "weights.png", profile=tmp_path / "time.png")
     keys = {"speedup_vs_plain", "speedup_vs_generalist", "mat", "mat_generalist", "mat_best_fixed", "own_expert_share_after_16"}
     assert keys | {"domains"} == set(result)
     assert set(result["domains"]) == set(EXPERTS)
     assert all(keys <= set(domain) for domain in result["domains"].values())
     assert json.loads(json.dumps(result)) == result
-    assert (tmp_path / "weights.png").stat().st_size > 10_000
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("weights.png", "time.png"))
 
 
 # --- the file format ------------------------------------------------------------------------------------------------

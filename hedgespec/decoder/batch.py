@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from hedgespec.decoder.pool import UNSOUND, Pool, no_draft
+from hedgespec.decoder.pool import UNSOUND, Heads, Pool, Singles, no_draft
 from hedgespec.decoder.request import Request
 from hedgespec.decoder.row import NOBODY, Row
 from hedgespec.evaluate import evaluate
@@ -71,7 +71,7 @@ class Batch:
 
     def begin(self, past: DynamicCache | None) -> None:
         """Reads the prompts and emits every row's first token, the target's own: a head needs it before it can draft."""
-        with timed([row.stats for row in self.rows], "prefill"):
+        with timed([row.stats for row in self.rows], "prompt"):
             if past is not None:
                 self._load(past)
             logits = self._read_prompts()
@@ -98,11 +98,14 @@ class Batch:
             logits = self.target.forward(tokens, tokens.shape[1])
             emitted, verified = self._verify(logits, drafts, choices, uniforms[:, length + 1 :])
             self.target.keep([len(tokens) for tokens in emitted])
-        with timed(stats, "evaluate"):
-            for row, chunk in zip(rows, verified):
-                if row.scores_all:
-                    row.unscored.append(chunk)
-            self._evaluate([row for row in rows if row.evaluation_is_due()])
+        for row, chunk in zip(rows, verified):
+            if row.scores_all:
+                row.unscored.append(chunk)
+        if due := [row for row in rows if row.evaluation_is_due()]:
+            with timed(stats, "prefill"):
+                scored = self.pool.score(due, [row.unscored_tokens for row in due])
+            with timed(stats, "evaluate"):
+                self._evaluate(due, scored)
         with timed(stats, "learn"):
             self._observe()
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
@@ -234,12 +237,10 @@ class Batch:
             backend=self.config.backend,
         )
 
-    def _evaluate(self, rows: list[Row]) -> None:
-        """Scores every drafter on the unscored tokens of the rows; `_observe` sees what comes of it."""
-        if not rows:
-            return
+    def _evaluate(self, rows: list[Row], scored: Sequence[tuple[Heads | Singles, torch.Tensor]]) -> None:
+        """Compares what all drafters had for the rows' unscored tokens, as `Pool.score` gives it, with the target; `_observe`
+        sees what comes of it."""
         counts = [row.unscored_tokens for row in rows]
-        scored = self.pool.score(rows, counts)
         target_logits = stack([torch.cat(row.unscored) for row in rows], 0)
         for row in rows:
             row.unscored.clear()

@@ -32,7 +32,7 @@ class AdaNormalHedge(Learner):
     STATE = ("regrets", "absolute_regrets")
 
     def _learn(self, losses, chosen, chosen_weight) -> None:
-        instantaneous = self._weights @ losses - losses
+        instantaneous = self._weights.dot(losses) - losses
         self.regrets += instantaneous
         self.absolute_regrets += np.abs(instantaneous)
 

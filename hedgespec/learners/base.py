@@ -77,7 +77,7 @@ class Learner(ABC):
         if self.feedback != "none":
             seen = losses if self.feedback == "full" else losses[chosen : chosen + 1]
             # argmin stops at a NaN, which then compares false; on so few numbers it costs a fifth of min.
-            if not (seen[seen.argmin()] >= 0 and seen[seen.argmax()] <= 1):
+            if not (seen.item(seen.argmin()) >= 0 and seen.item(seen.argmax()) <= 1):
                 raise ValueError(f"losses: expected values in [0, 1], got {seen}")
         self._learn(losses, chosen, chosen_weight)
         self._weights = self._weigh()

@@ -32,34 +32,38 @@ class NormalHedge(Learner):
     STATE = ("regrets",)
 
     def _learn(self, losses, chosen, chosen_weight) -> None:
-        self.regrets += self._weights @ losses - losses
+        self.regrets += self._weights.dot(losses) - losses
 
     def _weigh(self) -> NDArray[np.float64]:
-        leader = self.regrets.argmax()
-        if self.regrets[leader] <= 0:
+        # A handful of floats: Python's outrun the overhead of NumPy's calls, and only drafters ahead cost an exponential.
+        prior, regrets = self.prior.tolist(), self.regrets.tolist()
+        largest = max(regrets)
+        if largest <= 0:
             return self.prior.copy()
-        # Only ratios to the leader enter, so no regret is too large to square: with s = max(r)^2 / 2c,
-        # exp(r^2 / 2c) = exp(s) * exp(s * gap), and both exp(s) and 1 / c fall out of the weights.
-        ratio = np.maximum(self.regrets, 0.0) / self.regrets[leader]
-        gap = ratio * ratio - 1.0
-        weights = self.prior * ratio * np.exp(_scale(self.prior, gap, self.prior[leader]) * gap)
-        return weights / weights.sum()
+        # Only ratios to the leader enter, so no regret is too large to square: with s = largest^2 / 2c,
+        # exp(r^2 / 2c) = exp(s) * exp(s * (ratio^2 - 1)), and both exp(s) and 1 / c fall out of the weights.
+        ratios = [regret / largest if regret > 0 else 0.0 for regret in regrets]
+        ahead = [(share, ratio * ratio - 1.0) for share, ratio in zip(prior, ratios) if ratio]
+        behind = sum([share for share, ratio in zip(prior, ratios) if not ratio]), -1.0
+        s = _scale([*ahead, behind], prior[regrets.index(largest)])
+        weights = [share * ratio * exp(s * (ratio * ratio - 1.0)) if ratio else 0.0 for share, ratio in zip(prior, ratios)]
+        total = sum(weights)
+        return np.array([weight / total for weight in weights])
 
 
-def _scale(prior: NDArray[np.float64], gap: NDArray[np.float64], leader_prior: float) -> float:
-    """The s that solves s + log(sum(prior * exp(s * gap))) = 1, for gap [N] in [-1, 0], 0 at the leader.
+def _scale(terms: list[tuple[float, float]], leader_prior: float) -> float:
+    """The s that solves s + log(sum(share * exp(s * gap))) = 1, for terms (share, gap), gap in [-1, 0] and 0 at the leader.
 
     s lies in [1, 1 - log(leader_prior)]. The left side is convex and increases, so Newton's method from the right end
     walks down to the root without overshooting; there its slope is at least 1 / s, so the root is well conditioned.
     """
-    terms = list(zip(prior.tolist(), gap.tolist()))  # a handful of floats: a Python loop outruns NumPy's call overhead
     s = 1.0 - log(leader_prior)
     while True:
         total = slope = 0.0
-        for weight, g in terms:
-            growth = weight * exp(s * g)
+        for share, gap in terms:
+            growth = share * exp(s * gap)
             total += growth
-            slope += growth * g
+            slope += growth * gap
         step = (s + log(total) - 1.0) / (1.0 + slope / total)
         s -= step
         if step <= 1e-8 * s:  # the error is quadratic in the step: what is left is below rounding

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from rich.table import Table
 
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
-from hedgespec.metrics import DecodeStats, plot_weights
+from hedgespec.metrics import DecodeStats, plot_profile, plot_weights, profile_table, profiled
+from hedgespec.target import device_of
 from hedgespec.zoo import EXPERTS, GENERALIST, NAMES, load_prompts, load_zoo, replay
 
 SETTLED = 16
@@ -64,7 +66,8 @@ def _mat(stats: list[DecodeStats]) -> float:
 
 
 def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: int = 5, temperature: float = 0.0,
-        seed: int = 0, plot: Path | None = None, console: Console | None = None) -> dict:  # fmt: skip
+        seed: int = 0, plot: Path | None = None, profile: Path | bool = False,
+        console: Console | None = None) -> dict:  # fmt: skip
     """Decodes the mixed stream and returns the figures, each overall one the mean of the domains' own.
 
     Args:
@@ -75,6 +78,7 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
             mat_best_fixed is then NaN.
         seed: of the first prompt; each next one adds 1.
         plot: where the weights over time are drawn; None draws nothing.
+        profile: tells HedgeSpec's time by stage as well, and draws it where a path says.
         console: where progress goes.
 
     Returns: {"speedup_vs_plain", "speedup_vs_generalist", "mat", "mat_generalist", "mat_best_fixed",
@@ -85,7 +89,7 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
     if not 1 <= prompts_per_domain <= 40:
         raise ValueError(f"prompts_per_domain: expected 1..40, got {prompts_per_domain}")
     console = console or Console()
-    if plot is not None:
+    if plot is not None or isinstance(profile, Path):
         import matplotlib  # noqa: F401  missing, it is missed now and not after minutes of work
     zoo = load_zoo()
     hedge = Decoder(zoo.target, zoo.drafters, DecodeConfig(draft_length=draft_length))
@@ -114,7 +118,8 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
             domain.plain_seconds += time.perf_counter() - began
             domain.plain_tokens += plain.shape[1] - ids.shape[1]
             domain.generalist.append(generalist.generate(ids, seed=seed + number, **sampling).stats[0])
-            out = hedge.generate(ids, seed=seed + number, **sampling)
+            with profiled(device_of(zoo.target)) if profile else nullcontext():
+                out = hedge.generate(ids, seed=seed + number, **sampling)
             domain.stats.append(out.stats[0])
             traces.append((prompt.domain, out.stats[0]))
             if temperature == 0:
@@ -132,6 +137,11 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
             progress.advance(task)
     result = _result({name: domains[name].summary(NAMES.index(name)) for name in EXPERTS})
     _print(result, domains, console)
+    if profile:
+        console.print(profile_table([stats for _, stats in traces]))
+    if isinstance(profile, Path):
+        plot_profile(traces, profile)
+        console.print(f"time by stage: {profile}")
     if plot is not None:
         plot_weights(traces, plot)
         console.print(f"weights over time: {plot}")
