@@ -189,12 +189,12 @@ class StackSession:
         known, counts = self.scored[rows], np.array([len(one) for one in tokens])
         fresh = bool(known[0] == 0)
         now = _Rows.at(rows, None, known, self.keys.device)
-        hidden = self._take_in(now, tokens, features, last_only=fresh)
-        logits = self.stack.logits(hidden.flatten(1, 2), None).unflatten(1, hidden.shape[1:3])
+        hidden, logits = self._take_in(now, tokens, features, last_only=fresh)
         had = logits[:, :, :0]
         if not fresh:
             had = torch.cat([self.given[:, now.index, None], logits[:, :, :-1]], 2)
-            hidden, logits = _at(hidden, counts - 1), _at(logits, counts - 1)
+            last = to_device(counts - 1, hidden.device)
+            hidden, logits = _at(hidden, last), _at(logits, last)
         self.given[:, now.index], self.features[:, now.index] = logits[:, :, 0], hidden[:, :, 0]
         self.scored[rows] += counts
         self.taken[:, rows] = self.scored[rows]
@@ -216,8 +216,8 @@ class StackSession:
             logits, hidden = self.given[now.which, now.index], self.features[now.which, now.index]
         if lacking:
             behind = now.some(lacking)
-            found = self._take_in(behind, [tokens[i] for i in lacking], [features[i] for i in lacking], last_only=True)[:, 0]
-            given = self.stack.logits(found, behind.which)
+            news = [tokens[i] for i in lacking], [features[i] for i in lacking]
+            found, given = (states[:, 0] for states in self._take_in(behind, *news, last_only=True))
             if behind is now:
                 logits, hidden = given, found
             else:
@@ -235,90 +235,114 @@ class StackSession:
         last, hidden = self._drafting
         now = last.some(chosen)
         hidden = hidden if now is last else hidden[chosen]
-        hidden = self._layer(now, tokens[:, None], hidden[:, None])[:, 0]
+        hidden, logits = (states[:, 0] for states in self._forward(now, tokens[:, None], hidden[:, None], None, fused=True))
         now.positions = now.positions + 1
         self._drafting = now, hidden
-        return self.stack.logits(hidden, now.which)
+        return logits
 
     def _take_in(self, now: _Rows, tokens: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
-                 last_only: bool) -> torch.Tensor:  # fmt: skip
-        """The heads' hidden states [N, R, T, H], or [R, T, H] of one head a row, over verified tokens that follow
-        `now.positions` of them; T = 1, each row's last, where only that is asked for."""
+                 last_only: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """`_forward` over verified tokens that follow `now.positions` of them, given by row."""
         skipped = (now.positions == 0).astype(np.int64)  # no feature precedes a row's first token
         if self.window is not None:
             wanted = zip(now.places.tolist(), now.positions.tolist(), map(len, tokens))
             skipped = np.maximum(skipped, [self._forget(*one, last_only) for one in wanted])
         now.positions = now.positions + skipped - 1
         tokens, features = ([one[skip:] for one, skip in zip(each, skipped)] for each in (tokens, features))
-        counts = np.array([len(one) for one in tokens])
+        last = np.array([len(one) - 1 for one in tokens]) if last_only else None
         tokens, features = pad_sequence(tokens, batch_first=True), pad_sequence(features, batch_first=True)
-        which = None if now.which is None else now.which.repeat_interleave(tokens.shape[1])
-        feature = features.flatten(0, 1)
-        if which is None:
-            feature = feature.expand(len(self.stack.heads), -1, -1)
-        feature = self.stack.linear("fc.weight", feature, which).unflatten(-2, tokens.shape)
-        return self._layer(now, tokens, feature, counts if last_only else None)
+        return self._forward(now, tokens, features, last, fused=False)
 
-    def _layer(self, now: _Rows, tokens: torch.Tensor, feature: torch.Tensor, counts: np.ndarray | None = None) -> torch.Tensor:
-        """The decoder layer over tokens [R, T] with features [N, R, T, H], or [R, T, H] of one head a row.
+    def _forward(self, now: _Rows, tokens: torch.Tensor, features: torch.Tensor, last: np.ndarray | None, *,
+                 fused: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """The heads over tokens [R, T] that come at `now.positions`.
 
-        With a single layer, positions whose hidden states nobody asks for are keys and values and nothing more: with
-        `counts` [R] only that of each row's token counts - 1 is made.
+        Args:
+            features: [R, T, W], the target's hidden states; where they are `fused` the heads' own, [R, T, H].
+            last: int64 [R], the one position of each row that is asked for; None asks for all.
+        Returns: hidden states [(N,) R, T or 1, H] and logits [(N,) R, T or 1, Vd]; no N where a row has one head.
+        """
+        slots, count = now.positions - self.base[now.places], tokens.shape[1]
+        spare = 0 if self.captured is None else (1 << (count - 1).bit_length()) - count  # few shapes, few captures
+        self._make_room(int(slots.max()) + count + spare)
+        inputs = [tokens, features, now.index, *(to_device(one, tokens.device) for one in (now.positions, slots))]
+        optional = {"which": now.which, "last": None if last is None else to_device(last, tokens.device)}
+        names = [name for name, one in optional.items() if one is not None]
 
-        Returns: [(N,) R, T or 1, H].
+        def run(*inputs: torch.Tensor, now: _Rows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._layer(*inputs[:5], **dict(zip(names, inputs[5:])), fused=fused, now=now)
+
+        inputs += [optional[name] for name in names]
+        if self.captured is not None:
+            inputs[:2] = F.pad(tokens, (0, spare)), F.pad(features, (0, 0, 0, spare))
+            try:
+                states = self.captured(self, (fused, *names, *inputs[0].shape), run, *inputs)
+                return tuple(one[..., :count, :].clone() for one in states)  # the next run may write where they are
+            except NotCapturable as error:
+                warnings.warn(f"the heads run as they are, not captured: {error}", stacklevel=2)
+                inputs[:2], self.captured = (tokens, features), None
+        return run(*inputs, now=now)
+
+    def _layer(self, tokens: torch.Tensor, features: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor,
+               slots: torch.Tensor, which: torch.Tensor | None = None, last: torch.Tensor | None = None, *, fused: bool,
+               now: _Rows | None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """`_forward` on the device; without `now` its shapes are those of its arguments and the capacity, and no value decides
+        what runs.
+
+        With a single layer, positions whose hidden states nobody asks for are keys and values and nothing more.
         """
         stack, shape = self.stack, tokens.shape
-        slots = now.positions - self.base[now.places]
-        self._make_room(int(slots.max()) + shape[1])
-        which = now.which if shape[1] == 1 or now.which is None else now.which.repeat_interleave(shape[1])
-        embedded = stack.embed(tokens).flatten(0, 1)
+        each = None if which is None else which.repeat_interleave(shape[1])
+        embedded, feature = stack.embed(tokens).flatten(0, 1), features.flatten(0, 1)
         if which is None:
-            embedded = embedded[None]
-        flat = feature.flatten(-3, -2)
-        embedded, normed = stack.norm("input_layernorm.weight", embedded, which), stack.norm("hidden_norm.weight", flat, which)
-        x = torch.cat([embedded, normed], -1)
-        positions, own_slots = (to_device(one, self.keys.device) for one in (now.positions, slots))
-        queries = rotary_append(
-            stack.linear("qkv_proj.weight", x, which).unflatten(-2, shape), stack.frequency, positions, own_slots,
-            self.keys, self.values, now.index, now.which,
-        )  # fmt: skip
-        if counts is not None and shape[1] > 1:
-            last = _at(queries.transpose(-3, -2).flatten(-2), counts - 1)
-            queries, feature = last.unflatten(-1, queries.shape[-3::2]).transpose(-3, -2), _at(feature, counts - 1)
-            slots, which, shape = slots + counts - 1, now.which, (shape[0], 1)
-        attended = self._attend(queries, now, slots).transpose(-3, -2).flatten(-2).flatten(-3, -2)
-        hidden = feature.flatten(-3, -2) + stack.linear("o_proj.weight", attended, which)
-        gate_up = stack.linear("gate_up_proj.weight", stack.norm("post_attention_layernorm.weight", hidden, which), which)
-        return (hidden + stack.linear("down_proj.weight", swiglu(gate_up), which)).unflatten(-2, shape)
+            embedded, feature = embedded[None], feature.expand(len(stack.heads), -1, -1)
+        if not fused:
+            feature = stack.linear("fc.weight", feature, each)
+        embedded, normed = stack.norm("input_layernorm.weight", embedded, each), stack.norm("hidden_norm.weight", feature, each)
+        qkv = stack.linear("qkv_proj.weight", torch.cat([embedded, normed], -1), each).unflatten(-2, shape)
+        queries = rotary_append(qkv, stack.frequency, positions, slots, self.keys, self.values, rows, which)
+        if last is not None and shape[1] > 1:
+            asked = _at(queries.transpose(-3, -2).flatten(-2), last)
+            queries = asked.unflatten(-1, queries.shape[-3::2]).transpose(-3, -2)
+            feature = _at(feature.unflatten(-2, shape), last).flatten(-3, -2)
+            slots, each, shape = slots + last, which, (shape[0], 1)
+        attended = self._attend(queries, rows, slots, which, now).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+        hidden = feature + stack.linear("o_proj.weight", attended, each)
+        gate_up = stack.linear("gate_up_proj.weight", stack.norm("post_attention_layernorm.weight", hidden, each), each)
+        hidden = hidden + stack.linear("down_proj.weight", swiglu(gate_up), each)
+        return hidden.unflatten(-2, shape), stack.logits(hidden, each).unflatten(-2, shape)
 
-    def _attend(self, queries: torch.Tensor, now: _Rows, slots: np.ndarray) -> torch.Tensor:
+    def _attend(self, queries: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, which: torch.Tensor | None,
+                now: _Rows | None) -> torch.Tensor:  # fmt: skip
         """Attention of queries [N, R, A, T, D] or [R, A, T, D], a row's first at `slots` [R], to all slots up to their own."""
-        heads, count = len(self.stack.heads), queries.shape[-2]
-        ends = slots + count
-        end = int(ends.max())
-        keys, values = self.keys[:, :, :, :end], self.values[:, :, :, :end]
-        if now.heads is not None and (queries.is_cpu or len(slots) == 1):  # views, where a launch costs little
-            return torch.cat([
-                _attention(query[None], keys[head, row, None, :, :last], values[head, row, None, :, :last])
-                for query, head, row, last in zip(queries, now.heads.tolist(), now.places.tolist(), ends.tolist())
-            ])  # fmt: skip
-        mask = None
-        if count > 1 or ends.min() < end:
-            own = to_device(slots, queries.device)[:, None] + torch.arange(count, device=queries.device)
-            mask = torch.arange(end, device=queries.device) <= own[:, None, :, None]
-        if now.heads is not None:
-            return _attention(queries, keys[now.which, now.index], values[now.which, now.index], mask)
-        if not np.array_equal(now.places, np.arange(keys.shape[1])):
-            keys, values = keys[:, now.index], values[:, now.index]
-        if mask is not None:
-            mask = mask.repeat(heads, 1, 1, 1) if len(slots) > 1 else mask
-        return _attention(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), mask).unflatten(0, (heads, -1))
+        keys, values, count = self.keys, self.values, queries.shape[-2]
+        if now is not None:  # the host knows where the rows end
+            ends = now.ends
+            end = int(ends.max())
+            if which is not None and (queries.is_cpu or len(ends) == 1):  # views, where a launch costs little
+                return torch.cat([
+                    _attention(query[None], keys[head, row, None, :, :last], values[head, row, None, :, :last])
+                    for query, head, row, last in zip(queries, now.heads.tolist(), now.places.tolist(), ends.tolist())
+                ])  # fmt: skip
+            keys, values = keys[:, :, :, :end], values[:, :, :, :end]
+        if which is not None:
+            keys, values = keys[which, rows], values[which, rows]
+        elif len(rows) < keys.shape[1]:
+            keys, values = keys[:, rows].flatten(0, 1), values[:, rows].flatten(0, 1)
+        else:  # all rows, which come in order
+            keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        own = slots[:, None] + torch.arange(count, device=slots.device)
+        mask = torch.arange(keys.shape[2], device=slots.device) <= own[:, None, :, None]
+        if which is not None:
+            return _attention(queries, keys, values, mask)
+        mask = mask.repeat(len(queries), 1, 1, 1) if len(rows) > 1 else mask
+        return _attention(queries.flatten(0, 1), keys, values, mask).unflatten(0, queries.shape[:2])
 
     def _make_room(self, end: int) -> None:
         if end > (have := self.keys.shape[3]):
             capacity = have + max(256, have // 2)
-            if self.window is not None:
-                capacity = min(capacity, self.window)
+            if self.window is not None:  # and room for what is drafted
+                capacity = min(capacity, self.window + 32)
             self.keys, self.values = (grown(one, 3, max(end, capacity)) for one in (self.keys, self.values))
 
     def _forget(self, row: int, position: int, count: int, last_only: bool) -> int:
@@ -338,13 +362,10 @@ class StackSession:
         return skipped
 
 
-def _at(states: torch.Tensor, position: np.ndarray) -> torch.Tensor:
+def _at(states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """States [..., R, T, X] of each row at one position [R], [..., R, 1, X]."""
-    index = to_device(position, states.device)
-    return states[..., torch.arange(len(position), device=states.device), index, :][..., None, :]
+    return states[..., torch.arange(len(position), device=states.device), position, :][..., None, :]
 
 
-def _attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def _attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None):
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
