@@ -123,7 +123,8 @@ def demo(options: argparse.Namespace) -> None:
 
 def zoo_list(options: argparse.Namespace) -> None:
     from hedgespec import zoo
-    from hedgespec.zoo.target import NAME, cache_dir
+    from hedgespec.paths import cache_dir
+    from hedgespec.zoo.target import NAME
 
     target = cache_dir() / NAME / "model.safetensors"
     files = [(NAME, "target", target), *((name, _role(name), zoo.head_path(name)) for name in zoo.NAMES)]
