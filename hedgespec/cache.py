@@ -171,7 +171,7 @@ class _RaggedLayer(DynamicLayer):
                 for states in (key_states, value_states)
             )
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        if end > (have := self.keys.shape[2]):
+        if end > self.keys.shape[2]:
             capacity = max(256, 1 << (end - 1).bit_length())  # few capacities, since each has a captured forward of its own
             self.keys, self.values = _grown(self.keys, 2, capacity), _grown(self.values, 2, capacity)
 

@@ -158,6 +158,10 @@ def check_fixed(graph: GraphModule) -> None:
         if node.op == "get_attr":
             raise NotCapturable("its layers read a tensor that is neither argument nor weight")
         tags = getattr(node.target, "tags", ())
+        if node.target is torch.ops.aten.index.Tensor and not any(
+            one is not None and one.meta["val"].dtype in (torch.bool, torch.uint8) for one in node.args[1]
+        ):
+            continue  # only a mask picks as many elements as its values say
         if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
             raise NotCapturable(f"its layers decide by values what they compute: {node.target}")
 

@@ -69,6 +69,7 @@ def generate(options: argparse.Namespace) -> None:
         mode=options.mode,
         learner=options.learner,
         evaluate_every=options.evaluate_every,
+        compile=options.compile,
     )
     target, tokenizer, drafters = _load(options.target, options.drafter)
     decoder = hedgespec.Decoder(target, drafters, config)
@@ -112,6 +113,7 @@ def demo(options: argparse.Namespace) -> None:
         draft_length=options.draft_length,
         temperature=options.temperature,
         seed=options.seed,
+        compile=options.compile,
         plot=options.plot,
         console=Console(stderr=options.json == "-"),  # stdout then holds the JSON alone
     )
@@ -459,6 +461,7 @@ def _parser() -> argparse.ArgumentParser:
     # One token comes from the prompt's own forward: with no more than that there is no round to report on.
     add("--max-new-tokens", metavar="M", type=_number(int, 2), default=80, help="of each text (default: %(default)s)")
     _add_draft_length(add)
+    _add_compile(add)
     _add_temperature(add)
     add("--seed", type=_number(int, 0), default=0, help="of the first prompt (default: %(default)s)")
 
@@ -488,6 +491,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
         help="draft from the drafter's distribution or its argmax (default: %(default)s)")  # fmt: skip
     _add_draft_length(add)
+    _add_compile(add)
     add("--evaluate-every", metavar="m", type=_number(int, 1), default=DecodeConfig.evaluate_every,
         help="rounds from one scoring of all drafters to the next, after the first few (default: %(default)s)")  # fmt: skip
     _add_temperature(add)
@@ -504,6 +508,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_draft_length(add: Callable) -> None:
     add("--draft-length", metavar="K", type=_number(int, 1), default=DecodeConfig.draft_length,
         help="tokens drafted a round (default: %(default)s)")  # fmt: skip
+
+
+def _add_compile(add: Callable) -> None:
+    add("--compile", action="store_true", help="capture the target's forward: pays after half a minute's wait, see README")
 
 
 def _add_temperature(add: Callable) -> None:

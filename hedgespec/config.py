@@ -32,6 +32,10 @@ class DecodeConfig:
         selection: "sample" a drafter from the weights, or take their "argmax".
         track_regret: score every drafter after each round even where the learner does not ask for it.
         backend: of `evaluate` and `verify`; "auto" or a name from `hedgespec.backends.BACKENDS`.
+        compile: the target's forward over a round's tokens is worked out once for each shape and kept by the decoder: on a
+            GPU a CUDA graph, on a CPU compiled layers, for which the first request waits half a minute or more, and later
+            ones at most at a new length of the text (256, 512, 1024 ... tokens) or size of the batch. A target that cannot
+            be captured runs as it is, with a warning.
 
     Raises: TypeError or ValueError naming the argument, what was expected and what came. Learner, its options and the
     prior are checked by `Decoder`, which knows the number of drafters; the backend when it is first used.
@@ -48,6 +52,7 @@ class DecodeConfig:
     evaluate_every: int = 1
     track_regret: bool = False
     backend: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("draft_length", "evaluate_every"):
@@ -56,6 +61,8 @@ class DecodeConfig:
                 raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile: expected a bool, got {type(self.compile).__name__}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")

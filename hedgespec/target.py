@@ -59,6 +59,11 @@ def rows_may_differ(model) -> bool:
     return config._attn_implementation in MASKABLE and takes_positions and not getattr(config, "alibi", False)
 
 
+def captures_graphs(model) -> bool:
+    """Whether its forwards are captured as CUDA graphs, or else compiled."""
+    return device_of(model).type == "cuda"
+
+
 class CapturedTarget:
     """A view of a target with what was captured of its forwards over a round's tokens, for one session at a time.
 
@@ -73,7 +78,7 @@ class CapturedTarget:
         capture.check_plain(model)
         self.model, self.cache = few_row_view(model), RaggedCache(0)
         self.graphs = self.layers = None
-        if device_of(model).type == "cuda":
+        if captures_graphs(model):
             self.graphs, self._buffers = capture.CudaGraphs(), {}
         else:
             self.layers = capture.CompiledLayers(self.model, self._state, compilations)
@@ -81,9 +86,11 @@ class CapturedTarget:
     def _state(self, layer: int) -> list[torch.Tensor]:
         return [self.cache.layers[layer].keys, self.cache.layers[layer].values, self.cache.fixed]
 
-    def __call__(self, function, cache: RaggedCache, tokens: torch.Tensor, lengths: torch.Tensor) -> Sequence[torch.Tensor]:
-        """function(tokens, lengths), where it reads `self.model` and writes into `cache`."""
-        key = (*tokens.shape, cache.capacity)
+    def __call__(
+        self, function, aux_layers: tuple, cache: RaggedCache, tokens: torch.Tensor, lengths: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """function(tokens, lengths), which reads `self.model`, writes into `cache` and returns the states of `aux_layers`."""
+        key = (*tokens.shape, cache.capacity, aux_layers)
         if self.graphs is not None:
             self._settle(cache, (len(tokens), cache.capacity))
             return self.graphs(key, function, tokens, lengths)
@@ -96,7 +103,9 @@ class CapturedTarget:
     def _settle(self, cache: RaggedCache, bucket: tuple[int, int]) -> None:
         """Has a cache in the buffers that the graphs of this many rows and slots know; moved in whole, so that nothing of an
         earlier request is left."""
-        kept = self._buffers.setdefault(bucket, [(torch.empty_like(one.keys), torch.empty_like(one.values)) for one in cache.layers])
+        kept = self._buffers.setdefault(
+            bucket, [(torch.empty_like(one.keys), torch.empty_like(one.values)) for one in cache.layers]
+        )
         for layer, (keys, values) in zip(cache.layers, kept, strict=True):
             if layer.keys is not keys:
                 layer.keys, layer.values = keys.copy_(layer.keys), values.copy_(layer.values)
@@ -116,6 +125,9 @@ class Captures:
         self._idle: list[CapturedTarget] = []
         self._fingerprint: tuple = ()
         self._warned = False
+
+    def __reduce__(self):
+        return Captures, (self.count,)  # a copy, pickled or deep, begins anew
 
     def lend(self, model, borrower) -> CapturedTarget | None:
         """For as long as `borrower` lives; None, with a warning the first time, where the model cannot be captured."""
@@ -207,7 +219,9 @@ class TargetSession:
         spare = self.captures.count - tokens.shape[1]
         self.cache.make_room(self.captures.count)
         lengths = torch.tensor(self.cache.lengths, device=tokens.device)
-        logits, *states = self.captured(self._read, self.cache, functional.pad(tokens, (0, spare)), lengths)
+        logits, *states = self.captured(
+            self._read, tuple(self.aux_layers), self.cache, functional.pad(tokens, (0, spare)), lengths
+        )
         self._chunk = dict(zip(self.aux_layers, states, strict=True))
         return logits.clone()  # the next round's forward may write where these are
 

@@ -19,7 +19,7 @@ from hedgespec.drafters import Drafter
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
-from hedgespec.target import check_target, device_of, rows_may_differ
+from hedgespec.target import Captures, check_target, device_of, rows_may_differ
 
 __all__ = ["EAGER_ROUNDS", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
 
@@ -69,6 +69,7 @@ class Decoder:
                     f"got {drafter.vocab_size}"
                 )
         self.vocabulary, self.groups = vocabulary, groups_of(self.drafters, device_of(target))
+        self.captures = Captures(self.config.draft_length + 1) if self.config.compile else None
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
 
     def new_learner(self) -> learners.Learner:

@@ -40,7 +40,9 @@ class Batch:
         self.device, self.sampling, self.on_tokens = device_of(decoder.target), sampling, on_tokens
         # A view of the target as it is now: adapters and hooks may have come and gone since the last request.
         view = few_row_view(decoder.target)
-        self.target = TargetSession(view, (drafter.aux_layers for drafter in self.drafters), len(requests))
+        self.target = TargetSession(
+            view, (drafter.aux_layers for drafter in self.drafters), len(requests), captures=decoder.captures
+        )
         self.rows = [
             Row(index, request, self.drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
