@@ -74,8 +74,23 @@ class RaggedCache(Cache):
         self.lengths = [0] * batch
         self.written = 0
         """Slots that the last forward wrote in every row."""
+        self.fixed: torch.Tensor | None = None
+        """Slots int64 [B, T] that a forward of fixed shapes writes; it reads the whole buffers, and no number of the host's."""
         self._slots: tuple[tuple, torch.Tensor] | None = None
         super().__init__(layers=[])
+
+    @property
+    def capacity(self) -> int:
+        """C: slots of a row, a power of two from 256 on; 0 before the first token."""
+        return self.layers[0].keys.shape[2] if self.layers else 0
+
+    def make_room(self, count: int) -> bool:
+        """Sees to `count` slots behind every row; whether buffers had to grow for it."""
+        if max(self.lengths) + count <= self.capacity:
+            return False
+        for layer in self.layers:
+            layer.make_room(layer.keys, layer.values, max(self.lengths) + count)
+        return True
 
     def slots(self, count: int, device: torch.device) -> torch.Tensor:
         """The next `count` slots of every row, int64 [B, count]: the positions of the tokens that will be written there.
@@ -127,34 +142,39 @@ class _RaggedLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         lengths, count = self.cache.lengths, key_states.shape[2]
+        if self.cache.fixed is not None:
+            self._write(self.cache.fixed.to(self.keys.device), key_states, value_states)
+            return self.keys, self.values
         first, end = min(lengths), max(lengths) + count
-        self._make_room(key_states, value_states, end)
+        self.make_room(key_states, value_states, end)
         if end - first == count:  # all rows are at one position
             self.keys[:, :, first:end], self.values[:, :, first:end] = key_states, value_states
         else:
-            slots = self.cache.slots(count, key_states.device)
-            rows = torch.arange(len(slots), device=slots.device)[:, None]
-            self.keys[rows, :, slots], self.values[rows, :, slots] = key_states.transpose(1, 2), value_states.transpose(1, 2)
+            self._write(self.cache.slots(count, key_states.device), key_states, value_states)
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _write(self, slots: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        self.keys[rows, :, slots], self.values[rows, :, slots] = key_states.transpose(1, 2), value_states.transpose(1, 2)
 
     def put(self, row: int, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes slots of one row from `slot` on, [heads, T, head_dim]."""
         end = slot + keys.shape[1]
-        self._make_room(keys[None], values[None], end)
+        self.make_room(keys[None], values[None], end)
         self.keys[row, :, slot:end], self.values[row, :, slot:end] = keys, values
 
     def get_seq_length(self) -> int:
         return max(self.cache.lengths)
 
-    def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor, end: int) -> None:
+    def make_room(self, key_states: torch.Tensor, value_states: torch.Tensor, end: int) -> None:
         if not self.is_initialized:
             self.keys, self.values = (
                 states.new_empty(len(self.cache.lengths), states.shape[1], 0, states.shape[3])
                 for states in (key_states, value_states)
             )
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        if end > (have := self.keys.shape[2]):
-            capacity = max(end, have + max(256, have // 2))
+        if end > self.keys.shape[2]:
+            capacity = max(256, 1 << (end - 1).bit_length())  # few capacities, since each has a captured forward of its own
             self.keys, self.values = grown(self.keys, 2, capacity), grown(self.values, 2, capacity)
 
 

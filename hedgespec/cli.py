@@ -69,6 +69,7 @@ def generate(options: argparse.Namespace) -> None:
         mode=options.mode,
         learner=options.learner,
         evaluate_every=options.evaluate_every,
+        compile=options.compile,
     )
     if isinstance(options.profile, Path):
         import matplotlib  # noqa: F401  missing, it is missed now and not after the text
@@ -122,6 +123,7 @@ def demo(options: argparse.Namespace) -> None:
         draft_length=options.draft_length,
         temperature=options.temperature,
         seed=options.seed,
+        compile=options.compile,
         plot=options.plot,
         profile=options.profile,
         console=Console(stderr=options.json == "-"),  # stdout then holds the JSON alone
@@ -134,7 +136,8 @@ def demo(options: argparse.Namespace) -> None:
 
 def zoo_list(options: argparse.Namespace) -> None:
     from hedgespec import zoo
-    from hedgespec.zoo.target import NAME, cache_dir
+    from hedgespec.paths import cache_dir
+    from hedgespec.zoo.target import NAME
 
     target = cache_dir() / NAME / "model.safetensors"
     files = [(NAME, "target", target), *((name, _role(name), zoo.head_path(name)) for name in zoo.NAMES)]
@@ -480,6 +483,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", metavar="M", type=_number(int, 2), default=80, help="of each text (default: %(default)s)")
     _add_profile(add)
     _add_draft_length(add)
+    _add_compile(add)
     _add_temperature(add)
     add("--seed", type=_number(int, 0), default=0, help="of the first prompt (default: %(default)s)")
 
@@ -509,6 +513,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
         help="draft from the drafter's distribution or its argmax (default: %(default)s)")  # fmt: skip
     _add_draft_length(add)
+    _add_compile(add)
     add("--evaluate-every", metavar="m", type=_cadence, default=DecodeConfig.evaluate_every,
         help='rounds from one scoring of all drafters to the next, or "adaptive" (default: %(default)s)')  # fmt: skip
     _add_temperature(add)
@@ -532,6 +537,10 @@ def _add_profile(add: Callable) -> None:
     add("--profile", metavar="FILE", nargs="?", type=_figure, const=True, default=False,
         help="tell the time by stage; draw it, round by round, into FILE (.png or .svg) if one is named. "
         "A GPU is waited for after every stage, which costs speed")  # fmt: skip
+
+
+def _add_compile(add: Callable) -> None:
+    add("--compile", action="store_true", help="capture the target's forward: pays after half a minute's wait, see README")
 
 
 def _add_temperature(add: Callable) -> None:

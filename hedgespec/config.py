@@ -38,6 +38,10 @@ class DecodeConfig:
         selection: "sample" a drafter from the weights, or take their "argmax".
         track_regret: score every drafter after each round even where the learner does not ask for it.
         backend: of `evaluate` and `verify`; "auto" or a name from `hedgespec.backends.BACKENDS`.
+        compile: the target's forward over a round's tokens is worked out once for each shape and kept by the decoder: on a
+            GPU a CUDA graph, on a CPU compiled layers, for which the first request waits half a minute or more, and later
+            ones at most at a new length of the text (256, 512, 1024 ... tokens) or size of the batch. A target that cannot
+            be captured runs as it is, with a warning.
 
     Raises: TypeError or ValueError naming the argument, what was expected and what came. Learner, its options and the
     prior are checked by `Decoder`, which knows the number of drafters; the backend when it is first used.
@@ -56,6 +60,7 @@ class DecodeConfig:
     overlap: bool | None = None
     track_regret: bool = False
     backend: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.evaluate_every != "adaptive":
@@ -63,6 +68,8 @@ class DecodeConfig:
         _check_int("draft_length", self.draft_length, 1)
         if self.drafter_window is not None:
             _check_int("drafter_window", self.drafter_window, 16, " or None")
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile: expected a bool, got {type(self.compile).__name__}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")

@@ -59,6 +59,14 @@ def _linear_cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
+# What tracers and fake tensors see of it: a launcher that takes addresses is invisible to them. A call by this name costs a
+# few microseconds more.
+_LIBRARY = torch.library.Library("hedgespec", "DEF")
+_LIBRARY.define("few_row_linear(Tensor x, Tensor weight) -> Tensor")
+_LIBRARY.impl("few_row_linear", lambda x, weight: _quick()(x, weight), "CPU")
+_LIBRARY.impl("few_row_linear", lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
+
+
 def _load_reference():
     return functional.linear
 
@@ -84,7 +92,8 @@ class FewRowLinear(nn.Linear):
             and not torch.is_grad_enabled()
             and x.device.type == "cpu"
         ):
-            return _quick()(x, weight)
+            traced = torch._C._len_torch_dispatch_stack() > 0
+            return torch.ops.hedgespec.few_row_linear(x, weight) if traced else _quick()(x, weight)
         return functional.linear(x, weight)
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch.nn import functional
 
+from hedgespec import capture
 from hedgespec.cache import RaggedCache, RowBuffer
+from hedgespec.linear import few_row_view
 
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 """Layer types whose state is keys and values, and so can be rolled back."""
@@ -54,6 +59,97 @@ def rows_may_differ(model) -> bool:
     return config._attn_implementation in MASKABLE and takes_positions and not getattr(config, "alibi", False)
 
 
+def captures_graphs(model) -> bool:
+    """Whether its forwards are captured as CUDA graphs, or else compiled."""
+    return device_of(model).type == "cuda"
+
+
+class CapturedTarget:
+    """A view of a target with what was captured of its forwards over a round's tokens, for one session at a time.
+
+    Args:
+        model: the target; the view shares its weights.
+        compilations: of `hedgespec.capture.CompiledLayers`.
+
+    Raises: NotCapturable.
+    """
+
+    def __init__(self, model, compilations: dict):
+        capture.check_plain(model)
+        self.model, self.cache = few_row_view(model), RaggedCache(0)
+        self.graphs = self.layers = None
+        if captures_graphs(model):
+            self.graphs, self._buffers = capture.CudaGraphs(), {}
+        else:
+            self.layers = capture.CompiledLayers(self.model, self._state, compilations)
+
+    def _state(self, layer: int) -> list[torch.Tensor]:
+        return [self.cache.layers[layer].keys, self.cache.layers[layer].values, self.cache.fixed]
+
+    def __call__(
+        self, function, aux_layers: tuple, cache: RaggedCache, tokens: torch.Tensor, lengths: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """function(tokens, lengths), which reads `self.model`, writes into `cache` and returns the states of `aux_layers`."""
+        key = (*tokens.shape, cache.capacity, aux_layers)
+        if self.graphs is not None:
+            self._settle(cache, (len(tokens), cache.capacity))
+            return self.graphs(key, function, tokens, lengths)
+        self.cache, self.layers.bucket = cache, key
+        try:
+            return function(tokens, lengths)
+        finally:
+            self.layers.bucket = None
+
+    def _settle(self, cache: RaggedCache, bucket: tuple[int, int]) -> None:
+        """Has a cache in the buffers that the graphs of this many rows and slots know; moved in whole, so that nothing of an
+        earlier request is left."""
+        kept = self._buffers.setdefault(
+            bucket, [(torch.empty_like(one.keys), torch.empty_like(one.values)) for one in cache.layers]
+        )
+        for layer, (keys, values) in zip(cache.layers, kept, strict=True):
+            if layer.keys is not keys:
+                layer.keys, layer.values = keys.copy_(layer.keys), values.copy_(layer.values)
+
+
+class Captures:
+    """The captured forwards of a target, kept from request to request. Threads may share one: each session borrows its own.
+
+    Args:
+        count: T, tokens of a round; a forward over fewer is filled up to them.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self.compilations: dict = {}
+        """By graph and shapes, what was compiled."""
+        self._idle: list[CapturedTarget] = []
+        self._fingerprint: tuple = ()
+        self._warned = False
+
+    def __reduce__(self):
+        return Captures, (self.count,)  # a copy, pickled or deep, begins anew
+
+    def lend(self, model, borrower) -> CapturedTarget | None:
+        """For as long as `borrower` lives; None, with a warning the first time, where the model cannot be captured."""
+        try:
+            if not rows_may_differ(model):
+                raise capture.NotCapturable("it takes no positions and mask of its own for each row")
+            if (found := capture.fingerprint(model)) != self._fingerprint:
+                self._fingerprint, self._idle = found, []
+            idle = self._idle
+            captured = idle.pop() if idle else CapturedTarget(model, self.compilations)
+        except capture.NotCapturable as error:
+            self.warn(error)
+            return None
+        weakref.finalize(borrower, idle.append, captured)  # to where it came from: the model may have changed meanwhile
+        return captured
+
+    def warn(self, reason: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"the target runs as it is, not compiled: {reason}", stacklevel=2)
+
+
 class TargetSession:
     """A batch's view of the target: rows advance together, each at its own position.
 
@@ -61,10 +157,12 @@ class TargetSession:
         model: a transformers causal language model in eval mode.
         aux_layers: the `Drafter.aux_layers` of every drafter; empty ones are ignored.
         batch: B, rows; 1 unless `rows_may_differ`.
+        captures: where forwards over a round's tokens are captured; None runs them all as they are.
     """
 
-    def __init__(self, model, aux_layers: Iterable[tuple[int, ...]], batch: int = 1):
-        self.model = model
+    def __init__(self, model, aux_layers: Iterable[tuple[int, ...]], batch: int = 1, *, captures: Captures | None = None):
+        self.captures, self.captured = captures, None if captures is None else captures.lend(model, self)
+        self.model = model if self.captured is None else self.captured.model
         self.cache = RaggedCache(batch)
         self.aux_layers = [layers for layers in dict.fromkeys(aux_layers) if layers]
         self.features = [{layers: RowBuffer() for layers in self.aux_layers} for _ in range(batch)]
@@ -79,6 +177,12 @@ class TargetSession:
         Returns: logits [B, logits_to_keep, V] of the last positions.
         """
         lengths, count = self.cache.lengths, tokens.shape[1]
+        if self._fits(count):
+            try:
+                return self._forward_fixed(tokens)[:, :count][:, -logits_to_keep:]
+            except capture.NotCapturable as error:  # nothing is lost: it wrote behind the rows' lengths
+                self.captures.warn(error)
+                self.captured = None
         positions = self.cache.slots(count, tokens.device)
         arguments = {}
         if "position_ids" in self._arguments:
@@ -99,6 +203,40 @@ class TargetSession:
             states = [out.hidden_states[layer].to(tokens.device) for layer in layers]
             self._chunk[layers] = torch.cat(states, -1)
         return out.logits[:, -logits_to_keep:].to(tokens.device)
+
+    def _fits(self, count: int) -> bool:
+        """Whether a captured forward can read them: behind a prompt, and within the positions that the model knows."""
+        if self.captured is None or count > self.captures.count or not self.cache.layers:
+            return False
+        most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return most is None or max(self.cache.lengths) + self.captures.count <= most
+
+    def _forward_fixed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`forward` at fixed shapes: T tokens a row, the whole capacity of the cache, lengths on the device.
+
+        Returns: logits [B, T, V], those past the tokens given of no meaning.
+        """
+        spare = self.captures.count - tokens.shape[1]
+        self.cache.make_room(self.captures.count)
+        lengths = torch.tensor(self.cache.lengths, device=tokens.device)
+        logits, *states = self.captured(
+            self._read, tuple(self.aux_layers), self.cache, functional.pad(tokens, (0, spare)), lengths
+        )
+        self._chunk = dict(zip(self.aux_layers, states, strict=True))
+        return logits.clone()  # the next round's forward may write where these are
+
+    def _read(self, tokens: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+        """Logits [B, T, V], then the hidden states of each of the aux layers. No value on the device decides what runs."""
+        positions = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        self.cache.fixed = positions
+        try:
+            out = self.model(
+                tokens, position_ids=positions, attention_mask=self._masks(positions, self.cache.capacity),
+                past_key_values=self.cache, use_cache=True, output_hidden_states=bool(self.aux_layers),
+            )  # fmt: skip
+        finally:
+            self.cache.fixed = None
+        return [out.logits, *(torch.cat([out.hidden_states[layer] for layer in layers], -1) for layers in self.aux_layers)]
 
     def keep(self, counts: Sequence[int]) -> None:
         """Keeps the first `counts[b]` tokens of row b's last forward and forgets the others."""

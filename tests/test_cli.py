@@ -229,7 +229,7 @@ def test_the_default_draft_length_is_five(stats, place):
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_learner_and_mode_reach_the_decoder(learner, stats, monkeypatch):
+def test_learner_mode_and_compile_reach_the_decoder(learner, stats, monkeypatch):
     configs = []
 
     class Spy(hedgespec.Decoder):
@@ -239,8 +239,10 @@ def test_learner_and_mode_reach_the_decoder(learner, stats, monkeypatch):
 
     monkeypatch.setattr(hedgespec, "Decoder", Spy)
     for mode in ("sampled", "argmax"):
-        stats("0", "--learner", learner, "--mode", mode, "--max-new-tokens", 4)
-    assert [(config.learner, config.mode) for config in configs] == [(learner, "sampled"), (learner, "argmax")]
+        # One token comes from the prompt's forward, and there is nothing yet to compile for.
+        stats("0", "--learner", learner, "--mode", mode, "--max-new-tokens", 1, *["--compile"] * (mode == "argmax"))
+    found = [(config.learner, config.mode, config.compile) for config in configs]
+    assert found == [(learner, "sampled", False), (learner, "argmax", True)]
 
 
 def test_the_learner_decides_who_drafts(stats, place):
@@ -518,18 +520,18 @@ def test_demo_defaults(demo, capsys):
     del demo[0]["console"]
     assert demo == [
         {"prompts_per_domain": 2, "max_new_tokens": 80, "draft_length": 5, "temperature": 0.0, "seed": 0,
-         "plot": Path("hedgespec-demo.png"), "profile": False}
+         "compile": False, "plot": Path("hedgespec-demo.png"), "profile": False}
     ]  # fmt: skip
 
 
 def test_demo_options(demo, capsys, tmp_path):
-    options = "--prompts 5 --max-new-tokens 9 --draft-length 4 --temperature 0.5 --seed 3"
+    options = "--prompts 5 --max-new-tokens 9 --draft-length 4 --temperature 0.5 --seed 3 --compile"
     assert cli.main(["demo", *options.split(), *"--plot x.png --profile y.svg --json out.json".split()]) == 0
     assert json.loads((tmp_path / "out.json").read_text()) == FIGURES
     del demo[0]["console"]
     assert demo == [
         {"prompts_per_domain": 5, "max_new_tokens": 9, "draft_length": 4, "temperature": 0.5, "seed": 3,
-         "plot": Path("x.png"), "profile": Path("y.svg")}
+         "compile": True, "plot": Path("x.png"), "profile": Path("y.svg")}
     ]  # fmt: skip
     assert cli.main(["demo", "--plot", "", "--profile"]) == 0
     assert demo[1]["plot"] is None and demo[1]["profile"] is True

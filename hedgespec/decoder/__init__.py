@@ -21,7 +21,7 @@ from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
-from hedgespec.target import check_target, rows_may_differ
+from hedgespec.target import Captures, check_target, rows_may_differ
 
 __all__ = ["RAREST", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
 
@@ -71,6 +71,7 @@ class Decoder:
                     f"got {drafter.vocab_size}"
                 )
         self.vocabulary, self._stacks = vocabulary, stacks_of(self.drafters)
+        self.captures = Captures(self.config.draft_length + 1) if self.config.compile else None
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
 
     def stacks(self) -> list[tuple[list[int], HeadStack]]:

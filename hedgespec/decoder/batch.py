@@ -55,7 +55,8 @@ class Batch:
         self.one_hot = self.config.mode == "argmax" or sampling.temperature == 0
         # A view of the target as it is now: adapters and hooks may have come and gone since the last request.
         view = few_row_view(decoder.target)
-        self.target = TargetSession(view, (drafter.aux_layers for drafter in drafters), len(requests))
+        layers = (drafter.aux_layers for drafter in drafters)
+        self.target = TargetSession(view, layers, len(requests), captures=decoder.captures)
         self.rows = [
             Row(index, request, drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)

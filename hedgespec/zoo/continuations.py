@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from hedgespec.paths import cache_dir
 from hedgespec.zoo.corpora import DOMAINS, Domain, prompts
-from hedgespec.zoo.target import cache_dir
 
 BATCH = 64
 GREEDY_IN_FIVE = 3

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hedgespec.errors import ZooError
+from hedgespec.paths import cache_dir
 from hedgespec.zoo import templates
-from hedgespec.zoo.target import cache_dir
 
 Document = tuple[str, str]
 

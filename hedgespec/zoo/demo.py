@@ -66,7 +66,7 @@ def _mat(stats: list[DecodeStats]) -> float:
 
 
 def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: int = 5, temperature: float = 0.0,
-        seed: int = 0, plot: Path | None = None, profile: Path | bool = False,
+        seed: int = 0, compile: bool = False, plot: Path | None = None, profile: Path | bool = False,
         console: Console | None = None) -> dict:  # fmt: skip
     """Decodes the mixed stream and returns the figures, each overall one the mean of the domains' own.
 
@@ -77,6 +77,7 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
         temperature: 0 is greedy. Above it, the three ways emit different texts and no fixed drafter can be replayed:
             mat_best_fixed is then NaN.
         seed: of the first prompt; each next one adds 1.
+        compile: of `DecodeConfig`, for both ways with drafters.
         plot: where the weights over time are drawn; None draws nothing.
         profile: tells HedgeSpec's time by stage as well, and draws it where a path says.
         console: where progress goes.
@@ -92,9 +93,10 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
     if plot is not None or isinstance(profile, Path):
         import matplotlib  # noqa: F401  missing, it is missed now and not after minutes of work
     zoo = load_zoo()
-    hedge = Decoder(zoo.target, zoo.drafters, DecodeConfig(draft_length=draft_length))
+    shared = {"draft_length": draft_length, "compile": compile}
+    hedge = Decoder(zoo.target, zoo.drafters, DecodeConfig(**shared))
     alone = [drafter for drafter in zoo.drafters if drafter.name == GENERALIST]
-    generalist = Decoder(zoo.target, alone, DecodeConfig(draft_length=draft_length, learner="fixed"))
+    generalist = Decoder(zoo.target, alone, DecodeConfig(**shared, learner="fixed"))
     stream = load_prompts()[: prompts_per_domain * len(EXPERTS)]
     domains = {name: _Domain() for name in EXPERTS}
     traces: list[tuple[str, DecodeStats]] = []

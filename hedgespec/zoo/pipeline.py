@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from hedgespec.paths import cache_dir
 from hedgespec.zoo import EXPERTS, NAMES, continuations, corpora, matrix, train
 from hedgespec.zoo.storage import load_head
-from hedgespec.zoo.target import cache_dir, load_target
+from hedgespec.zoo.target import load_target
 
 STAGES = ("collect", "heads", "matrix")
 HELD_OUT_PROMPTS = 40

