@@ -98,7 +98,7 @@ def test_a_head_that_says_nan_leaves_its_row_and_no_other(target, monkeypatch):
 
     expected = target.generate(**batch_of(3), max_new_tokens=40, do_sample=False)
     decoder = Decoder(target, drafters, DecodeConfig(draft_length=3, evaluate_every=1))
-    monkeypatch.setattr("hedgespec.decoder.pool.StackSession", Faulty)
+    monkeypatch.setattr("hedgespec.drafters.stack.StackSession", Faulty)
     with pytest.warns(UserWarning, match="is out of this request"):
         out = decoder.generate(**batch_of(3), max_new_tokens=40, seed=0)
     assert out.sequences.tolist() == expected.tolist()
@@ -122,7 +122,7 @@ def test_an_unsound_draft_is_not_used(target, monkeypatch, temperature, processe
         options |= {"temperature": temperature, "top_k": 0}
     if processed:
         options |= {"repetition_penalty": 1.3}
-    monkeypatch.setattr("hedgespec.decoder.pool.StackSession", Faulty)
+    monkeypatch.setattr("hedgespec.drafters.stack.StackSession", Faulty)
     decoder = Decoder(target, [head], DecodeConfig(draft_length=3))
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="head-1 is out of this request"):
@@ -142,7 +142,7 @@ def test_heads_that_fail_together_go_on_apart(target, monkeypatch):
 
     expected = target.generate(**batch_of(3), max_new_tokens=30, do_sample=False)
     heads[1].session = lambda: 1 / 0
-    monkeypatch.setattr("hedgespec.decoder.pool.StackSession", Faulty)
+    monkeypatch.setattr("hedgespec.drafters.stack.StackSession", Faulty)
     decoder = Decoder(target, heads, DecodeConfig(draft_length=3))
     with pytest.warns(UserWarning, match="heads work apart|is out of this request") as caught:
         out = decoder.generate(**batch_of(3), max_new_tokens=30, seed=0)
@@ -164,7 +164,7 @@ def test_the_adaptive_cadence_follows_the_choice(target, monkeypatch):
             return super().score(*arguments)
 
     heads = [tiny_head(target, seed) for seed in (1, 2)]
-    monkeypatch.setattr("hedgespec.decoder.pool.StackSession", Counted)
+    monkeypatch.setattr("hedgespec.drafters.stack.StackSession", Counted)
     learner = Decoder(target, heads).new_learner()
     for _ in range(400):
         learner.update([0.0, 1.0])

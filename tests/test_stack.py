@@ -7,10 +7,12 @@ import gc
 import numpy as np
 import pytest
 import torch
+from test_capture import FakeCuda, Watched
 from torch import nn
 
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
-from hedgespec.drafters.stack import HeadStack, StackSession, kind_of
+from hedgespec.drafters.stack import HeadGraphs, HeadStack, StackSession, kind_of
+from hedgespec.prefill import stack_linear
 
 VOCABULARY, HEADS, WIDTH = 40, 4, 36
 SHAPES = dict(
@@ -45,6 +47,18 @@ def text_of(length: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, t
     return tokens, torch.randn(length, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Products of rows that choose their head as the reference has them off the CPU, where it may not look at the choice."""
+
+    def product(x, weight, which=None, *, index=None):
+        if which is None or index is not None:
+            return stack_linear(x, weight, which, index=index, backend="reference")
+        return torch.bmm(weight[which], x[:, :, None])[:, :, 0]
+
+    monkeypatch.setattr("hedgespec.drafters.stack.stack_linear", product)
+
+
 class Alone:
     """What a head says without a stack and without a past: everything read anew, every time."""
 
@@ -66,14 +80,20 @@ class Alone:
 @pytest.mark.parametrize(
     ("shares", "mapped", "count"), [(True, True, HEADS), (False, True, HEADS), (True, False, 2), (True, True, 1)]
 )
-def test_a_stack_is_its_heads_one_after_another(dtype, shares, mapped, count):
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_stack_is_its_heads_one_after_another(request, dtype, shares, mapped, count, captured):
     """Random rounds: rows of a batch advance each by as much as was accepted, draft each with a head of its own, some only
-    after a while, and all heads catch up now and then."""
+    after a while, and all heads catch up now and then. The same if every pass is a graph, captured once a shape."""
+    if captured and dtype != torch.float64:
+        pytest.skip("the fake that stands for a GPU sees torch's operations, and not the kernels for float32 on the CPU")
+    if captured:
+        request.getfixturevalue("as_on_a_gpu")
     heads = pool_of(count, dtype, shares=shares, mapped=mapped)
     random = np.random.default_rng(0)
     texts = [text_of(150, dtype, seed) for seed in range(3)]
     alone, close = Alone(pool_of(count, dtype, shares=shares, mapped=mapped), texts), dict(atol=CLOSE[dtype], rtol=0)
-    session = StackSession(HeadStack(heads), 3)
+    cuda = FakeCuda()
+    session = StackSession(HeadStack(heads), 3, graphs=HeadGraphs(cuda) if captured else None)
     lengths = np.array([7, 2, 12])  # prompts and first tokens
 
     def since(rows, taken):
@@ -113,6 +133,9 @@ def test_a_stack_is_its_heads_one_after_another(dtype, shares, mapped, count):
         if round == 15:  # a row has come to its end
             rows = [0, 2]
             session.select(rows)
+    if captured:
+        assert session.graphs is not None
+        assert cuda.captured < cuda.replayed / 2
 
 
 def test_a_window_bounds_the_cache_and_forgets_the_oldest():
@@ -138,8 +161,8 @@ def test_a_window_bounds_the_cache_and_forgets_the_oldest():
                 start = session.base[row]
                 fresh = session.stack.heads[1].session()
                 expected = fresh.prefill(tokens[start : lengths[row]], features[start : lengths[row]], 1)[0]
-                torch.testing.assert_close(session.given[1, row], expected, atol=1e-4, rtol=0)
-    assert max(sizes) <= 2 * 2 * 2 * 2 * 6 * 8 * (32 + 4)
+                torch.testing.assert_close(session.given[1, row], expected, atol=1e-3, rtol=0)
+    assert max(sizes) <= 2 * 2 * 2 * 2 * 6 * 8 * (32 + 32)
     assert len(sizes) <= 3
 
 
@@ -196,3 +219,35 @@ def test_heads_of_one_kind_only_are_stacked():
     kinds = {kind_of(one) for one in (head, other, pool_of(1, torch.float32)[0])}
     assert len(kinds) == 3
     assert kind_of(head) == kind_of(alike)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_captures_go_from_request_to_request():
+    """The caches of a capture are its own: a session is moved in, finds nothing of the last one, and captures nothing anew."""
+    stack, cuda = HeadStack(pool_of(2)), FakeCuda()
+    graphs, counts = HeadGraphs(cuda), []
+    for seed in (0, 1, 0):
+        tokens, features = text_of(40, torch.float64, seed)
+        session = StackSession(stack, 1, graphs=graphs)
+        session.score([0], [tokens[:20]], [features[:20]])
+        session.score([0], [tokens[20:23]], [features[20:23]])
+        session.lead([0], [1], [tokens[:0]], [features[:0]])
+        drafted = session.step([0], tokens[30:31])
+        reference = stack.heads[1].session()
+        reference.prefill(tokens[:23], features[:23], 1)
+        torch.testing.assert_close(drafted[0], reference.step(tokens[30:31]), atol=1e-12, rtol=0)
+        counts.append(cuda.captured)
+    assert counts == [3, 3, 3]
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_no_value_on_the_device_decides_what_a_captured_pass_runs():
+    graphs = HeadGraphs(FakeCuda())  # which raises where one did
+    session = StackSession(HeadStack(pool_of(3)), 2, graphs=graphs)
+    texts = [text_of(40, torch.float64, seed) for seed in range(2)]
+    session.score([0, 1], *zip(*[(tokens[:9], features[:9]) for tokens, features in texts]))
+    session.lead([0, 1], [2, 0], *zip(*[(tokens[9:11], features[9:11]) for tokens, features in texts]))
+    session.step([0, 1], torch.tensor([1, 2]))
+    assert session.graphs is graphs
+    with pytest.raises(AssertionError), Watched():
+        torch.ones(1).item()

@@ -63,7 +63,7 @@ class Batch:
         ]
         for place, row in enumerate(self.rows):
             row.place = place
-        self.pool = Pool(drafters, decoder.stacks(), self.rows, self.config.drafter_window)
+        self.pool = Pool(drafters, decoder.stacks(), self.rows, self.config.drafter_window, self.config.compile)
         self.overlaps = self.config.overlap if self.config.overlap is not None else self.device.type == "cuda"
         self.side = SideStream(self.device)
         self.under_way: list[_Scores] = []

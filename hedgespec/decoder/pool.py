@@ -18,7 +18,7 @@ import torch
 from hedgespec.decoder.row import Row, draft_width
 from hedgespec.drafters import Drafter, DrafterSession
 from hedgespec.drafters.eagle import EagleHead
-from hedgespec.drafters.stack import HeadStack, StackSession, kind_of
+from hedgespec.drafters.stack import HeadStack, kind_of
 from hedgespec.records import Choice, Draft
 from hedgespec.sampling import Sampling
 from hedgespec.transfer import to_device
@@ -35,12 +35,12 @@ class Heads:
         members: their indices in the pool.
         stack: their weights.
         batch: B, rows.
-        window: see `StackSession`.
+        window, captured: see `HeadStack.session`.
     """
 
-    def __init__(self, members: Sequence[int], stack: HeadStack, batch: int, window: int | None):
+    def __init__(self, members: Sequence[int], stack: HeadStack, batch: int, window: int | None, captured: bool):
         self.members, self.maps, self.layers = list(members), stack.maps, stack.config.aux_layers
-        self.session = StackSession(stack, batch, window)
+        self.session = stack.session(batch, window, captured=captured)
 
     @property
     def cache_bytes(self) -> int:
@@ -178,13 +178,13 @@ class Pool:
         drafters: N.
         stacks: which of them work as one, as (indices, weights).
         rows: B rows, not begun.
-        window: see `StackSession`.
+        window, captured: see `HeadStack.session`.
     """
 
     def __init__(self, drafters: Sequence[Drafter], stacks: Sequence[tuple[list[int], HeadStack]], rows: Sequence[Row],
-                 window: int | None = None):  # fmt: skip
+                 window: int | None = None, captured: bool = False):  # fmt: skip
         self.drafters, self.rows = drafters, list(rows)
-        self.parts: list[Heads | Singles] = [Heads(members, stack, len(rows), window) for members, stack in stacks]
+        self.parts: list[Heads | Singles] = [Heads(members, stack, len(rows), window, captured) for members, stack in stacks]
         stacked = {index for members, _ in stacks for index in members}
         alike: dict[tuple[int, bool], list[int]] = {}
         for index, drafter in enumerate(drafters):

@@ -10,9 +10,11 @@ at its own pace.
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +22,35 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from hedgespec.cache import grown
+from hedgespec.capture import CudaGraphs, NotCapturable
 from hedgespec.drafters.eagle import EagleHead
 from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
 from hedgespec.transfer import to_device
 
 _OWNERS: weakref.WeakKeyDictionary[EagleHead, weakref.ref[HeadStack]] = weakref.WeakKeyDictionary()
 """The stack in whose memory a head's own parameters lie."""
+
+
+class HeadGraphs:
+    """A stack's passes as CUDA graphs, with the caches they were captured over: for one session at a time, from request to
+    request.
+
+    Args:
+        cuda: `torch.cuda`; tests put something else in its place.
+    """
+
+    def __init__(self, cuda: Any = torch.cuda):
+        self._graphs, self._caches = CudaGraphs(cuda), {}
+
+    def __call__(self, session: StackSession, key: tuple, run: Callable, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """run(*inputs), which reads and writes the session's caches; the next call of the same key overwrites the results."""
+        bucket = session.keys.shape[1], session.keys.shape[3]
+        if bucket not in self._caches:
+            self._caches[bucket] = torch.empty_like(session.keys), torch.empty_like(session.values)
+        keys, values = self._caches[bucket]
+        if session.keys is not keys:  # moved in whole: nothing of an earlier request is left
+            session.keys, session.values = keys.copy_(session.keys), values.copy_(session.values)
+        return self._graphs((*bucket, *key), run, *inputs)
 
 
 class HeadStack:
@@ -61,6 +86,7 @@ class HeadStack:
             self.maps = torch.stack([head.draft_to_target for head in heads])
         self.frequency = heads[0].rope_frequency.to(self.weights["fc.weight"].device)
         self._origin = self._origins()
+        self._idle: list[HeadGraphs] = []
 
     def is_current(self) -> bool:
         """Whether the heads' parameters are still what was stacked: neither moved, nor replaced, nor written to."""
@@ -69,6 +95,15 @@ class HeadStack:
     def _origins(self) -> list[tuple[int, int]]:
         parameters = [parameter for head in self.heads for parameter in head.parameters()]
         return [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters]
+
+    def session(self, batch: int, window: int | None = None, *, captured: bool = False) -> StackSession:
+        """A fresh batch, see `StackSession`; `captured` on a GPU, and without an effect elsewhere."""
+        if not captured or self.frequency.device.type != "cuda":
+            return StackSession(self, batch, window)
+        graphs = self._idle.pop() if self._idle else HeadGraphs()
+        session = StackSession(self, batch, window, graphs)
+        weakref.finalize(session, self._idle.append, graphs)
+        return session
 
     def linear(self, name: str, x: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
         return stack_linear(x, self.weights[name], which)
@@ -118,6 +153,8 @@ class _Rows:
     """`places` on the device."""
     which: torch.Tensor | None
     """`heads` on the device."""
+    ends: np.ndarray | None = None
+    """int64 [R], slots that the last position of the chunk at hand may look at."""
 
     @classmethod
     def at(cls, places, heads, positions: np.ndarray, device: torch.device) -> _Rows:
@@ -142,12 +179,13 @@ class StackSession:
         batch: B.
         window: most verified tokens of a row that are kept for its heads to look at, unless one chunk has more; where they
             are exceeded the older half is forgotten. None keeps all.
+        graphs: captures of the passes; None runs them as they are.
 
     A row's first token is not read, since no feature precedes it, but counts as taken in.
     """
 
-    def __init__(self, stack: HeadStack, batch: int, window: int | None = None):
-        self.stack, self.window = stack, window
+    def __init__(self, stack: HeadStack, batch: int, window: int | None = None, graphs: HeadGraphs | None = None):
+        self.stack, self.window, self.graphs = stack, window, graphs
         heads, config, weight = len(stack.heads), stack.config, stack.weights["fc.weight"]
         self.keys = weight.new_zeros(heads, batch, config.num_key_value_heads, 0, config.head_dim)
         self.values = self.keys.clone()
@@ -263,7 +301,8 @@ class StackSession:
         Returns: hidden states [(N,) R, T or 1, H] and logits [(N,) R, T or 1, Vd]; no N where a row has one head.
         """
         slots, count = now.positions - self.base[now.places], tokens.shape[1]
-        spare = 0 if self.captured is None else (1 << (count - 1).bit_length()) - count  # few shapes, few captures
+        now.ends = slots + (count if last is None else last + 1)
+        spare = 0 if self.graphs is None else (1 << (count - 1).bit_length()) - count  # few shapes, few captures
         self._make_room(int(slots.max()) + count + spare)
         inputs = [tokens, features, now.index, *(to_device(one, tokens.device) for one in (now.positions, slots))]
         optional = {"which": now.which, "last": None if last is None else to_device(last, tokens.device)}
@@ -273,14 +312,14 @@ class StackSession:
             return self._layer(*inputs[:5], **dict(zip(names, inputs[5:])), fused=fused, now=now)
 
         inputs += [optional[name] for name in names]
-        if self.captured is not None:
+        if self.graphs is not None:
             inputs[:2] = F.pad(tokens, (0, spare)), F.pad(features, (0, 0, 0, spare))
             try:
-                states = self.captured(self, (fused, *names, *inputs[0].shape), run, *inputs)
+                states = self.graphs(self, (fused, *names, *inputs[0].shape), run, *inputs)
                 return tuple(one[..., :count, :].clone() for one in states)  # the next run may write where they are
             except NotCapturable as error:
                 warnings.warn(f"the heads run as they are, not captured: {error}", stacklevel=2)
-                inputs[:2], self.captured = (tokens, features), None
+                inputs[:2], self.graphs = (tokens, features), None
         return run(*inputs, now=now)
 
     def _layer(self, tokens: torch.Tensor, features: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor,
