@@ -155,6 +155,7 @@ class DelayQueue:
 
 def _out_of_range(prob: NDArray[np.floating], ratio: NDArray[np.floating]) -> str:
     """Which of the two is not in [0, 1], NaN included."""
-    prob_fits = ((prob >= 0) & (prob <= 1 + _ROUNDING)).all()
+    wide = prob.astype(np.float64)  # as it was looked at
+    prob_fits = ((wide >= 0) & (wide <= 1 + _ROUNDING)).all()
     name, values = ("acceptance_ratio", ratio) if prob_fits else ("acceptance_prob", prob)
     return f"{name}: expected values in [0, 1], got {values}"
