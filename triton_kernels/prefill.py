@@ -74,7 +74,7 @@ def stack_linear_kernel(
                 tl.store(out + row * columns + ids, tl.sum(sums, 1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["eps", "rows", "stride_head"], do_not_specialize_on_alignment=["which"])
+@triton.jit(do_not_specialize=["eps", "rows"], do_not_specialize_on_alignment=["which"])
 def stack_rms_norm_kernel(
     x, weight, which, out, eps, heads, rows, width, stride_head, stride_row, BLOCK: tl.constexpr
 ):  # fmt: skip
