@@ -49,10 +49,6 @@ def close(got, exact, scale):
     assert ((got.double() - exact).abs() <= most).all(), (got.double() - exact).abs().max()
 
 
-def each_dtype(backend):
-    return [torch.float64] if backend not in DTYPES else DTYPES[backend]
-
-
 # Products.
 
 
@@ -75,7 +71,7 @@ def product_of(x, weights, which):
     [(1, 1, 1, 1), (2, 3, 5, 7), (7, 1, 17, 24), (3, 6, 13, 9), (4, 0, 3, 4), (3, 9, 25, 65), (7, 5, 70, 129), (2, 33, 12, 8)],
 )
 def test_products(backend, heads, rows, columns, inner, chosen):
-    for dtype in each_dtype(backend):
+    for dtype in DTYPES[backend]:
         weight = torch.randn(heads, columns, inner).to(dtype)
         x = torch.randn(*(() if chosen else (heads,)), rows, inner).to(dtype)
         which = torch.randint(heads, (rows,)) if chosen else None
@@ -97,7 +93,7 @@ def test_products_with_rows_of_a_table(backend, heads, rows, columns, inner, tab
         draw[:, 1:] = draw[:, :-1].clone()
     if order == "one ascends":
         draw[0] = draw[0].sort().values
-    for dtype in each_dtype(backend):
+    for dtype in DTYPES[backend]:
         table = torch.randn(table_rows, inner).to(dtype)
         x = torch.randn(*(() if chosen else (heads,)), rows, inner).to(dtype)
         which = torch.randint(heads, (rows,)) if chosen else None
@@ -147,7 +143,7 @@ def test_many_rows_of_one_head_are_left_to_torch():
 
 @pytest.mark.parametrize(("heads", "rows", "width"), [(1, 1, 1), (3, 2, 7), (7, 6, 64), (2, 0, 5), (2, 3, 4100)])
 def test_norms(backend, heads, rows, width):
-    for dtype in each_dtype(backend):
+    for dtype in DTYPES[backend]:
         weight, eps = torch.randn(heads, width).to(dtype), 1e-3
         which = torch.randint(heads, (rows,))
         for x, chosen in (
@@ -169,7 +165,7 @@ def test_norms(backend, heads, rows, width):
 
 @pytest.mark.parametrize("shape", [(2,), (3, 14), (2, 3, 2 * 65), (0, 4), (7, 2, 2, 2 * 1030)])
 def test_swiglu(backend, shape):
-    for dtype in each_dtype(backend):
+    for dtype in DTYPES[backend]:
         gate_up = (8 * torch.randn(shape)).to(dtype)
         gate, up = gate_up.double()[..., : shape[-1] // 2], gate_up.double()[..., shape[-1] // 2 :]
         exact = gate / (1 + torch.exp(-gate)) * up
@@ -243,7 +239,7 @@ def test_rotation_and_caches(
 ):  # fmt: skip
     if backend == "triton" and steps > 9:
         pytest.skip("the interpreter is slow, and the shape is for threads")
-    for dtype in each_dtype(backend):
+    for dtype in DTYPES[backend]:
         arguments = scene(dtype, heads, rows, steps, attention_heads, kv_heads, head_dim, batch, capacity, chosen)
         before = [cache.clone() for cache in arguments[4:6]]
         exact = appended(*arguments)
@@ -377,8 +373,8 @@ def arguments_of_rotary(**changes):
         (stack_linear, (torch.zeros(2, 3, 5), torch.zeros(2, 5, 4)), ValueError, r"x: expected \[2, R, 4\]"),
         (stack_linear, (torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(3)), ValueError, "x: expected .* `which`"),
         (stack_linear, (torch.zeros(3, 4), torch.zeros(2, 5, 4), torch.zeros(3)), TypeError, "which: expected torch.int64"),
-        (stack_linear, (torch.zeros(3, 4), torch.zeros(2, 5, 4), torch.tensor([0, 1])), ValueError, r"which: expected shape \[3\]"),
-        (stack_linear, (torch.zeros(2, 4), torch.zeros(2, 5, 4), torch.tensor([0, 2])), ValueError, r"which: expected values in 0..1"),
+        (stack_linear, (torch.zeros(3, 4), torch.zeros(2, 5, 4), torch.tensor([0, 1])), ValueError, r"which: .* shape \[3\]"),
+        (stack_linear, (torch.zeros(2, 4), torch.zeros(2, 5, 4), torch.tensor([0, 2])), ValueError, r"which: .* in 0..1"),
         (stack_linear, (torch.zeros(2, 4), torch.zeros(2, 5, 4), torch.tensor([0, -1])), ValueError, r"which: .* got -1"),
         (stack_linear, (torch.zeros(2, 3, 4), torch.zeros(2, 5, 4, device="meta")), ValueError, "weight: expected device cpu"),
         (stack_rms_norm, (torch.zeros(2, 3, 4), torch.zeros(4), 1e-5), ValueError, r"weight: expected \[N, H\]"),
@@ -452,40 +448,42 @@ def test_backends_share_one_signature():
             assert dict(inspect.signature(backends.resolve(name, backend, "cpu")).parameters) == expected, (name, backend)
 
 
-# Graphs: nothing on a GPU may wait for values. A tensor without values cannot be looked at.
+# Graphs: nothing off the CPU may wait for values. What has no values cannot be looked at.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend_name", ["reference", "triton"])
-def test_nothing_on_a_gpu_looks_at_values(backend_name, dtype, monkeypatch):
-    launches = []
-    if backend_name == "triton":
-        if "triton" not in backends.available("swiglu"):
-            pytest.skip("Triton cannot run here")
-        common = importlib.import_module("hedgespec.triton_kernels._common")
-        monkeypatch.setattr(common, "launcher", lambda kernel, *_: lambda *args, **constants: launches.append(kernel))
-    with FakeTensorMode():
-
-        def on_gpu(*shape, dtype=dtype):
-            return torch.empty_strided(shape, torch.empty(shape, device="meta").stride(), dtype=dtype, device="cuda")
-
-        which, rows = on_gpu(4, dtype=torch.int64), on_gpu(4, dtype=torch.int64)
-        weight, table, index = on_gpu(3, 10, 8), on_gpu(50, 8), on_gpu(3, 10, dtype=torch.int64)
-        keys, values = on_gpu(3, 4, 2, 16, 6), on_gpu(3, 4, 2, 16, 6)
-        frequency = on_gpu(3, dtype=torch.float32)
-        results = [
-            stack_linear(on_gpu(3, 4, 8), weight, backend=backend_name),
-            stack_linear(on_gpu(4, 8), weight, which, backend=backend_name),
-            stack_linear(on_gpu(3, 4, 8), table, index=index, backend=backend_name),
-            stack_linear(on_gpu(4, 8), table, which, index=index, backend=backend_name),
-            stack_rms_norm(on_gpu(1, 4, 8), on_gpu(3, 8), 1e-5, backend=backend_name),
-            stack_rms_norm(on_gpu(4, 8), on_gpu(3, 8), 1e-5, which, backend=backend_name),
-            swiglu(on_gpu(3, 4, 8), backend=backend_name),
-            rotary_append(on_gpu(3, 4, 5, 48), frequency, rows, rows, keys, values, rows, backend=backend_name),
-            rotary_append(on_gpu(4, 5, 48), frequency, rows, rows, keys, values, rows, which, backend=backend_name),
-        ]
+def shapes_of_all(backend, make, dtype):
+    """Every form of every operation on tensors of `make(*shape, dtype=)`: dtypes, devices and shapes of the results."""
+    which, rows = make(4, dtype=torch.int64), make(4, dtype=torch.int64)
+    weight, table, index = make(3, 10, 8), make(50, 8), make(3, 10, dtype=torch.int64)
+    keys, values, frequency = make(3, 4, 2, 16, 6), make(3, 4, 2, 16, 6), make(3, dtype=torch.float32)
+    results = [
+        stack_linear(make(3, 4, 8), weight, backend=backend),
+        stack_linear(make(4, 8), weight, which, backend=backend),
+        stack_linear(make(3, 4, 8), table, index=index, backend=backend),
+        stack_linear(make(4, 8), table, which, index=index, backend=backend),
+        stack_rms_norm(make(1, 4, 8), make(3, 8), 1e-5, backend=backend),
+        stack_rms_norm(make(4, 8), make(3, 8), 1e-5, which, backend=backend),
+        swiglu(make(3, 4, 8), backend=backend),
+        rotary_append(make(3, 4, 5, 48), frequency, rows, rows, keys, values, rows, backend=backend),
+        rotary_append(make(4, 5, 48), frequency, rows, rows, keys, values, rows, which, backend=backend),
+    ]
     assert [tuple(each.shape) for each in results] == [
         (3, 4, 10), (4, 10), (3, 4, 10), (4, 10), (3, 4, 8), (4, 8), (3, 4, 4), (3, 4, 4, 5, 6), (4, 4, 5, 6),
     ]  # fmt: skip
-    assert all(each.device.type == "cuda" and each.dtype is dtype for each in results)
-    assert len(launches) == (7 if backend_name == "triton" else 0)
+    assert all(each.device == keys.device and each.dtype is dtype for each in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_looks_at_no_values_off_the_cpu(dtype):
+    shapes_of_all("reference", lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device="meta"), dtype)
+
+
+@pytest.mark.skipif("triton" not in backends.available("swiglu"), reason="Triton cannot run here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_looks_at_no_values(dtype, monkeypatch):
+    launches = []
+    common = importlib.import_module("hedgespec.triton_kernels._common")
+    monkeypatch.setattr(common, "launcher", lambda kernel, *_: lambda *args, **constants: launches.append(kernel))
+    with FakeTensorMode():
+        shapes_of_all("triton", lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device="cuda"), dtype)
+    assert len(launches) == 7  # all but the products of every head with its own rows, which are torch's
