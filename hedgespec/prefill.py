@@ -32,7 +32,7 @@ def stack_linear(
     """x @ weight.transpose(1, 2), or with `which` row by row x[r] @ weight[which[r]].T
 
     With `index` the heads' weights are rows of one table, weight[n] = table[index[n]]: draft vocabularies over one output
-    matrix, which is read once for all heads. No backend but the reference copies a weight.
+    matrix, which is read once for all heads. No kernel copies a weight, as long as it is contiguous.
 
     Args:
         x: [N, R, inner], floating point; may be expanded. With `which` [R, inner].

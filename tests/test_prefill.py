@@ -448,6 +448,37 @@ def test_backends_share_one_signature():
             assert dict(inspect.signature(backends.resolve(name, backend, "cpu")).parameters) == expected, (name, backend)
 
 
+@pytest.mark.skipif("triton" not in backends.available("swiglu"), reason="Triton cannot run here")
+def test_ids_nobody_looked_at_reach_no_other_memory():
+    """What a GPU launch does with ids that the CPU would refuse: brought into range, or nothing written."""
+    device = "cuda" if HAS_GPU else "cpu"
+
+    def launch(operation, *arguments, **options):
+        moved = [each.to(device) if isinstance(each, torch.Tensor) else each for each in arguments]
+        options = {name: each.to(device) for name, each in options.items()}
+        return backends.resolve(operation.__name__, "triton", device)(*moved, **options).cpu(), moved
+
+    x, weight, wild, tame = torch.randn(3, 8), torch.randn(2, 5, 8), torch.tensor([-7, 2**40, 1]), torch.tensor([0, 1, 1])
+    close(launch(stack_linear, x, weight, wild)[0], *product_of(x, weight, tame))
+    index = torch.tensor([[0, -1, 3], [2, 2**40, 1]])
+    close(launch(stack_linear, x, weight[0], tame, index=index)[0], *product_of(x, weight[0][index.clamp(0, 4)], tame))
+    got, _ = launch(stack_rms_norm, x, weight[:, 0], 1e-5, wild)
+    torch.testing.assert_close(got, stack_rms_norm(x, weight[:, 0], 1e-5, tame))
+    for name, bad in (("slots", [-1, 7, 2**40]), ("rows", [-1, 4, 2**40]), ("which", [-1, 2, 2**40])):
+        for each in bad:
+            arguments = scene(torch.float32, 2, 1, 2, 2, 1, 4, 3, 8, True)
+            before = [cache.clone() for cache in arguments[4:6]]
+            good = arguments.copy()
+            arguments[{"slots": 3, "rows": 6, "which": 7}[name]] = torch.tensor([each])
+            queries, moved = launch(rotary_append, *arguments)
+            close(queries, appended(*good)[0], torch.tensor(5.0))
+            for old, cache in zip(before, moved[4:6]):
+                unharmed = old == cache.cpu()
+                if name == "slots":  # its other token may fit
+                    unharmed = unharmed[..., 1:7, :]
+                assert unharmed.all()
+
+
 # Graphs: nothing off the CPU may wait for values. What has no values cannot be looked at.
 
 
