@@ -71,22 +71,23 @@ HEDGESPEC_INLINE void stripe(const Head& head, std::int64_t row, std::int64_t be
   for (; column < end; ++column) tile<Rows, 1>(head, row, column);
 }
 
-// Rows in groups of up to six, or of four where there are more: what each group leaves room for in 16 registers decides how
-// many columns it takes, and three with four rows need the fewest loads for a product.
+// Up to eight rows in one pass over the weights. More of them in groups of four: with three columns these need the fewest
+// loads for a product, and the weights come from the cache after the first group.
 HEDGESPEC_CLONES void columns_of(const Head& head, std::int64_t begin, std::int64_t end) {
+  const std::int64_t group = head.rows <= 8 ? 8 : 4;
   for (std::int64_t first = begin; first < end; first += strip) {
     const std::int64_t last = std::min(first + strip, end);
-    for (std::int64_t row = 0; row < head.rows;) {
-      const std::int64_t left = head.rows - row, group = left <= 6 ? left : 4;
-      switch (group) {
+    for (std::int64_t row = 0; row < head.rows; row += group) {
+      switch (std::min(group, head.rows - row)) {
         case 1: stripe<1, 4>(head, row, first, last); break;
         case 2: stripe<2, 4>(head, row, first, last); break;
         case 3: stripe<3, 4>(head, row, first, last); break;
+        case 4: stripe<4, 3>(head, row, first, last); break;
         case 5: stripe<5, 2>(head, row, first, last); break;
         case 6: stripe<6, 2>(head, row, first, last); break;
-        default: stripe<4, 3>(head, row, first, last); break;
+        case 7: stripe<7, 1>(head, row, first, last); break;
+        default: stripe<8, 1>(head, row, first, last); break;
       }
-      row += group;
     }
   }
 }

@@ -11,7 +11,6 @@ import importlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -23,12 +22,17 @@ from hedgespec.linear import MOST_ROWS
 
 
 def stack_linear(
-    x: Tensor, weight: Tensor, which: Tensor | None = None, *, index: Tensor | None = None, backend: str = "auto"
-) -> Tensor:
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    which: torch.Tensor | None = None,
+    *,
+    index: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
     """x @ weight.transpose(1, 2), or with `which` row by row x[r] @ weight[which[r]].T
 
     With `index` the heads' weights are rows of one table, weight[n] = table[index[n]]: draft vocabularies over one output
-    matrix, which is read once for all heads. No backend but the reference copies a weight.
+    matrix, which is read once for all heads. No kernel copies a weight, as long as it is contiguous.
 
     Args:
         x: [N, R, inner], floating point; may be expanded. With `which` [R, inner].
@@ -66,7 +70,9 @@ def stack_linear(
     return backends.resolve("stack_linear", backend, device.type, dtype)(x, weight, which, index=index)
 
 
-def stack_rms_norm(x: Tensor, weight: Tensor, eps: float, which: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+def stack_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, which: torch.Tensor | None = None, *, backend: str = "auto"
+) -> torch.Tensor:
     """x * rsqrt(mean(x^2) + eps) * weight[:, None], or with `which` row by row * weight[which[r]]; in float32 or wider
 
     Args:
@@ -96,7 +102,7 @@ def stack_rms_norm(x: Tensor, weight: Tensor, eps: float, which: Tensor | None =
     return backends.resolve("stack_rms_norm", backend, device.type, dtype)(x, weight, eps, which)
 
 
-def swiglu(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
+def swiglu(gate_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """silu(gate_up[..., :I]) * gate_up[..., I:]
 
     Args:
@@ -116,17 +122,17 @@ def swiglu(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def rotary_append(
-    qkv: Tensor,
-    frequency: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    which: Tensor | None = None,
+    qkv: torch.Tensor,
+    frequency: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    which: torch.Tensor | None = None,
     *,
     backend: str = "auto",
-) -> Tensor:
+) -> torch.Tensor:
     """Rotates queries and keys by their positions, writes keys and values into the caches in place, returns the queries.
 
     keys[n, rows[r], :, slots[r] + t] = rotate(key of token t of row r, positions[r] + t), values likewise unrotated, for
@@ -178,7 +184,7 @@ def rotary_append(
     return rotate(qkv, frequency, positions, slots, keys, values, rows, which)
 
 
-def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
     if tensor.dtype is not dtype:
         raise wrong(name, dtype, tensor.dtype, TypeError)
     if tensor.shape != shape:
@@ -187,7 +193,7 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
         raise wrong(name, f"device {device}", tensor.device)
 
 
-def _check_rows(name: str, x: Tensor, dims: int, heads: int, width: int | None, which: Tensor | None) -> None:
+def _check_rows(name: str, x: torch.Tensor, dims: int, heads: int, width: int | None, which: torch.Tensor | None) -> None:
     """`x` has `dims` dimensions, the last `width` wide, after one for the heads unless `which` says each row's."""
     shape = x.shape
     if which is None:
@@ -203,7 +209,7 @@ def _check_rows(name: str, x: Tensor, dims: int, heads: int, width: int | None, 
 _checked_indices = WeakTensorKeyDictionary()
 
 
-def _check_index(index: Tensor, rows: int, device: torch.device) -> None:
+def _check_index(index: torch.Tensor, rows: int, device: torch.device) -> None:
     """An index [N, columns] into a table of `rows` rows. Its values are looked at on the CPU, once and after torch wrote to
     it: an index is long-lived. Inference tensors keep no version, so they are checked every time."""
     if index.dtype is not torch.int64:
@@ -219,7 +225,7 @@ def _check_index(index: Tensor, rows: int, device: torch.device) -> None:
             _checked_indices[index] = seen
 
 
-def _many_rows(x: Tensor, which: Tensor | None, index: Tensor | None) -> bool:
+def _many_rows(x: torch.Tensor, which: torch.Tensor | None, index: torch.Tensor | None) -> bool:
     """Whether some head has more rows than the CPU kernel is quick for, where torch's general product is at home.
 
     With an index it is not: it would multiply with the whole table, for every head.
@@ -232,7 +238,9 @@ def _many_rows(x: Tensor, which: Tensor | None, index: Tensor | None) -> bool:
 # The references.
 
 
-def stack_linear_reference(x: Tensor, weight: Tensor, which: Tensor | None = None, *, index: Tensor | None = None) -> Tensor:
+def stack_linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, which: torch.Tensor | None = None, *, index: torch.Tensor | None = None
+) -> torch.Tensor:
     """`stack_linear` in plain torch, in x's dtype."""
     if index is not None:
         columns = index[:, None] if which is None else index[which]
@@ -250,29 +258,31 @@ def stack_linear_reference(x: Tensor, weight: Tensor, which: Tensor | None = Non
     return out
 
 
-def stack_rms_norm_reference(x: Tensor, weight: Tensor, eps: float, which: Tensor | None = None) -> Tensor:
+def stack_rms_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, which: torch.Tensor | None = None
+) -> torch.Tensor:
     """`stack_rms_norm` in plain torch, in float32, or in float64 for float64."""
     wide = x if x.dtype is torch.float64 else x.float()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normal * (weight[:, None] if which is None else weight[which])).to(x.dtype)
 
 
-def swiglu_reference(gate_up: Tensor) -> Tensor:
+def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
     """`swiglu` in plain torch, in its argument's dtype."""
     gate, up = gate_up.chunk(2, -1)
     return functional.silu(gate) * up
 
 
 def rotary_append_reference(
-    qkv: Tensor,
-    frequency: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    which: Tensor | None = None,
-) -> Tensor:
+    qkv: torch.Tensor,
+    frequency: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    which: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`rotary_append` in plain torch: angles in float32 whatever the dtype, as heads are trained, the rest in qkv's dtype."""
     kv_heads, head_dim = keys.shape[2], keys.shape[4]
     states = qkv.unflatten(-1, (-1, head_dim))  # [..., R, T, A + 2 KV, D]

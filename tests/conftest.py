@@ -97,8 +97,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` in a test of tests/test_OPERATION.py runs it on every backend registered for OPERATION."""
     if "backend" not in metafunc.fixturenames:
         return
-    operation = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
-    importlib.import_module(f"hedgespec.{operation}")
+    stem = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
+    importlib.import_module(f"hedgespec.{stem}")
+    operation = getattr(metafunc.module, "OPERATION", stem)  # a stem of several operations names one of them
     registered = backends.report()["operations"][operation]
     metafunc.parametrize(
         "backend",

@@ -53,6 +53,7 @@ def fuzz(calls: int, seed: int) -> None:
 
     from hedgespec.evaluate import MODES, evaluate
     from hedgespec.linear import linear
+    from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
     from hedgespec.verify import verify
 
     torch.set_num_threads(2)
@@ -151,10 +152,37 @@ def fuzz(calls: int, seed: int) -> None:
         inner, columns = size(1, 7, 8, 9, 64), size(1, 15, 16, 17)
         linear(torch.randn(rng.randint(0, 17), inner), torch.randn(columns, inner), backend="cpu")
 
+    def one_stack() -> None:
+        heads, rows, columns, inner = rng.randint(1, 5), rng.randint(0, 9), size(1, 11, 12, 13), size(1, 7, 8, 9)
+        which = torch.randint(heads, (rows,)) if rng.random() < 0.5 else None
+        leading = (rows,) if which is not None else (heads, rows)
+        x, index = torch.randn(*leading, inner), None
+        if rng.random() < 0.2 and which is None:
+            x = torch.randn(rows, inner).expand(heads, -1, -1)
+        if rng.random() < 0.5:
+            index = torch.randint(size(1, 300), (heads, columns))
+            index = index.sort(-1).values if rng.random() < 0.7 else index
+        weight = torch.randn(heads, columns, inner) if index is None else torch.randn(int(index.max()) + 1, inner)
+        assert stack_linear(x, weight, which, index=index, backend="cpu").shape == (*leading, columns)
+        stack_rms_norm(x, torch.randn(heads, inner), 1e-5, which, backend="cpu")
+        swiglu(torch.randn(*leading, 2 * inner) * rng.choice((1, 1e3, 1e30)), backend="cpu")
+        steps, batch, capacity, head_dim = (
+            rng.randint(0, 5),
+            rows + rng.randint(0, 2),
+            rng.randint(5, 9),
+            2 * rng.randint(1, 20),
+        )
+        attention_heads, kv_heads = rng.randint(1, 4), rng.randint(1, 3)
+        keys, values = torch.zeros(2, heads, batch, kv_heads, capacity, head_dim)
+        qkv = torch.randn(*leading, steps, (attention_heads + 2 * kv_heads) * head_dim)
+        slots, frequency = torch.randint(capacity - steps + 1, (rows,)), torch.rand(head_dim // 2)
+        rotary_append(qkv, frequency, slots * 1000, slots, keys, values, torch.randperm(batch)[:rows], which, backend="cpu")
+        assert (values != 0).any(-1).sum() == qkv.numel() // qkv.shape[-1] * kv_heads
+
     start = time.monotonic()
     for call in range(calls):
         try:
-            rng.choices((one_evaluate, one_verify, one_linear), (6, 5, 1))[0]()
+            rng.choices((one_evaluate, one_verify, one_linear, one_stack), (6, 5, 1, 2))[0]()
         except Exception:
             print(f"call {call} of seed {seed}", file=sys.stderr)
             raise

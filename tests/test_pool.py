@@ -89,12 +89,12 @@ def test_a_head_that_says_nan_leaves_its_row_and_no_other(target, monkeypatch):
     calls = []
 
     class Faulty(StackSession):
-        def _layer(self, now, *arguments):
-            hidden = super()._layer(now, *arguments)
+        def _forward(self, now, *arguments, **options):
+            hidden, logits = super()._forward(now, *arguments, **options)
             calls.append(len(calls))
-            if len(calls) > 12 and hidden.ndim == 4 and 1 in now.places:  # the second row, of the first stack's second head
-                hidden[1, now.places.tolist().index(1)] = math.nan
-            return hidden
+            if len(calls) > 12 and hidden.ndim == 4 and 1 in now.places:  # the second row, of each stack's second head
+                logits[1, now.places.tolist().index(1)] = math.nan
+            return hidden, logits
 
     expected = target.generate(**batch_of(3), max_new_tokens=40, do_sample=False)
     decoder = Decoder(target, drafters, DecodeConfig(draft_length=3, evaluate_every=1))

@@ -1,4 +1,4 @@
-"""The layer operations of a stack of heads in Triton: products whose rows choose their head, norms, SwiGLU, rotation and caches.
+"""The layer operations of stacked heads in Triton: products whose rows choose their head, norms, SwiGLU, rotation and caches.
 
 Where every head has rows of its own the products are the vendor's batched one: it reads each weight once and needs no help.
 Ids that nobody has looked at on a GPU are brought into their range, and what would be written outside a cache is not written.
@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from hedgespec.triton_kernels import _common
 from hedgespec.triton_kernels._common import Config
-from torch import Tensor
 from torch.nn import functional
 
 HALF_PI = tl.constexpr(math.pi / 2)
@@ -74,7 +73,7 @@ def stack_linear_kernel(
                 tl.store(out + row * columns + ids, tl.sum(sums, 1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["eps", "rows", "stride_head"], do_not_specialize_on_alignment=["which"])
+@triton.jit(do_not_specialize=["eps", "rows"], do_not_specialize_on_alignment=["which"])
 def stack_rms_norm_kernel(
     x, weight, which, out, eps, heads, rows, width, stride_head, stride_row, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -99,14 +98,14 @@ def stack_rms_norm_kernel(
         tl.store(out + program * width + ids, values * scale * weights, mask=ids < width)
 
 
-@triton.jit(do_not_specialize_on_alignment=["gate_up"])
-def swiglu_kernel(gate_up, out, blocks, width, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def swiglu_kernel(gate_up, out, blocks, width, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
     ids = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    gates = _common.row_of(gate_up, row * 2 * width, ALIGNED)
-    gate = tl.load(gates + ids, mask=ids < width, other=0.0).to(tl.float32)
-    up = tl.load(gates + width + ids, mask=ids < width, other=0.0).to(tl.float32)
+    gate_up += row * 2 * width + ids
+    gate = tl.load(gate_up, mask=ids < width, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + width, mask=ids < width, other=0.0).to(tl.float32)
     tl.store(out + row * width + ids, gate / (1.0 + tl.exp(-gate)) * up, mask=ids < width)
 
 
@@ -212,14 +211,16 @@ def rotary_append_kernel(
     tl.store(at + half, high, mask=mask)
 
 
-def stack_linear_triton(x: Tensor, weight: Tensor, which: Tensor | None = None, *, index: Tensor | None = None) -> Tensor:
+def stack_linear_triton(
+    x: torch.Tensor, weight: torch.Tensor, which: torch.Tensor | None = None, *, index: torch.Tensor | None = None
+) -> torch.Tensor:
     """`stack_linear`, with float32 sums. Arguments are taken as checked."""
     if which is None:
         if index is None:
             return torch.bmm(x, weight.transpose(1, 2))
         # The whole table for the rows of all heads: it is read once, and the columns nobody wants cost little beside that.
         every = functional.linear(x, weight)
-        return every.gather(2, index[:, None].expand(-1, every.shape[1], -1))
+        return every.gather(2, index.unsqueeze(1).expand(-1, every.shape[1], -1))
     x, weight, which = x if x.stride(1) == 1 else x.contiguous(), weight.contiguous(), which.contiguous()
     index = None if index is None else index.contiguous()
     heads, columns = (weight if index is None else index).shape[:2]
@@ -235,7 +236,7 @@ def stack_linear_triton(x: Tensor, weight: Tensor, which: Tensor | None = None, 
     return out
 
 
-def stack_rms_norm_triton(x: Tensor, weight: Tensor, eps: float, which: Tensor | None = None) -> Tensor:
+def stack_rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float, which: torch.Tensor | None = None) -> torch.Tensor:
     """`stack_rms_norm`, in float32. Arguments are taken as checked."""
     x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
     heads, width = weight.shape
@@ -253,7 +254,7 @@ def stack_rms_norm_triton(x: Tensor, weight: Tensor, eps: float, which: Tensor |
     return out
 
 
-def swiglu_triton(gate_up: Tensor) -> Tensor:
+def swiglu_triton(gate_up: torch.Tensor) -> torch.Tensor:
     """`swiglu`, in float32. Arguments are taken as checked."""
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
@@ -262,20 +263,20 @@ def swiglu_triton(gate_up: Tensor) -> Tensor:
         block = min(1024, _common.power_of_two(width))
         blocks = -(-width // block)
         launch = _common.launcher(swiglu_kernel, out.numel() // width * blocks, Config(block, 4), gate_up.device)
-        launch(gate_up, out, blocks, width, ALIGNED=_common.aligned(gate_up, [width]), BLOCK=block)
+        launch(gate_up, out, blocks, width, BLOCK=block)
     return out
 
 
 def rotary_append_triton(
-    qkv: Tensor,
-    frequency: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    which: Tensor | None = None,
-) -> Tensor:
+    qkv: torch.Tensor,
+    frequency: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    which: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`rotary_append`, in float32. Arguments are taken as checked."""
     heads, batch, kv_heads, capacity, head_dim = keys.shape
     *leading, steps, width = qkv.shape

@@ -69,6 +69,8 @@ class Batch:
         self.under_way: list[_Scores] = []
         """Evaluations whose results nobody has looked at, the oldest first."""
         self.began = time.perf_counter()
+        for row in self.rows:
+            row.stats.began = self.began
 
     def begin(self, past: DynamicCache | None) -> None:
         """Reads the prompts and emits every row's first token, the target's own: a head needs it before it can draft."""

@@ -238,7 +238,7 @@ class Pool:
             part = self.parts[number]
             if isinstance(part, Singles):
                 raise
-            warnings.warn(f"stacked heads work apart from now on: {type(error).__name__}: {error}", stacklevel=2)
+            warnings.warn(f"stacked heads work apart from now on: {type(error).__name__}: {error}", stacklevel=1)
         self.parts[number] = Singles(part.members, [self.drafters[index] for index in part.members], self.rows)
         return call(self.parts[number], *arguments)
 

@@ -180,7 +180,7 @@ class Row:
         self.alive[drafter] = False
         if name not in self.warned:  # one row of a batch speaks for all
             self.warned.add(name)
-            warnings.warn(f"drafter {name} is out of this request: {cause}", stacklevel=3)  # where it was asked
+            warnings.warn(f"drafter {name} is out of this request: {cause}", stacklevel=1)
 
 
 def draft_width(drafter: Drafter) -> int:

@@ -318,7 +318,7 @@ class StackSession:
                 states = self.graphs(self, (fused, *names, *inputs[0].shape), run, *inputs)
                 return tuple(one[..., :count, :].clone() for one in states)  # the next run may write where they are
             except NotCapturable as error:
-                warnings.warn(f"the heads run as they are, not captured: {error}", stacklevel=2)
+                warnings.warn(f"the heads run as they are, not captured: {error}", stacklevel=1)
                 inputs[:2], self.graphs = (tokens, features), None
         return run(*inputs, now=now)
 
