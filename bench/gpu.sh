@@ -39,11 +39,11 @@ step doctor "$python" -m hedgespec doctor
 step tests "$python" -m pytest -q -m gpu
 step memcheck sanitizer memcheck
 step racecheck sanitizer racecheck
-for operation in evaluate verify prefill; do
+for operation in evaluate verify prefill stack; do
   step "bench_$operation" "$python" -m pytest -q -s "bench/bench_$operation.py" --device cuda \
     --benchmark-json "$out/$operation.json"
 done
-"$python" bench/table.py "$out"/{evaluate,verify,prefill}.json >"$out/table.md"
+"$python" bench/table.py "$out"/{evaluate,verify,prefill,stack}.json >"$out/table.md"
 # Making the zoo's target wants a network: the decoder is measured where it was made before.
 if "$python" -c 'from hedgespec.zoo import target; exit(not (target.cache_dir() / target.NAME / "COMPLETE").exists())'; then
   step bench_decoder "$python" bench/bench_decoder.py --device cuda --json "$out/decoder.json"

@@ -145,15 +145,18 @@ def _top_k(target, prompt, k: int = 2, temperature: float = 0.6):
 
 
 @pytest.mark.gpu
-def test_a_gpu_emits_what_the_cpu_emits():
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_gpu_emits_what_the_cpu_emits(compile, overlap):
     """float64, so that another order of sums does not turn a tie."""
     outputs = []
     prompts, mask = torch.cat([prompt_of(0), prompt_of(1)]), torch.ones(2, 11, dtype=torch.int64)
     mask[1, :4] = 0
     for device in ("cpu", "cuda"):
         target = tiny_llama(seed=0, layers=4).to(device)
-        drafters = [tiny_head(target, 1).to(device), NGramDrafter(VOCABULARY)]
-        decoder = Decoder(target, drafters, DecodeConfig(backend="reference", overlap=False))
+        drafters = [tiny_head(target, 1).to(device), tiny_head(target, 2).to(device), NGramDrafter(VOCABULARY)]
+        config = DecodeConfig(backend="reference", overlap=overlap, compile=compile and device == "cuda")
+        decoder = Decoder(target, drafters, config)
         options = {"attention_mask": mask.to(device), "max_new_tokens": 30}
         sampled = decoder.generate(prompts.to(device), temperature=0.7, seed=0, **options).sequences
         dropped_in = target.generate(
