@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -133,7 +134,6 @@ class CompiledLayers:
             result = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
             return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))  # torch's own is a temporary one
         try:
             with _TRACING:
                 graph = make_fx(read)(*inputs)
@@ -152,6 +152,9 @@ class CompiledLayers:
 
 def compiled(graph: GraphModule) -> Callable[..., Sequence[torch.Tensor]]:
     """The graph by inductor, out of its cache on disk if an earlier run has seen it."""
+    temporary = default_cache_dir()  # which torch puts into the environment, whoever asks first
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary) == temporary:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "inductor")
     return torch.compile(graph, dynamic=False, fullgraph=True, options=INDUCTOR)
 
 
