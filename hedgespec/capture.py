@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -152,6 +151,8 @@ class CompiledLayers:
 
 def compiled(graph: GraphModule) -> Callable[..., Sequence[torch.Tensor]]:
     """The graph by inductor, out of its cache on disk if an earlier run has seen it."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # seconds that only those wait who compile
+
     temporary = default_cache_dir()  # which torch puts into the environment, whoever asks first
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary) == temporary:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "inductor")
