@@ -511,7 +511,7 @@ def _add_draft_length(add: Callable) -> None:
 
 
 def _add_compile(add: Callable) -> None:
-    add("--compile", action="store_true", help="capture the target's forward: CUDA graphs, or on a CPU compiled layers, see README")
+    add("--compile", action="store_true", help="capture the target's forward; on a CPU it gains little, see README")
 
 
 def _add_temperature(add: Callable) -> None:
