@@ -3,9 +3,9 @@ captured (compiled layers on a CPU, CUDA graphs on a GPU).
 
     python bench/bench_target.py --tokens 1 2 6 --batch 1 4 [--device cuda] [--dtype bfloat16] [--json FILE]
 
-Correctness is asserted first. Times are milliseconds of one forward, the fastest and the median; ratios are within one run. With
---clock cpu they are the processor's time of this process, which neighbours on the machine disturb less: set OMP_NUM_THREADS=1.
-The first captured forward is timed too: twice, to see what the cache on disk saves, takes two runs.
+Correctness is asserted first. Times are milliseconds of one forward, the fastest and the median; ratios are within one run.
+With --clock cpu they are the process's own time on the processor, which neighbours disturb less: set OMP_NUM_THREADS=1. The
+first captured forward, with all that leads to it, is timed too; a second run shows what inductor's cache on disk saves.
 """
 
 from __future__ import annotations
@@ -85,10 +85,8 @@ def main() -> None:
     options = parser.parse_args()
     model, _ = load_target(dtype=options.dtype, device=options.device)
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[options.clock]
-    rows = []
-    print(
-        f"torch {torch.__version__}, {options.device}, {options.dtype}, {torch.get_num_threads()} threads, {options.clock} clock"
-    )
+    rows, threads = [], torch.get_num_threads()
+    print(f"torch {torch.__version__}, {options.device}, {options.dtype}, {threads} threads, {options.clock} clock")
     print("rows tokens | ms plain, view, captured (median) | captured: x view's time, x plain's (medians) | first captured s")
     for batch in options.batch:
         for count in options.tokens:
@@ -101,7 +99,7 @@ def main() -> None:
             )
             print(f"{batch:4} {count:6} | {ms} | {ratios} | {row['first_captured_s']:.1f}", flush=True)
     if options.json:
-        recorded = {"threads": torch.get_num_threads(), "clock": options.clock, "dtype": options.dtype, "rows": rows}
+        recorded = {"threads": threads, "clock": options.clock, "dtype": options.dtype, "rows": rows}
         options.json.write_text(json.dumps(recorded, indent=2) + "\n")
 
 

@@ -8,7 +8,8 @@ a minute, and inductor keeps it on disk for the next run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ WARM_UPS = 3
 """Runs before a capture, in which libraries set themselves up and allocate what they keep."""
 INDUCTOR = {"cpp.threads": 1}
 """What is left between the products is small, and waking threads would cost more than it saves."""
+_TRACING = threading.Lock()
+"""A tracer replaces methods of `nn.Module` while it works: another one must not find them so."""
 MOST_GRAPHS = 32
 """CUDA graphs kept; the one that has waited longest makes room."""
 
@@ -114,8 +117,7 @@ class CompiledLayers:
     def _forward(self, place: int, plain: Callable, weights: list[torch.Tensor], programs: dict, *args, **kwargs):
         if self.bucket is None:
             return plain(*args, **kwargs)
-        leaves = pytree.tree_leaves((args, kwargs))
-        inputs = [*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *self._state(place), *weights]
+        inputs = [*_tensors(args), *_tensors(kwargs.values()), *self._state(place), *weights]
         if self.bucket not in programs:
             programs[self.bucket] = self._program(partial(plain, *args, **kwargs), inputs)
         program = programs[self.bucket]
@@ -132,13 +134,13 @@ class CompiledLayers:
             return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
         try:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))  # torch's own is a temporary one
-            graph = make_fx(read)(*inputs)
-            check_fixed(graph)
-            key = (graph.code, *((one.shape, one.stride(), one.dtype, one.device) for one in inputs))
-            if key not in self.compilations:
-                self.compilations[key] = compiled(graph)
-            self.compilations[key](*inputs)  # a compiler starts with the first call
+            with _TRACING:
+                graph = make_fx(read)(*inputs)
+                check_fixed(graph)
+                key = (graph.code, *((one.shape, one.stride(), one.dtype, one.device) for one in inputs))
+                if key not in self.compilations:
+                    self.compilations[key] = compiled(graph)
+                    self.compilations[key](*inputs)  # a compiler starts with the first call
         except NotCapturable:
             raise
         except Exception as error:  # of the model's code under a tracer, or of a compiler: the layer as it is may do better
@@ -149,7 +151,21 @@ class CompiledLayers:
 
 def compiled(graph: GraphModule) -> Callable[..., Sequence[torch.Tensor]]:
     """The graph by inductor, out of its cache on disk if an earlier run has seen it."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # seconds that only those wait who compile
+
+    temporary = default_cache_dir()  # which torch puts into the environment, whoever asks first
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary) == temporary:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "inductor")
     return torch.compile(graph, dynamic=False, fullgraph=True, options=INDUCTOR)
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """Those among the values, and within tuples and lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
 
 
 def check_fixed(graph: GraphModule) -> None:
@@ -190,13 +206,13 @@ def check_plain(model: nn.Module) -> None:
 
 def fingerprint(model: nn.Module) -> tuple:
     """What a capture depends on, by identity: equal for a model and views of it, until its modules, weights or hooks change."""
-    return tuple(
-        (
-            type(module), module.training, "forward" in vars(module), hasattr(module, "_hf_hook"), *map(id, _hooks(module)),
-            *((id(one), one.data_ptr()) for one in chain(module._parameters.values(), module._buffers.values()) if one is not None),
-        )
-        for module in model.modules()
-    )  # fmt: skip
+    found = []
+    for module in model.modules():
+        weights = [one for one in chain(module._parameters.values(), module._buffers.values()) if one is not None]
+        wrapped = "forward" in vars(module) or hasattr(module, "_hf_hook")
+        hooks = [id(hook) for hook in _hooks(module)]
+        found.append((type(module), module.training, wrapped, *hooks, *((id(one), one.data_ptr()) for one in weights)))
+    return tuple(found)
 
 
 def _hooks(module: nn.Module) -> list[Callable]:

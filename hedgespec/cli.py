@@ -540,7 +540,7 @@ def _add_profile(add: Callable) -> None:
 
 
 def _add_compile(add: Callable) -> None:
-    add("--compile", action="store_true", help="capture the target's forward: pays after half a minute's wait, see README")
+    add("--compile", action="store_true", help="capture the target's forward; on a CPU it gains little, see README")
 
 
 def _add_temperature(add: Callable) -> None:

@@ -39,9 +39,9 @@ class DecodeConfig:
         track_regret: score every drafter after each round even where the learner does not ask for it.
         backend: of `evaluate` and `verify`; "auto" or a name from `hedgespec.backends.BACKENDS`.
         compile: the target's forward over a round's tokens is worked out once for each shape and kept by the decoder: on a
-            GPU a CUDA graph, on a CPU compiled layers, for which the first request waits half a minute or more, and later
-            ones at most at a new length of the text (256, 512, 1024 ... tokens) or size of the batch. A target that cannot
-            be captured runs as it is, with a warning.
+            GPU a CUDA graph, on a CPU compiled layers, which gain little and for which a request waits some 10 s, up to half
+            a minute the first time, at each new length of the text (256, 512, 1024 ... tokens) or size of the batch. A
+            target that cannot be captured runs as it is, with a warning.
 
     Raises: TypeError or ValueError naming the argument, what was expected and what came. Learner, its options and the
     prior are checked by `Decoder`, which knows the number of drafters; the backend when it is first used.

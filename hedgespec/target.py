@@ -103,9 +103,9 @@ class CapturedTarget:
     def _settle(self, cache: RaggedCache, bucket: tuple[int, int]) -> None:
         """Has a cache in the buffers that the graphs of this many rows and slots know; moved in whole, so that nothing of an
         earlier request is left."""
-        kept = self._buffers.setdefault(
-            bucket, [(torch.empty_like(one.keys), torch.empty_like(one.values)) for one in cache.layers]
-        )
+        if bucket not in self._buffers:
+            self._buffers[bucket] = [(torch.empty_like(one.keys), torch.empty_like(one.values)) for one in cache.layers]
+        kept = self._buffers[bucket]
         for layer, (keys, values) in zip(cache.layers, kept, strict=True):
             if layer.keys is not keys:
                 layer.keys, layer.values = keys.copy_(layer.keys), values.copy_(layer.values)

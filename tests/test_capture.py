@@ -100,7 +100,10 @@ def test_a_captured_forward_is_the_plain_one_in_float64(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
 @torch.no_grad()
-def test_inductors_code_is_the_plain_forward(family):
+def test_inductors_code_is_the_plain_forward(family, monkeypatch, tmp_path):
+    """And it is kept where the project keeps what is made once."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HEDGESPEC_CACHE", str(tmp_path))
     captures = Captures(ROUND)
     pair = Pair(tiny(family), 2, captures)
     pair.read(8, 3, count=8)
@@ -108,6 +111,7 @@ def test_inductors_code_is_the_plain_forward(family):
     pair.read(1, 4, count=6)
     pair.check()
     assert len(captures.compilations) == 1
+    assert list((tmp_path / "inductor" / "fxgraph").rglob("*"))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral", "Gemma3Text"])
@@ -381,6 +385,32 @@ class _Recorder(Watched):
 
 def _tensors(results) -> list[torch.Tensor]:
     return [one for one in torch.utils._pytree.tree_leaves(results) if isinstance(one, torch.Tensor)]
+
+
+class OnDevice(TorchDispatchMode):
+    """Raises where a result is not on the meta device: it would have to be copied there, which a capture does not allow."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        results = operation(*args, **kwargs or {})
+        assert all(one.is_meta for one in _tensors(results)), operation
+        return results
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma3Text", "GPT2"])
+@torch.no_grad()
+def test_a_forward_of_fixed_shapes_asks_the_device_for_nothing(family):
+    """Tensors on the meta device have shapes and no values: whoever reads one, or waits for one, fails."""
+    model = tiny(family)
+    session = TargetSession(model, [(0, 2)], 2)
+    session.forward(torch.ones(2, 5, dtype=torch.int64), 1)
+    session.keep([5, 3])
+    session.model = copy.deepcopy(model).to("meta")
+    for layer in session.cache.layers:
+        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+    tokens, lengths = torch.ones(2, ROUND, dtype=torch.int64, device="meta"), torch.ones(2, dtype=torch.int64, device="meta")
+    with OnDevice():
+        logits, states = session._read(tokens, lengths)
+    assert logits.shape == (2, ROUND, 61) and states.shape == (2, ROUND, 64)
 
 
 def test_a_graph_is_captured_once_a_key_and_replayed():
