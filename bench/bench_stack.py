@@ -63,7 +63,7 @@ def report(benchmark, capsys, name, ways, times, call):
     benchmark.extra_info |= {way: round(other / own, 2) for way, other in zip(list(ways)[1:], times[1:])}
     with capsys.disabled():
         others = ", ".join(f"{way} {other / own:.2f}" for way, other in zip(list(ways)[1:], times[1:]))
-        print(f"\n{name}: {list(ways)[0]} {own * 1e3:.2f} ms; times that: {others}")
+        print(f"\n{name}: {next(iter(ways))} {own * 1e3:.2f} ms; times that: {others}")
     benchmark.pedantic(call, rounds=2)
 
 

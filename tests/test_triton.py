@@ -21,9 +21,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from hedgespec.triton_kernels import _common  # noqa: E402
+from hedgespec.triton_kernels import _common, prefill  # noqa: E402
 from hedgespec.triton_kernels import evaluate as evaluation  # noqa: E402
-from hedgespec.triton_kernels import prefill  # noqa: E402
 from hedgespec.triton_kernels import verify as verification  # noqa: E402
 
 from hedgespec import backends  # noqa: E402
