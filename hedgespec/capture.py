@@ -28,6 +28,8 @@ INDUCTOR = {"cpp.threads": 1}
 """What is left between the products is small, and waking threads would cost more than it saves."""
 _TRACING = threading.Lock()
 """A tracer replaces methods of `nn.Module` while it works: another one must not find them so."""
+_CAPTURING = threading.Lock()
+"""CUDA allows for one capture at a time in a process."""
 MOST_GRAPHS = 32
 """CUDA graphs kept; the one that has waited longest makes room."""
 
@@ -44,7 +46,7 @@ class CudaGraphs:
     """
 
     def __init__(self, cuda: Any = torch.cuda):
-        self._cuda, self._pool = cuda, None
+        self._cuda, self._pool, self._stream = cuda, None, None
         self._kept: dict[Hashable, tuple[Any, list[torch.Tensor], Sequence[torch.Tensor]]] = {}
 
     def __contains__(self, key: Hashable) -> bool:
@@ -68,20 +70,24 @@ class CudaGraphs:
         return outputs
 
     def _capture(self, function, inputs):
-        cuda, static = self._cuda, [one.clone() for one in inputs]
-        side = cuda.Stream()
-        side.wait_stream(cuda.current_stream())
-        with cuda.stream(side):
-            for _ in range(WARM_UPS):
-                function(*static)
-        cuda.current_stream().wait_stream(side)
-        graph = cuda.CUDAGraph()
-        try:
-            # Other threads may go on allocating while this one captures.
-            with cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outputs = function(*static)
-        except RuntimeError as error:
-            raise NotCapturable(f"its forward is no CUDA graph: {error}") from error
+        cuda = self._cuda
+        # Outside inference mode, or what is kept could be written to in that mode only. Streams are the current device's.
+        with _CAPTURING, cuda.device(inputs[0].device), torch.inference_mode(False), torch.no_grad():
+            static = [one.clone() for one in inputs]
+            if self._stream is None:  # torch's own is one for all devices and threads
+                self._stream = cuda.Stream()
+            self._stream.wait_stream(cuda.current_stream())
+            with cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    function(*static)
+            cuda.current_stream().wait_stream(self._stream)
+            graph = cuda.CUDAGraph()
+            try:
+                # Other threads may go on allocating while this one captures.
+                with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    outputs = function(*static)
+            except RuntimeError as error:
+                raise NotCapturable(f"it is no CUDA graph: {error}") from error
         self._pool = graph.pool()
         return graph, static, outputs
 

@@ -38,10 +38,11 @@ class DecodeConfig:
         selection: "sample" a drafter from the weights, or take their "argmax".
         track_regret: score every drafter after each round even where the learner does not ask for it.
         backend: of `evaluate` and `verify`; "auto" or a name from `hedgespec.backends.BACKENDS`.
-        compile: the target's forward over a round's tokens is worked out once for each shape and kept by the decoder: on a
-            GPU a CUDA graph, on a CPU compiled layers, which gain little and for which a request waits some 10 s, up to half
-            a minute the first time, at each new length of the text (256, 512, 1024 ... tokens) or size of the batch. A
-            target that cannot be captured runs as it is, with a warning.
+        compile: forwards of fixed shapes are worked out once for each shape and kept by the decoder. On a GPU the target's over
+            a round's tokens and the stacked heads' passes become CUDA graphs. On a CPU the target's layers are compiled, which
+            gains little and for which a request waits some 10 s, up to half a minute the first time, and again at a new length
+            of the text (256, 512, 1024 ... tokens) or size of the batch. A target that cannot be captured runs as it is, with
+            a warning.
 
     Raises: TypeError or ValueError naming the argument, what was expected and what came. Learner, its options and the
     prior are checked by `Decoder`, which knows the number of drafters; the backend when it is first used.
@@ -68,6 +69,8 @@ class DecodeConfig:
         _check_int("draft_length", self.draft_length, 1)
         if self.drafter_window is not None:
             _check_int("drafter_window", self.drafter_window, 16, " or None")
+        if self.overlap is not None and not isinstance(self.overlap, bool):
+            raise TypeError(f"overlap: expected a bool or None, got {self.overlap!r}")
         if not isinstance(self.compile, bool):
             raise TypeError(f"compile: expected a bool, got {type(self.compile).__name__}")
         for name, choices in CHOICES.items():

@@ -35,7 +35,8 @@ class DecodeStats:
     emitted_by_round: list[int] = field(default_factory=list)
     """Tokens a round emitted, accepted and recovered or bonus, [R]."""
     weights: list[np.ndarray] = field(default_factory=list)
-    """The weights each round's drafter was drawn from, failed drafters' share handed to the others, [R] of float64 [N]."""
+    """The weights at each round's beginning, from which its drafter was drawn unless that of the round before stayed; failed
+    drafters' share handed to the others, [R] of float64 [N]."""
     losses: list[np.ndarray] = field(default_factory=list)
     """Completed losses in the order the learner took them, [F] of float64 [N]."""
     played: list[float] = field(default_factory=list)

@@ -28,9 +28,10 @@ class Draft:
     """The drafter's logits, before temperature and threshold, [B, K, Vd]; None where the proposal is one-hot or empty."""
     draft_to_target: torch.Tensor | None = None
     """int64 [Vd], the target's id of each draft id of the logits; None where they are over the target's vocabulary."""
-    sound: torch.Tensor | None = None
-    """bool [], whether the drafter's logits had a finite maximum at each position; None where that is known. Where they
-    had not, the draft must not be used."""
+    usable: torch.Tensor | None = None
+    """int64 [], the first position at which the drafter's logits had no finite maximum, the draft length asked for if there
+    is none: only tokens before it are to be used. Which one it is depends on these only, so they are what was proposed.
+    None: nobody drafted."""
 
 
 @dataclass(frozen=True, slots=True)

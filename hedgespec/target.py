@@ -13,9 +13,12 @@ from torch.nn import functional
 from hedgespec import capture
 from hedgespec.cache import RaggedCache, RowBuffer
 from hedgespec.linear import few_row_view
+from hedgespec.transfer import to_device
 
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 """Layer types whose state is keys and values, and so can be rolled back."""
+MOST_CACHES = 4
+"""Caches, by rows and slots, that captured forwards are kept for."""
 MASKABLE = ("sdpa", "eager")
 """Attention implementations that take a mask of their own for every row."""
 
@@ -104,7 +107,10 @@ class CapturedTarget:
         """Has a cache in the buffers that the graphs of this many rows and slots know; moved in whole, so that nothing of an
         earlier request is left."""
         if bucket not in self._buffers:
-            self._buffers[bucket] = [(torch.empty_like(one.keys), torch.empty_like(one.values)) for one in cache.layers]
+            if len(self._buffers) >= MOST_CACHES:
+                self.graphs, self._buffers = capture.CudaGraphs(), {}
+            with torch.inference_mode(False):  # or they could be written to in that mode only
+                self._buffers[bucket] = [(torch.empty_like(one.keys), torch.empty_like(one.values)) for one in cache.layers]
         kept = self._buffers[bucket]
         for layer, (keys, values) in zip(cache.layers, kept, strict=True):
             if layer.keys is not keys:
@@ -137,7 +143,10 @@ class Captures:
             if (found := capture.fingerprint(model)) != self._fingerprint:
                 self._fingerprint, self._idle = found, []
             idle = self._idle
-            captured = idle.pop() if idle else CapturedTarget(model, self.compilations)
+            try:
+                captured = idle.pop()
+            except IndexError:
+                captured = CapturedTarget(model, self.compilations)
         except capture.NotCapturable as error:
             self.warn(error)
             return None
@@ -218,7 +227,7 @@ class TargetSession:
         """
         spare = self.captures.count - tokens.shape[1]
         self.cache.make_room(self.captures.count)
-        lengths = torch.tensor(self.cache.lengths, device=tokens.device)
+        lengths = to_device(self.cache.lengths, tokens.device)
         logits, *states = self.captured(
             self._read, tuple(self.aux_layers), self.cache, functional.pad(tokens, (0, spare)), lengths
         )

@@ -349,8 +349,11 @@ class FakeCuda:
     def CUDAGraph(self):
         return _FakeGraph(self)
 
+    def device(self, _):
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def graph(self, graph, pool, capture_error_mode):
+    def graph(self, graph, pool, stream, capture_error_mode):
         self.pools.append(pool)
         with _Recorder(graph):
             yield

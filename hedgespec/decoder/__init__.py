@@ -5,6 +5,7 @@ With the default configuration every request emits what `hedgespec/algorithm.py`
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ from hedgespec.sampling import Sampling
 from hedgespec.target import Captures, check_target, rows_may_differ
 
 __all__ = ["RAREST", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
+
+
+_STACKING = threading.Lock()
+"""One at a time makes heads lie in a stack anew; a decoder's own lock would keep it from being copied."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,22 @@ class Decoder:
                     f"drafter {drafter.name}: expected the target's vocabulary of {vocabulary} tokens, or a map into it, "
                     f"got {drafter.vocab_size}"
                 )
+            mapping = drafter.draft_to_target
+            if mapping is not None and len(mapping.unique()) < len(mapping):
+                raise VocabularyMismatchError(
+                    f"drafter {drafter.name}: expected draft_to_target of distinct ids, got some twice"
+                )
         self.vocabulary, self._stacks = vocabulary, stacks_of(self.drafters)
         self.captures = Captures(self.config.draft_length + 1) if self.config.compile else None
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
 
     def stacks(self) -> list[tuple[list[int], HeadStack]]:
         """The pool's equal-shaped heads, stacked: indices and weights. Made anew if a head has changed since."""
-        if not all(stack.is_current() for _, stack in self._stacks):
-            self._stacks = stacks_of(self.drafters)
-        return self._stacks
+        with _STACKING:
+            if not all(stack.is_current() for _, stack in self._stacks):
+                self._stacks = []  # as long as a stack is alive, the heads lie in it
+                self._stacks = stacks_of(self.drafters)
+            return self._stacks
 
     def new_learner(self) -> learners.Learner:
         """A learner as the configuration has it, at the start of a request."""

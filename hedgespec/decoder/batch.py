@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from hedgespec.decoder import Decoder
 
 
+MOST_MAPS = 64
+"""Stacked maps of drafters that drafted together, kept by a batch."""
+
+
 @dataclass
 class _Scores:
     """An evaluation under way."""
@@ -68,6 +72,7 @@ class Batch:
         self.side = SideStream(self.device)
         self.under_way: list[_Scores] = []
         """Evaluations whose results nobody has looked at, the oldest first."""
+        self.stacked_maps: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}
         self.began = time.perf_counter()
         for row in self.rows:
             row.stats.began = self.began
@@ -109,8 +114,9 @@ class Batch:
                 scored = self.pool.score(due, [row.unscored_tokens for row in due])
             with timed(stats, "evaluate"):
                 self._evaluate(due, scored)
+        later = self.overlaps and bool(due) and not any(row.finished for row in rows)
         with timed(stats, "learn"):
-            self._observe()
+            self._observe(later)
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
                 drafted = draft.tokens.shape[1] > 0
                 if drafted:
@@ -150,66 +156,68 @@ class Batch:
 
         Args:
             logits: [B, K+1, V]; of a row with a shorter draft the first positions count.
-            drafts: of each row. One that turns out unsound is replaced by none, its drafter lost to the row.
+            drafts: of each row. Who drafted what is not usable is lost to the row.
             choices: who drafted, by row.
             uniforms: by row, at least one for each drafted token, and the last one draws the token that follows.
         Returns: by row, the emitted tokens and the target's processed logits [emitted, V] at their positions.
         """
         emitted: list[list[int]] = [[]] * len(self.rows)
         verified: list[torch.Tensor] = [logits[0, :0]] * len(self.rows)
-        together: dict[tuple[int, bool] | None, list[int]] = {}
+        together: dict[tuple | None, list[int]] = {}
         for place, (row, draft) in enumerate(zip(self.rows, drafts)):
             if row.request.process is not None:
-                if draft.sound is not None and not draft.sound:
-                    self._reject(place, drafts, choices)
-                emitted[place], verified[place] = self._walk(row, logits[place], drafts[place], uniforms[place])
+                usable = draft.tokens.shape[1] if draft.usable is None else int(draft.usable)
+                self._lose_the_unsound(row, choices[place], draft, usable)
+                emitted[place], verified[place] = self._walk(row, logits[place], draft, usable, uniforms[place])
             else:
-                alike = None if draft.logits is None else (draft.logits.shape[2], draft.draft_to_target is not None)
+                alike = None
+                if draft.logits is not None:
+                    alike = draft.logits.shape[2], draft.logits.dtype, draft.draft_to_target is not None
                 together.setdefault(alike, []).append(place)
-        while together:
-            alike, places = together.popitem()
-            for place, tokens in zip(places, self._verify_alike(places, logits, drafts, uniforms)):
-                if tokens is None:
-                    self._reject(place, drafts, choices)
-                    together.setdefault(None, []).append(place)
-                else:
-                    emitted[place] = self.rows[place].emit(tokens)
-                    verified[place] = logits[place, : len(emitted[place])]
+        for places in together.values():
+            for place, (usable, tokens) in zip(places, self._verify_alike(places, logits, drafts, uniforms)):
+                row = self.rows[place]
+                self._lose_the_unsound(row, choices[place], drafts[place], usable)
+                emitted[place] = row.emit(tokens)
+                verified[place] = logits[place, : len(emitted[place])]
         return emitted, verified
 
-    def _reject(self, place: int, drafts: list[Draft], choices: Sequence[Choice]) -> None:
-        """Takes an unsound draft away, and its drafter out of the request."""
-        drafts[place] = no_draft(self.rows[place])
-        self.rows[place].lose(choices[place].drafter, ValueError(UNSOUND))
+    def _lose_the_unsound(self, row: Row, choice: Choice, draft: Draft, usable: int) -> None:
+        """Takes a drafter whose logits were not sound out of the request."""
+        if draft.usable is not None and usable < self.config.draft_length:
+            row.lose(choice.drafter, ValueError(UNSOUND))
 
-    def _verify_alike(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[list[int] | None]:
-        """Rows whose draft logits stack, verified in one call: what each emits, None where its draft is not sound."""
+    def _verify_alike(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[tuple[int, list[int]]]:
+        """Rows whose draft logits stack, verified in one call: of each how much of its draft is usable, and what it emits."""
         counts = [drafts[place].tokens.shape[1] for place in places]
         most = max(counts)
         tests = np.zeros((len(places), most + 1))
         for row, (place, count) in zip(tests, zip(places, counts)):
             row[:count], row[-1] = uniforms[place][:count], uniforms[place][-1]
         everyone = len(places) == len(self.rows)
-        target_logits = (logits if everyone else logits[places])[:, : most + 1]
+        target_logits = (logits if everyone else logits[to_device(places, self.device)])[:, : most + 1]
         draft_logits = mapping = None
         if drafts[places[0]].logits is not None:
             draft_logits = stack([drafts[place].logits[0] for place in places], 0)
-            mapping = _maps([drafts[place].draft_to_target for place in places], self.device)
+            mapping = self._maps([drafts[place].draft_to_target for place in places])
         draft_tokens = stack([drafts[place].tokens[0] for place in places], 0)
-        lengths = None if min(counts) == most else to_device(counts, self.device)
-        verdict = self._call_verify(target_logits, draft_tokens, draft_logits, mapping, tests, lengths)
-        known = [drafts[place].sound for place in places]
-        true = torch.ones((), dtype=torch.bool, device=self.device)
-        sound = torch.stack([true if one is None else one for one in known])
+        lengths = to_device(counts, self.device)
+        unknown = torch.full((), most, device=self.device)
+        usable = torch.stack([unknown if drafts[place].usable is None else drafts[place].usable for place in places])
+        verdict = self._call_verify(
+            target_logits, draft_tokens, draft_logits, mapping, tests, torch.minimum(lengths, usable) if most else None
+        )
         # What the host needs of a round, in one transfer.
-        found = torch.cat([sound[:, None], verdict.tokens], 1).tolist()
-        return [[token for token in tokens if token >= 0] if good else None for good, *tokens in found]
+        found = torch.cat([usable[:, None], verdict.tokens], 1).tolist()
+        return [(known, [token for token in tokens if token >= 0]) for known, *tokens in found]
 
-    def _walk(self, row: Row, logits: torch.Tensor, draft: Draft, uniforms: np.ndarray) -> tuple[list[int], torch.Tensor]:
+    def _walk(
+        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray
+    ) -> tuple[list[int], torch.Tensor]:
         """Verifies one draft token by token, so that the row's processors see every emitted token once, and no other."""
         emitted: list[int] = []
         verified: list[torch.Tensor] = []
-        drafted = draft.tokens.shape[1]
+        drafted = min(draft.tokens.shape[1], usable)
         for position in range(drafted + 1):
             here = slice(position, min(position + 1, drafted))  # nothing at the bonus position
             verified.append(row.request.process(row.seen, logits[position : position + 1]))
@@ -223,6 +231,20 @@ class Batch:
             if row.finished or int(verdict.accepted_length[0]) == 0:
                 break
         return emitted, torch.cat(verified)
+
+    def _maps(self, maps: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """The maps of alike drafts, [B, Vd], or [Vd] where all have the same, or None.
+
+        Stacked once for the same drafters in the same rows: what is checked of a map is remembered by tensor.
+        """
+        if all(one is maps[0] for one in maps):
+            return maps[0]
+        key = tuple(map(id, maps))
+        if key not in self.stacked_maps:
+            if len(self.stacked_maps) >= MOST_MAPS:
+                self.stacked_maps.clear()
+            self.stacked_maps[key] = torch.stack(list(maps)), list(maps)
+        return self.stacked_maps[key][0]
 
     def _call_verify(self, target_logits, draft_tokens, draft_logits, mapping, uniforms, lengths=None) -> Verdict:
         return verify(
@@ -247,16 +269,18 @@ class Batch:
         target_logits = stack([torch.cat(row.unscored) for row in rows], 0)
         for row in rows:
             row.unscored.clear()
-            row.may_switch = True
         tokens = stack([row.tokens[row.length - count : row.length] for row, count in zip(rows, counts)], 0)
         lengths = None if min(counts) == max(counts) else to_device(counts, self.device)
         lifted = rows[0].request.process_drafts is not None
         self.under_way.append(_Scores(rows, counts, []))
         for part, logits in scored:
             with self.side.work(logits, target_logits, tokens, lengths):
-                sound = logits.amax(-1).isfinite().all(-1)  # [n, R]
-                if not logits.is_cpu or not sound.all():
-                    logits = logits.masked_fill(~sound[..., None, None], 0)  # what comes of NaN is for kernels to choose
+                finite = logits.amax(-1).isfinite()  # [n, R, T]
+                if not logits.is_cpu or not finite.all():
+                    logits = logits.masked_fill(~finite[..., None], 0)  # what comes of NaN is for kernels to choose
+                if lengths is not None:
+                    finite |= torch.arange(finite.shape[2], device=self.device) >= lengths[:, None]
+                sound = finite.all(-1)
                 if lifted:
                     logits = self._process(rows, counts, part.members, logits)
                 result = evaluate(
@@ -275,9 +299,8 @@ class Batch:
                 found = torch.cat([measured.double(), sound[None, :, :, None].expand_as(measured[:1])])
                 self.under_way[-1].parts.append((part.members, self.side.to_host(found)))
 
-    def _observe(self) -> None:
-        """Lets the rows learn from evaluations; where they overlap the next round, from that of this one only at the end."""
-        later = self.overlaps and not any(row.finished for row in self.rows)
+    def _observe(self, later: bool) -> None:
+        """Lets the rows learn from evaluations, from the newest at the end of the next round if `later`."""
         while len(self.under_way) > later:
             one = self.under_way.pop(0)
             scores = [np.zeros((2, len(row.drafters), count)) for row, count in zip(one.rows, one.counts)]
@@ -291,18 +314,20 @@ class Batch:
                             scores[place][:, drafter] = [values[member, place, :count] for values in measured]
             for row, known in zip(one.rows, scores):
                 row.observe(*known)
+                row.may_switch = True
 
     def _process(
         self, rows: Sequence[Row], counts: Sequence[int], members: Sequence[int], logits: torch.Tensor
     ) -> torch.Tensor:
         """Drafters' logits [n, R, T, Vd] for the rows' last `counts` tokens as the target's processors leave them, over V."""
-        lifted = logits.new_zeros(*logits.shape[:3], rows[0].vocabulary)
+        lifted = logits.new_zeros(*logits.shape[:3], rows[0].vocabulary, dtype=torch.promote_types(logits.dtype, torch.float32))
         for place, (row, count) in enumerate(zip(rows, counts)):
             first = row.seen.shape[1] - count
             for member, drafter in enumerate(members):
                 for position in range(count if row.alive[drafter] else 0):
                     one = logits[member, place, position, None]
-                    lifted[member, place, position] = row.processed(drafter, one, row.seen[0, : first + position])[0]
+                    with row.quarantine(drafter):
+                        lifted[member, place, position] = row.processed(drafter, one, row.seen[0, : first + position])[0]
         return lifted
 
     def _hand_out(self, emitted: list[list[int]]) -> None:
@@ -330,11 +355,3 @@ def stack(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:
     if len(tensors) == 1:
         return tensors[0][None]
     return pad_sequence(list(tensors), batch_first=True, padding_value=padding)
-
-
-def _maps(maps: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
-    """The maps of alike drafts, [B, Vd], or [Vd] where all have the same, or None."""
-    if maps[0] is None:
-        return None
-    shared = all(one is maps[0] for one in maps)
-    return (maps[0] if shared else torch.stack(maps)).to(device)

@@ -11,14 +11,14 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import torch
 
 from hedgespec.decoder.row import Row, draft_width
 from hedgespec.drafters import Drafter, DrafterSession
-from hedgespec.drafters.eagle import EagleHead
-from hedgespec.drafters.stack import HeadStack, kind_of
+from hedgespec.drafters.stack import HeadStack, is_plain, kind_of
 from hedgespec.records import Choice, Draft
 from hedgespec.sampling import Sampling
 from hedgespec.transfer import to_device
@@ -39,7 +39,7 @@ class Heads:
     """
 
     def __init__(self, members: Sequence[int], stack: HeadStack, batch: int, window: int | None, captured: bool):
-        self.members, self.maps, self.layers = list(members), stack.maps, stack.config.aux_layers
+        self.members, self.maps, self.map_of, self.layers = list(members), stack.maps, stack.map_of, stack.config.aux_layers
         self.session = stack.session(batch, window, captured=captured)
 
     @property
@@ -84,9 +84,11 @@ class Singles:
 
     def __init__(self, members: Sequence[int], drafters: Sequence[Drafter], rows: Sequence[Row]):
         self.members, self.drafters = list(members), list(drafters)
-        self.maps = None
+        self.maps, self.rows = None, list(rows)
         if self.drafters[0].draft_to_target is not None:
-            self.maps = torch.stack([drafter.draft_to_target for drafter in self.drafters])
+            maps = [drafter.draft_to_target.to(rows[0].tokens.device) for drafter in self.drafters]
+            self.maps = torch.stack(maps)
+            self.map_of = list(self.maps)
         self.sessions: dict[tuple[int, int], DrafterSession] = {}
         """By row and member."""
         self.given: dict[tuple[int, int], list[torch.Tensor]] = {}
@@ -101,7 +103,11 @@ class Singles:
     """Not known."""
 
     def select(self, places: Sequence[int]) -> None:
-        """Rows that are gone are not asked for again."""
+        self.rows = [self.rows[place] for place in places]
+        left = {row.index for row in self.rows}
+        for held in (self.sessions, self.given):
+            for key in [key for key in held if key[0] not in left]:
+                del held[key]
 
     def score(self, rows: Sequence[Row], counts: Sequence[int]) -> torch.Tensor:
         known: dict[tuple[int, int], torch.Tensor] = {}
@@ -113,12 +119,12 @@ class Singles:
                     self._take_in(row, member, count)
                     logits = torch.cat(self.given[row.index, member])
                     known[row.index, member], self.given[row.index, member] = logits[:-1], [logits[-1:]]
-        like = next(iter(known.values()), torch.empty(0, draft_width(self.drafters[0])))
-        out = like.new_zeros(len(self.members), len(rows), max(counts), like.shape[1])
-        for place, row in enumerate(rows):
-            for member in range(len(self.members)):
-                if (logits := known.get((row.index, member))) is not None:
-                    out[member, place, : len(logits)] = logits
+        width = draft_width(self.drafters[0])
+        dtype = reduce(torch.promote_types, (logits.dtype for logits in known.values()), torch.float32)
+        out = rows[0].tokens.new_zeros(len(self.members), len(rows), max(counts), width, dtype=dtype)
+        for (index, member), logits in known.items():
+            place = next(place for place, row in enumerate(rows) if row.index == index)
+            out[member, place, : len(logits)] = logits
         return out
 
     def lead(self, rows: Sequence[Row], members: Sequence[int]) -> tuple[list[int], torch.Tensor]:
@@ -166,6 +172,8 @@ class Singles:
             raise ValueError(f"expected logits of shape {(rows, width)}, got {tuple(logits.shape)}")
         if not logits.is_floating_point():
             raise TypeError(f"expected floating-point logits, got {logits.dtype}")
+        if logits.device != self.rows[0].tokens.device:
+            raise ValueError(f"expected logits on {self.rows[0].tokens.device}, got them on {logits.device}")
         if not all(map(math.isfinite, logits.amax(-1).tolist())):
             raise ValueError(UNSOUND)
         return logits
@@ -222,7 +230,7 @@ class Pool:
         for number, part in enumerate(self.parts):
             places = [place for place, choice in enumerate(choices) if choice.drafter in part.members]
             if places:
-                own = uniforms if len(places) == len(self.rows) else uniforms[places]
+                own = uniforms[_places(places, self.rows, uniforms.device)]
                 chosen = [choices[place] for place in places]
                 rows = [self.rows[place] for place in places]
                 found = self._or_apart(number, self._draft_with, rows, chosen, own, sampling, one_hot)
@@ -235,33 +243,33 @@ class Pool:
         try:
             return call(self.parts[number], *arguments)
         except Exception as error:
-            part = self.parts[number]
-            if isinstance(part, Singles):
+            members, single = self.parts[number].members, isinstance(self.parts[number], Singles)
+            if single:
                 raise
             warnings.warn(f"stacked heads work apart from now on: {type(error).__name__}: {error}", stacklevel=1)
-        self.parts[number] = Singles(part.members, [self.drafters[index] for index in part.members], self.rows)
+        self.parts[number] = None  # their memory may be what is wanted
+        self.parts[number] = Singles(members, [self.drafters[index] for index in members], self.rows)
         return call(self.parts[number], *arguments)
 
     def _draft_with(self, part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], uniforms: torch.Tensor,
                     sampling: Sampling, one_hot: bool) -> list[Draft]:  # fmt: skip
         """`draft` for rows that all draft with the same part."""
-        processed = rows[0].request.process_drafts is not None
+        processed, device = rows[0].request.process_drafts is not None, uniforms.device
         members = [part.members.index(choice.drafter) for choice in choices]
-        which = to_device(members, uniforms.device)
+        which = to_device(members, device)
         tokens: list[list[torch.Tensor]] = [[] for _ in rows]
         logits: list[list[torch.Tensor]] = [[] for _ in rows]
-        sound = torch.ones(len(rows), dtype=torch.bool, device=uniforms.device)
+        sound = torch.ones(len(rows), uniforms.shape[1], dtype=torch.bool, device=device)
         drafting, given = part.lead(rows, members)  # `drafting`: the rows to which the rows of `given` belong
         for position in range(max(choice.draft_length for choice in choices)):
             if not drafting:
                 break
             there = list(range(len(drafting)))  # their places among those that drafted last
-            every = len(drafting) == len(rows)
             best, likeliest = given.max(-1)
-            sound[slice(None) if every else drafting] &= best.isfinite()
+            sound[_places(drafting, rows, device), position] = best.isfinite()
             if processed:
                 given = [
-                    rows[row].processed(choices[row].drafter, given[place, None], torch.cat([rows[row].seen[0], *tokens[row]]))
+                    _processed(rows[row], choices[row].drafter, given[place, None], tokens[row])
                     for place, row in enumerate(drafting)
                 ]
                 # Where nothing that the drafter can name is allowed, its draft ends.
@@ -270,33 +278,56 @@ class Pool:
                     break
                 given = torch.cat([given[place] for place in there])
                 drafting, likeliest = [drafting[place] for place in there], given.argmax(-1)
-                every = len(drafting) == len(rows)
+            own = _places(drafting, rows, device)
             if one_hot:
                 drawn = likeliest
             else:
-                own = uniforms[:, position] if every else uniforms[drafting, position]
-                drawn = sample(given, own, temperature=sampling.temperature, threshold=sampling.threshold(given))
+                drawn = sample(
+                    given, uniforms[own, position], temperature=sampling.temperature, threshold=sampling.threshold(given)
+                )
             if part.maps is not None and not processed:
-                drawn = part.maps[which if every else which[drafting], drawn]
+                drawn = part.maps[which[own], drawn]
             for place, row in enumerate(drafting):
                 tokens[row].append(drawn[place : place + 1])
                 logits[row].append(given[place])
-            going = [place for place, row in enumerate(drafting) if choices[row].draft_length > position + 1]
+            going = [
+                place
+                for place, row in enumerate(drafting)
+                if choices[row].draft_length > position + 1
+                and not (processed and int(drawn[place]) in rows[row].request.eos)  # behind it no text is to be
+            ]
             if not going:
                 break
-            answered, given = part.step([there[place] for place in going], drawn if len(going) == len(drawn) else drawn[going])
+            answered, given = part.step([there[place] for place in going], drawn[_places(going, drafting, device)])
             drafting = [drafting[going[place]] for place in answered]
+        usable = sound.cumprod(1).sum(1)
         drafts = []
-        for row, choice in enumerate(choices):
-            draft = replace(no_draft(rows[row]), sound=sound[row])
-            if tokens[row] and rows[row].alive[choice.drafter]:
+        for row, member in enumerate(members):
+            draft = no_draft(rows[row])
+            if tokens[row]:
                 proposal = (None, None)
                 if not one_hot:
-                    mapping = None if processed else self.drafters[choice.drafter].draft_to_target
+                    mapping = None if processed or part.maps is None else part.map_of[member]
                     proposal = torch.stack(logits[row])[None], mapping
-                draft = Draft(torch.cat(tokens[row])[None], *proposal, sound=sound[row])
-            drafts.append(draft)
+                draft = Draft(torch.cat(tokens[row])[None], *proposal)
+            drafts.append(replace(draft, usable=usable[row]))
         return drafts
+
+
+def _places(some: Sequence[int], everyone: Sequence, device: torch.device) -> slice | torch.Tensor:
+    """What indexes some of a sequence's places, which ascend, on the device."""
+    return slice(None) if len(some) == len(everyone) else to_device(some, device)
+
+
+def _processed(row: Row, drafter: int, logits: torch.Tensor, drafted: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A drafter's logits [1, Vd] after what it has drafted as the row's processors leave them; -inf where they fail.
+
+    What they make of a text that may never be is nobody's fault: the draft ends there.
+    """
+    try:
+        return row.processed(drafter, logits, torch.cat([row.seen[0], *drafted]))
+    except Exception:
+        return logits.new_full((1, row.vocabulary), -math.inf)
 
 
 def _score(part: Heads | Singles, rows: Sequence[Row], counts: Sequence[int]) -> torch.Tensor:
@@ -312,6 +343,6 @@ def stacks_of(drafters: Sequence[Drafter]) -> list[tuple[list[int], HeadStack]]:
     """The heads among the drafters, by kind: their indices and their weights."""
     kinds: dict[tuple, list[int]] = {}
     for index, drafter in enumerate(drafters):
-        if type(drafter) is EagleHead:  # what a class derived from it does is its own affair
+        if is_plain(drafter):
             kinds.setdefault(kind_of(drafter), []).append(index)
     return [(members, HeadStack([drafters[index] for index in members])) for members in kinds.values()]

@@ -14,21 +14,30 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hedgespec.cache import grown
 from hedgespec.capture import CudaGraphs, NotCapturable
 from hedgespec.drafters.eagle import EagleHead
+from hedgespec.linear import FewRowLinear
 from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
 from hedgespec.transfer import to_device
 
 _OWNERS: weakref.WeakKeyDictionary[EagleHead, weakref.ref[HeadStack]] = weakref.WeakKeyDictionary()
 """The stack in whose memory a head's own parameters lie."""
+
+
+MOST_CAPTURED = 64
+"""Tokens of a row up to which a pass is captured: those of rounds, and not of prompts."""
+MOST_CACHES = 8
+"""Caches, by rows and slots, that captures are kept for."""
 
 
 class HeadGraphs:
@@ -40,13 +49,19 @@ class HeadGraphs:
     """
 
     def __init__(self, cuda: Any = torch.cuda):
-        self._graphs, self._caches = CudaGraphs(cuda), {}
+        self._cuda, self._graphs, self._caches = cuda, CudaGraphs(cuda), {}
+
+    def __reduce__(self):  # what is captured stays where it is
+        return HeadGraphs, ()
 
     def __call__(self, session: StackSession, key: tuple, run: Callable, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """run(*inputs), which reads and writes the session's caches; the next call of the same key overwrites the results."""
         bucket = session.keys.shape[1], session.keys.shape[3]
         if bucket not in self._caches:
-            self._caches[bucket] = torch.empty_like(session.keys), torch.empty_like(session.values)
+            if len(self._caches) >= MOST_CACHES:
+                self._graphs, self._caches = CudaGraphs(self._cuda), {}
+            with torch.inference_mode(False):  # or they could be written to in that mode only
+                self._caches[bucket] = torch.empty_like(session.keys), torch.empty_like(session.values)
         keys, values = self._caches[bucket]
         if session.keys is not keys:  # moved in whole: nothing of an earlier request is left
             session.keys, session.values = keys.copy_(session.keys), values.copy_(session.values)
@@ -56,11 +71,11 @@ class HeadGraphs:
 class HeadStack:
     """The weights of N equal-shaped heads, each [N, ...].
 
-    The heads' own parameters become views of the stack, so nothing is held twice; a head that another living stack has
-    already taken up is copied. A single head is not copied at all.
+    The heads' own parameters become views of the stack; to save one of them, clone them, or all are saved. A head that another
+    living stack has already taken up is copied. A single head is not copied at all.
 
-    Where all output rows are rows of one matrix (a draft vocabulary's slice of the target's head), they are held once, as a
-    table [U, H] of the U ids that any head names, and an index [N, Vd] into it.
+    Where all output rows are rows of one matrix (a draft vocabulary's slice of the target's head), the stack has them once, as
+    a table [U, H] of the U ids that any head names, and an index [N, Vd] into it.
 
     Args:
         heads: N >= 1 heads whose `kind_of` is the same.
@@ -74,33 +89,39 @@ class HeadStack:
             own = [head.get_parameter(name) for head in heads]
             if name == "lm_head.weight":
                 self.weights[name], self.index = _shared_rows(heads)
-                continue
-            self.weights[name] = torch.stack([one.detach() for one in own]) if len(own) > 1 else own[0].detach()[None]
-            if free:
+            else:
+                self.weights[name] = torch.stack([one.detach() for one in own]) if len(own) > 1 else own[0].detach()[None]
+            if free and self.weights[name].ndim > own[0].ndim:
                 for one, view in zip(own, self.weights[name]):
                     one.data = view
         if free:
             _OWNERS.update(dict.fromkeys(heads, weakref.ref(self)))
-        self.maps = None
+        self.maps, self.map_of = None, None
         if heads[0].draft_to_target is not None:
-            self.maps = torch.stack([head.draft_to_target for head in heads])
+            self.maps = torch.stack([head.draft_to_target for head in heads]).to(self.weights["fc.weight"].device)
+            self.map_of = list(self.maps)
         self.frequency = heads[0].rope_frequency.to(self.weights["fc.weight"].device)
         self._origin = self._origins()
         self._idle: list[HeadGraphs] = []
 
     def is_current(self) -> bool:
-        """Whether the heads' parameters are still what was stacked: neither moved, nor replaced, nor written to."""
+        """Whether the heads are still what was stacked: neither moved, nor replaced, nor written to. What goes by way of
+        `.data` torch does not tell."""
         return self._origin == self._origins()
 
     def _origins(self) -> list[tuple[int, int]]:
-        parameters = [parameter for head in self.heads for parameter in head.parameters()]
-        return [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in parameters]
+        modules = *self.heads, self.heads[0].embedding
+        tensors = chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
+        return [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors]
 
     def session(self, batch: int, window: int | None = None, *, captured: bool = False) -> StackSession:
         """A fresh batch, see `StackSession`; `captured` on a GPU, and without an effect elsewhere."""
         if not captured or self.frequency.device.type != "cuda":
             return StackSession(self, batch, window)
-        graphs = self._idle.pop() if self._idle else HeadGraphs()
+        try:
+            graphs = self._idle.pop()
+        except IndexError:
+            graphs = HeadGraphs()
         session = StackSession(self, batch, window, graphs)
         weakref.finalize(session, self._idle.append, graphs)
         return session
@@ -115,6 +136,15 @@ class HeadStack:
         """Draft logits [..., Vd] of hidden states [N, R, H], or [R, H] of the heads `which` [R]."""
         normed = self.norm("norm.weight", hidden, which)
         return stack_linear(normed, self.weights["lm_head.weight"], which, index=self.index)
+
+
+def is_plain(drafter: object) -> bool:
+    """Whether a drafter is an EAGLE head and nothing else: no class of its own, no hooks, no layer wrapped or replaced."""
+    return type(drafter) is EagleHead and all(
+        type(module) in (EagleHead, FewRowLinear, nn.RMSNorm)
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or "session" in vars(module))
+        for module in drafter.modules()
+    )
 
 
 def kind_of(head: EagleHead) -> tuple:
@@ -249,6 +279,7 @@ class StackSession:
         Returns: [R, Vd], logits for the first drafted token.
         """
         now = _Rows.at(rows, heads, self.taken[heads, rows], self.keys.device)
+        ends = self.taken[heads, rows] + [len(one) for one in tokens]
         lacking = np.flatnonzero([len(one) for one in tokens]).tolist()
         if len(lacking) < len(rows):
             logits, hidden = self.given[now.which, now.index], self.features[now.which, now.index]
@@ -259,8 +290,9 @@ class StackSession:
             if behind is now:
                 logits, hidden = given, found
             else:
-                logits[lacking], hidden[lacking] = given, found
-            self.taken[heads, rows] += [len(one) for one in tokens]
+                index = to_device(lacking, hidden.device)
+                logits[index], hidden[index] = given, found
+            self.taken[heads, rows] = ends
         now.positions = self.taken[heads, rows] - 1
         self._drafting = now, hidden
         return logits
@@ -272,7 +304,7 @@ class StackSession:
         """
         last, hidden = self._drafting
         now = last.some(chosen)
-        hidden = hidden if now is last else hidden[chosen]
+        hidden = hidden if now is last else hidden[to_device(chosen, hidden.device)]
         hidden, logits = (states[:, 0] for states in self._forward(now, tokens[:, None], hidden[:, None], None, fused=True))
         now.positions = now.positions + 1
         self._drafting = now, hidden
@@ -302,7 +334,8 @@ class StackSession:
         """
         slots, count = now.positions - self.base[now.places], tokens.shape[1]
         now.ends = slots + (count if last is None else last + 1)
-        spare = 0 if self.graphs is None else (1 << (count - 1).bit_length()) - count  # few shapes, few captures
+        captured = self.graphs is not None and count <= MOST_CAPTURED
+        spare = (1 << (count - 1).bit_length()) - count if captured else 0  # few shapes, few captures
         self._make_room(int(slots.max()) + count + spare)
         inputs = [tokens, features, now.index, *(to_device(one, tokens.device) for one in (now.positions, slots))]
         optional = {"which": now.which, "last": None if last is None else to_device(last, tokens.device)}
@@ -312,7 +345,7 @@ class StackSession:
             return self._layer(*inputs[:5], **dict(zip(names, inputs[5:])), fused=fused, now=now)
 
         inputs += [optional[name] for name in names]
-        if self.graphs is not None:
+        if captured:
             inputs[:2] = F.pad(tokens, (0, spare)), F.pad(features, (0, 0, 0, spare))
             try:
                 states = self.graphs(self, (fused, *names, *inputs[0].shape), run, *inputs)
