@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_decoder import DRAFT_LENGTH, TIE, batches_of, circumstances, gap_between, positive
+from bench_decoder import DRAFT_LENGTH, TIE, batches_of, cadence, circumstances, gap_between, positive
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -34,11 +34,6 @@ from hedgespec.metrics import DecodeStats, profiled
 from hedgespec.zoo import load_prompts, load_zoo
 
 SCORING = ("evaluate", "prefill")
-
-
-def cadence(text: str) -> int | str:
-    """A number of rounds, or what else `DecodeConfig` takes."""
-    return int(text) if text.removeprefix("-").isdigit() else text
 
 
 def regret_in_force(stats: DecodeStats) -> float:

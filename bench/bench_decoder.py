@@ -175,7 +175,7 @@ class Rivals:
         return {name: way(name, drafters) for name, drafters in strategies.items()}
 
 
-def hedgespec_ways(zoo: Zoo, temperature: float, evaluate_every: int) -> list[Way]:
+def hedgespec_ways(zoo: Zoo, temperature: float, evaluate_every: int | str) -> list[Way]:
     def way(name: str, drafters: Sequence, config: DecodeConfig, states: Callable[[Work], list[dict] | None], note="") -> Way:
         decoder = Decoder(zoo.target, drafters, config)
 
@@ -392,6 +392,11 @@ def circumstances(target) -> dict:
     }
 
 
+def cadence(text: str) -> int | str:
+    """A number of rounds, or what else `DecodeConfig` takes."""
+    return int(text) if text.removeprefix("-").isdigit() else text
+
+
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
@@ -407,7 +412,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=positive, default=80, help="of each text, default 80")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy and compares the texts")
     parser.add_argument(
-        "--evaluate-every", type=positive, default=4, help="rounds between evaluations, default 4 as in the demo"
+        "--evaluate-every", type=cadence, default="adaptive", metavar="m", help="rounds between evaluations, default adaptive"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", help="these ways (and plain) only")
