@@ -77,7 +77,7 @@ def agrees(arguments, options):
 
 
 @runs
-@pytest.mark.parametrize(("dtype", "top_k"), zip(DTYPES, (1, 5, 32)))
+@pytest.mark.parametrize(("dtype", "top_k"), list(zip(DTYPES, (1, 5, 32))))
 @pytest.mark.parametrize("draft_vocabulary", [None, 20])
 def test_top_k(dtype, draft_vocabulary, top_k):
     arguments, options = scene(dtype, batch=1, draft_vocabulary=draft_vocabulary)
