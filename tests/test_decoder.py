@@ -324,6 +324,14 @@ def test_bad_pools_and_configurations_are_refused(target):
         DecodeConfig(draft_length=2.5)
     with pytest.raises(ValueError, match="mode: expected one of"):
         DecodeConfig(mode="tree")
+    with pytest.raises(TypeError, match="evaluate_every: expected an int or \"adaptive\", got 'often'"):
+        DecodeConfig(evaluate_every="often")
+    with pytest.raises(ValueError, match="drafter_window: expected at least 16 or None, got 3"):
+        DecodeConfig(drafter_window=3)
+    with pytest.raises(TypeError, match="overlap: expected a bool or None, got 1"):
+        DecodeConfig(overlap=1)
+    with pytest.raises(TypeError, match="compile: expected a bool, got str"):
+        DecodeConfig(compile="yes")
 
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 4 * NUCLEUS + 1])
