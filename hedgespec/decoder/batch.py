@@ -65,8 +65,7 @@ class Batch:
             Row(index, request, drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
         ]
-        for place, row in enumerate(self.rows):
-            row.place = place
+        self._place()
         self.pool = Pool(drafters, decoder.stacks(), self.rows, self.config.drafter_window, self.config.compile)
         self.overlaps = self.config.overlap if self.config.overlap is not None else self.device.type == "cuda"
         self.side = SideStream(self.device)
@@ -123,6 +122,10 @@ class Batch:
                     row.reward(choice.drafter, held, len(tokens))
                 row.stats.record_round(choice.drafter if drafted else None, held, len(tokens))
         self._hand_out(emitted)
+
+    def _place(self) -> None:
+        for place, row in enumerate(self.rows):
+            row.place = place
 
     def _load(self, past: DynamicCache) -> None:
         """Takes over what a cache holds of the padded prompts; the last token of each is left to be read."""
@@ -273,8 +276,9 @@ class Batch:
         lengths = None if min(counts) == max(counts) else to_device(counts, self.device)
         lifted = rows[0].request.process_drafts is not None
         self.under_way.append(_Scores(rows, counts, []))
-        for part, logits in scored:
-            with self.side.work(logits, target_logits, tokens, lengths):
+        with self.side.work(target_logits, tokens, lengths, *(logits for _, logits in scored)):
+            target_threshold = self.sampling.threshold(target_logits)
+            for part, logits in scored:
                 finite = logits.amax(-1).isfinite()  # [n, R, T]
                 if not logits.is_cpu or not finite.all():
                     logits = logits.masked_fill(~finite[..., None], 0)  # what comes of NaN is for kernels to choose
@@ -291,7 +295,7 @@ class Batch:
                     draft_to_target=None if lifted else part.maps,
                     target_temperature=self.sampling.temperature,
                     drafter_temperature=self.sampling.temperature,
-                    target_threshold=self.sampling.threshold(target_logits),
+                    target_threshold=target_threshold,
                     drafter_threshold=self.sampling.threshold(logits),
                     backend=self.config.backend,
                 )
@@ -343,8 +347,7 @@ class Batch:
         left = [place for place, row in enumerate(self.rows) if not row.finished]
         if len(left) < len(self.rows):
             self.rows = [self.rows[place] for place in left]
-            for place, row in enumerate(self.rows):
-                row.place = place
+            self._place()
             if left:
                 self.target.select(left)
                 self.pool.select(left)
