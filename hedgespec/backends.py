@@ -84,9 +84,23 @@ def register(
     resolve.cache_clear()
 
 
-def register_kernels(operation: str, reference: Callable) -> None:
+def register_kernels(
+    operation: str,
+    reference: Callable,
+    *,
+    stem: str | None = None,
+    cpu_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+    cuda: bool = True,
+) -> None:
     """Adds an operation's reference and its kernels, which go by name: OPERATION_cpu and OPERATION_cuda in `native`,
-    OPERATION_triton in `triton_kernels.OPERATION`."""
+    OPERATION_triton in `triton_kernels.STEM`.
+
+    Args:
+        operation, reference: as for `register`.
+        stem: of the file; None: the operation's own name.
+        cpu_dtypes: that the CPU's kernel takes.
+        cuda: whether there is a kernel in CUDA C++.
+    """
 
     def load_cpu() -> Callable:
         return getattr(importlib.import_module("hedgespec.native"), f"{operation}_cpu")
@@ -99,13 +113,14 @@ def register_kernels(operation: str, reference: Callable) -> None:
     def load_triton() -> Callable:
         if "cpu" not in TRITON_DEVICES and not torch.cuda.is_available():
             raise ImportError("torch sees no GPU")
-        return getattr(importlib.import_module(f"hedgespec.triton_kernels.{operation}"), f"{operation}_triton")
+        return getattr(importlib.import_module(f"hedgespec.triton_kernels.{stem or operation}"), f"{operation}_triton")
 
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     register(operation, "reference", lambda: reference)
-    register(operation, "cpu", load_cpu, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))
+    register(operation, "cpu", load_cpu, devices=("cpu",), dtypes=cpu_dtypes)
     register(operation, "triton", load_triton, devices=TRITON_DEVICES, dtypes=narrow)
-    register(operation, "cuda", load_cuda, devices=("cuda",), dtypes=narrow)
+    if cuda:
+        register(operation, "cuda", load_cuda, devices=("cuda",), dtypes=narrow)
 
 
 @functools.cache

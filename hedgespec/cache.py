@@ -84,13 +84,10 @@ class RaggedCache(Cache):
         """C: slots of a row, a power of two from 256 on; 0 before the first token."""
         return self.layers[0].keys.shape[2] if self.layers else 0
 
-    def make_room(self, count: int) -> bool:
-        """Sees to `count` slots behind every row; whether buffers had to grow for it."""
-        if max(self.lengths) + count <= self.capacity:
-            return False
+    def make_room(self, count: int) -> None:
+        """Sees to `count` slots behind every row."""
         for layer in self.layers:
             layer.make_room(layer.keys, layer.values, max(self.lengths) + count)
-        return True
 
     def slots(self, count: int, device: torch.device) -> torch.Tensor:
         """The next `count` slots of every row, int64 [B, count]: the positions of the tokens that will be written there.
@@ -174,8 +171,13 @@ class _RaggedLayer(DynamicLayer):
             )
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         if end > self.keys.shape[2]:
-            capacity = max(256, 1 << (end - 1).bit_length())  # few capacities, since each has a captured forward of its own
+            capacity = capacity_for(end)
             self.keys, self.values = grown(self.keys, 2, capacity), grown(self.values, 2, capacity)
+
+
+def capacity_for(end: int) -> int:
+    """Slots of a buffer that has to hold `end`: few sizes, since what is captured is captured for each."""
+    return max(256, 1 << (end - 1).bit_length())
 
 
 def grown(buffer: torch.Tensor, dim: int, capacity: int) -> torch.Tensor:

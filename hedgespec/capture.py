@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -34,6 +35,20 @@ MOST_GRAPHS = 32
 """CUDA graphs kept; the one that has waited longest makes room."""
 
 
+MOST_BUCKETS = 4
+"""Buckets whose tensors are held; one more, and all graphs begin anew."""
+
+
+def lend(idle: list, make: Callable[[], Any], borrower: object) -> Any:
+    """One of the idle, or a new one, for as long as the borrower lives. Threads may share a list."""
+    try:
+        one = idle.pop()
+    except IndexError:
+        one = make()
+    weakref.finalize(borrower, idle.append, one)
+    return one
+
+
 class NotCapturable(Exception):
     """Why a model cannot be captured; it then runs as it is."""
 
@@ -47,7 +62,26 @@ class CudaGraphs:
 
     def __init__(self, cuda: Any = torch.cuda):
         self._cuda, self._pool, self._stream = cuda, None, None
+        self._held: dict[Hashable, list[torch.Tensor]] = {}
         self._kept: dict[Hashable, tuple[Any, list[torch.Tensor], Sequence[torch.Tensor]]] = {}
+
+    def __reduce__(self):
+        return CudaGraphs, ()  # a copy, pickled or deep, begins anew
+
+    def held(self, bucket: Hashable, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors that the functions of a bucket read and write beside their inputs, with what `tensors` hold.
+
+        They are moved in whole, so that nothing of an earlier use is left. The shapes are a bucket's own.
+        """
+        if bucket not in self._held:
+            if len(self._held) >= MOST_BUCKETS:
+                self._kept, self._held, self._pool = {}, {}, None
+            with torch.inference_mode(False):  # or they could be written to in that mode only
+                self._held[bucket] = [torch.empty_like(one) for one in tensors]
+        for own, one in zip(self._held[bucket], tensors, strict=True):
+            if own is not one:
+                own.copy_(one)
+        return self._held[bucket]
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept

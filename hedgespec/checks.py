@@ -35,8 +35,16 @@ def check_logits(name: str, logits: Tensor, dims: str, ndim: int | None) -> torc
     return shape
 
 
-def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device) -> None:
-    """A tensor of one of `dtypes`, with this shape, on this device."""
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    device,
+    *,
+    like: str = "the target's logits",
+) -> None:
+    """A tensor of one of `dtypes`, with this shape, on this device, which is that of the argument called `like`."""
     if not isinstance(tensor, Tensor):
         raise wrong(name, "a torch.Tensor", type(tensor).__name__, TypeError)
     if tensor.dtype not in dtypes:
@@ -44,7 +52,7 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], sha
     if tensor.shape != shape:
         raise wrong(name, f"shape {list(shape)}", list(tensor.shape))
     if tensor.device != device:
-        raise wrong(name, f"device {device}, like the target's logits", tensor.device)
+        raise wrong(name, f"device {device}, like {like}", tensor.device)
 
 
 def check_ids(name: str, ids: Tensor, highest: int) -> None:

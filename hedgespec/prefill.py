@@ -7,15 +7,12 @@ Values of `which`, slots and rows are looked at on the CPU only. No gradient pas
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hedgespec import backends
-from hedgespec.checks import FLOATING, check_ids, wrong
+from hedgespec.checks import FLOATING, check_ids, check_tensor, wrong
 from hedgespec.linear import MOST_ROWS
 
 # The operations: each checks its arguments, then hands them to a backend.
@@ -161,7 +158,7 @@ def rotary_append(
         raise wrong("keys", "[N, B, KV, C, D]", list(shape))
     heads, batch, kv_heads, capacity, head_dim = shape
     for name, cache in (("keys", keys), ("values", values)):
-        _check_tensor(name, cache, dtype, shape, device)
+        check_tensor(name, cache, (dtype,), shape, device, like="qkv")
     strides = keys.stride()
     if strides[4] != 1 and head_dim > 1:
         raise wrong("keys", "a contiguous last dimension", f"strides {strides}")
@@ -172,9 +169,9 @@ def rotary_append(
     if head_dim % 2 or width % head_dim or width <= 2 * kv_heads * head_dim:
         expected = f"[..., (A + 2 KV) D] with A > 0, KV = {kv_heads} and D = {head_dim}, D even"
         raise wrong("qkv", expected, list(qkv.shape))
-    _check_tensor("frequency", frequency, torch.float32, (head_dim // 2,), device)
+    check_tensor("frequency", frequency, (torch.float32,), (head_dim // 2,), device, like="qkv")
     for name, ids in (("positions", positions), ("slots", slots), ("rows", rows)):
-        _check_tensor(name, ids, torch.int64, (count,), device)
+        check_tensor(name, ids, (torch.int64,), (count,), device, like="qkv")
     if device.type == "cpu":
         check_ids("slots", slots, capacity - steps)
         check_ids("rows", rows, batch - 1)
@@ -182,15 +179,6 @@ def rotary_append(
             raise wrong("rows", "distinct rows", rows.tolist())
     rotate = backends.resolve("rotary_append", backend, device.type, dtype)
     return rotate(qkv, frequency, positions, slots, keys, values, rows, which)
-
-
-def _check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor.dtype is not dtype:
-        raise wrong(name, dtype, tensor.dtype, TypeError)
-    if tensor.shape != shape:
-        raise wrong(name, f"shape {list(shape)}", list(tensor.shape))
-    if tensor.device != device:
-        raise wrong(name, f"device {device}", tensor.device)
 
 
 def _check_rows(name: str, x: torch.Tensor, dims: int, heads: int, width: int | None, which: torch.Tensor | None) -> None:
@@ -202,7 +190,7 @@ def _check_rows(name: str, x: torch.Tensor, dims: int, heads: int, width: int | 
         return
     if len(shape) != dims or width not in (None, shape[-1]):
         raise wrong(name, f"[{'R' if dims == 2 else 'R, T'}, {width or 'width'}] where there is `which`", list(shape))
-    _check_tensor("which", which, torch.int64, shape[:1], x.device)
+    check_tensor("which", which, (torch.int64,), shape[:1], x.device, like=name)
     check_ids("which", which, heads - 1)
 
 
@@ -300,22 +288,6 @@ def rotary_append_reference(
     return rotated[..., :-kv_heads, :].transpose(-3, -2)
 
 
-def _register(operation: str, reference: Callable) -> None:
-    def load_cpu() -> Callable:
-        return getattr(importlib.import_module("hedgespec.native"), f"{operation}_cpu")
-
-    def load_triton() -> Callable:
-        if "cpu" not in backends.TRITON_DEVICES and not torch.cuda.is_available():
-            raise ImportError("torch sees no GPU")
-        return getattr(importlib.import_module("hedgespec.triton_kernels.prefill"), f"{operation}_triton")
-
-    backends.register(operation, "reference", lambda: reference)
-    backends.register(operation, "cpu", load_cpu, devices=("cpu",), dtypes=(torch.float32,))
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    backends.register(operation, "triton", load_triton, devices=backends.TRITON_DEVICES, dtypes=narrow)
-
-
-_register("stack_linear", stack_linear_reference)
-_register("stack_rms_norm", stack_rms_norm_reference)
-_register("swiglu", swiglu_reference)
-_register("rotary_append", rotary_append_reference)
+for _reference in (stack_linear_reference, stack_rms_norm_reference, swiglu_reference, rotary_append_reference):
+    _operation = _reference.__name__.removesuffix("_reference")
+    backends.register_kernels(_operation, _reference, stem="prefill", cpu_dtypes=(torch.float32,), cuda=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -17,8 +17,6 @@ from hedgespec.transfer import to_device
 
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 """Layer types whose state is keys and values, and so can be rolled back."""
-MOST_CACHES = 4
-"""Caches, by rows and slots, that captured forwards are kept for."""
 MASKABLE = ("sdpa", "eager")
 """Attention implementations that take a mask of their own for every row."""
 
@@ -82,7 +80,7 @@ class CapturedTarget:
         self.model, self.cache = few_row_view(model), RaggedCache(0)
         self.graphs = self.layers = None
         if captures_graphs(model):
-            self.graphs, self._buffers = capture.CudaGraphs(), {}
+            self.graphs = capture.CudaGraphs()
         else:
             self.layers = capture.CompiledLayers(self.model, self._state, compilations)
 
@@ -104,17 +102,10 @@ class CapturedTarget:
             self.layers.bucket = None
 
     def _settle(self, cache: RaggedCache, bucket: tuple[int, int]) -> None:
-        """Has a cache in the buffers that the graphs of this many rows and slots know; moved in whole, so that nothing of an
-        earlier request is left."""
-        if bucket not in self._buffers:
-            if len(self._buffers) >= MOST_CACHES:
-                self.graphs, self._buffers = capture.CudaGraphs(), {}
-            with torch.inference_mode(False):  # or they could be written to in that mode only
-                self._buffers[bucket] = [(torch.empty_like(one.keys), torch.empty_like(one.values)) for one in cache.layers]
-        kept = self._buffers[bucket]
-        for layer, (keys, values) in zip(cache.layers, kept, strict=True):
-            if layer.keys is not keys:
-                layer.keys, layer.values = keys.copy_(layer.keys), values.copy_(layer.values)
+        """Has a cache in the buffers that the graphs of this many rows and slots know."""
+        kept = iter(self.graphs.held(bucket, [one for layer in cache.layers for one in (layer.keys, layer.values)]))
+        for layer in cache.layers:
+            layer.keys, layer.values = next(kept), next(kept)
 
 
 class Captures:
@@ -142,16 +133,11 @@ class Captures:
                 raise capture.NotCapturable("it takes no positions and mask of its own for each row")
             if (found := capture.fingerprint(model)) != self._fingerprint:
                 self._fingerprint, self._idle = found, []
-            idle = self._idle
-            try:
-                captured = idle.pop()
-            except IndexError:
-                captured = CapturedTarget(model, self.compilations)
+            # It goes back to where it came from: the model may have changed meanwhile.
+            return capture.lend(self._idle, partial(CapturedTarget, model, self.compilations), borrower)
         except capture.NotCapturable as error:
             self.warn(error)
             return None
-        weakref.finalize(borrower, idle.append, captured)  # to where it came from: the model may have changed meanwhile
-        return captured
 
     def warn(self, reason: Exception) -> None:
         if not self._warned:

@@ -10,8 +10,9 @@ import torch
 from test_capture import FakeCuda, Watched
 from torch import nn
 
+from hedgespec.capture import CudaGraphs
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
-from hedgespec.drafters.stack import HeadGraphs, HeadStack, StackSession, kind_of
+from hedgespec.drafters.stack import HeadStack, StackSession, kind_of
 from hedgespec.prefill import stack_linear
 
 VOCABULARY, HEADS, WIDTH = 40, 4, 36
@@ -93,7 +94,7 @@ def test_a_stack_is_its_heads_one_after_another(request, dtype, shares, mapped, 
     texts = [text_of(150, dtype, seed) for seed in range(3)]
     alone, close = Alone(pool_of(count, dtype, shares=shares, mapped=mapped), texts), dict(atol=CLOSE[dtype], rtol=0)
     cuda = FakeCuda()
-    session = StackSession(HeadStack(heads), 3, graphs=HeadGraphs(cuda) if captured else None)
+    session = StackSession(HeadStack(heads), 3, graphs=CudaGraphs(cuda) if captured else None)
     lengths = np.array([7, 2, 12])  # prompts and first tokens
 
     def since(rows, taken):
@@ -225,7 +226,7 @@ def test_heads_of_one_kind_only_are_stacked():
 def test_captures_go_from_request_to_request():
     """The caches of a capture are its own: a session is moved in, finds nothing of the last one, and captures nothing anew."""
     stack, cuda = HeadStack(pool_of(2)), FakeCuda()
-    graphs, counts = HeadGraphs(cuda), []
+    graphs, counts = CudaGraphs(cuda), []
     for seed in (0, 1, 0):
         tokens, features = text_of(40, torch.float64, seed)
         session = StackSession(stack, 1, graphs=graphs)
@@ -242,7 +243,7 @@ def test_captures_go_from_request_to_request():
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_no_value_on_the_device_decides_what_a_captured_pass_runs():
-    graphs = HeadGraphs(FakeCuda())  # which raises where one did
+    graphs = CudaGraphs(FakeCuda())  # which raises where one did
     session = StackSession(HeadStack(pool_of(3)), 2, graphs=graphs)
     texts = [text_of(40, torch.float64, seed) for seed in range(2)]
     session.score([0, 1], *zip(*[(tokens[:9], features[:9]) for tokens, features in texts]))

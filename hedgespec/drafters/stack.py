@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hedgespec.cache import grown
-from hedgespec.capture import CudaGraphs, NotCapturable
+from hedgespec.cache import capacity_for, grown
+from hedgespec.capture import CudaGraphs, NotCapturable, lend
 from hedgespec.drafters.eagle import EagleHead
 from hedgespec.linear import FewRowLinear
 from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
@@ -36,36 +35,6 @@ _OWNERS: weakref.WeakKeyDictionary[EagleHead, weakref.ref[HeadStack]] = weakref.
 
 MOST_CAPTURED = 64
 """Tokens of a row up to which a pass is captured: those of rounds, and not of prompts."""
-MOST_CACHES = 8
-"""Caches, by rows and slots, that captures are kept for."""
-
-
-class HeadGraphs:
-    """A stack's passes as CUDA graphs, with the caches they were captured over: for one session at a time, from request to
-    request.
-
-    Args:
-        cuda: `torch.cuda`; tests put something else in its place.
-    """
-
-    def __init__(self, cuda: Any = torch.cuda):
-        self._cuda, self._graphs, self._caches = cuda, CudaGraphs(cuda), {}
-
-    def __reduce__(self):  # what is captured stays where it is
-        return HeadGraphs, ()
-
-    def __call__(self, session: StackSession, key: tuple, run: Callable, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """run(*inputs), which reads and writes the session's caches; the next call of the same key overwrites the results."""
-        bucket = session.keys.shape[1], session.keys.shape[3]
-        if bucket not in self._caches:
-            if len(self._caches) >= MOST_CACHES:
-                self._graphs, self._caches = CudaGraphs(self._cuda), {}
-            with torch.inference_mode(False):  # or they could be written to in that mode only
-                self._caches[bucket] = torch.empty_like(session.keys), torch.empty_like(session.values)
-        keys, values = self._caches[bucket]
-        if session.keys is not keys:  # moved in whole: nothing of an earlier request is left
-            session.keys, session.values = keys.copy_(session.keys), values.copy_(session.values)
-        return self._graphs((*bucket, *key), run, *inputs)
 
 
 class HeadStack:
@@ -102,7 +71,7 @@ class HeadStack:
             self.map_of = list(self.maps)
         self.frequency = heads[0].rope_frequency.to(self.weights["fc.weight"].device)
         self._origin = self._origins()
-        self._idle: list[HeadGraphs] = []
+        self._idle: list[CudaGraphs] = []
 
     def is_current(self) -> bool:
         """Whether the heads are still what was stacked: neither moved, nor replaced, nor written to. What goes by way of
@@ -118,12 +87,8 @@ class HeadStack:
         """A fresh batch, see `StackSession`; `captured` on a GPU, and without an effect elsewhere."""
         if not captured or self.frequency.device.type != "cuda":
             return StackSession(self, batch, window)
-        try:
-            graphs = self._idle.pop()
-        except IndexError:
-            graphs = HeadGraphs()
-        session = StackSession(self, batch, window, graphs)
-        weakref.finalize(session, self._idle.append, graphs)
+        session = StackSession(self, batch, window)
+        session.graphs = lend(self._idle, CudaGraphs, session)
         return session
 
     def linear(self, name: str, x: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
@@ -214,7 +179,7 @@ class StackSession:
     A row's first token is not read, since no feature precedes it, but counts as taken in.
     """
 
-    def __init__(self, stack: HeadStack, batch: int, window: int | None = None, graphs: HeadGraphs | None = None):
+    def __init__(self, stack: HeadStack, batch: int, window: int | None = None, graphs: CudaGraphs | None = None):
         self.stack, self.window, self.graphs = stack, window, graphs
         heads, config, weight = len(stack.heads), stack.config, stack.weights["fc.weight"]
         self.keys = weight.new_zeros(heads, batch, config.num_key_value_heads, 0, config.head_dim)
@@ -347,8 +312,10 @@ class StackSession:
         inputs += [optional[name] for name in names]
         if captured:
             inputs[:2] = F.pad(tokens, (0, spare)), F.pad(features, (0, 0, 0, spare))
+            bucket = self.keys.shape[1], self.keys.shape[3]
+            self.keys, self.values = self.graphs.held(bucket, (self.keys, self.values))
             try:
-                states = self.graphs(self, (fused, *names, *inputs[0].shape), run, *inputs)
+                states = self.graphs((*bucket, fused, *names, *inputs[0].shape), run, *inputs)
                 return tuple(one[..., :count, :].clone() for one in states)  # the next run may write where they are
             except NotCapturable as error:
                 warnings.warn(f"the heads run as they are, not captured: {error}", stacklevel=1)
@@ -411,8 +378,8 @@ class StackSession:
         return _attention(queries.flatten(0, 1), keys, values, mask).unflatten(0, queries.shape[:2])
 
     def _make_room(self, end: int) -> None:
-        if end > (have := self.keys.shape[3]):
-            capacity = have + max(256, have // 2)
+        if end > self.keys.shape[3]:
+            capacity = capacity_for(end)
             if self.window is not None:  # and room for what is drafted
                 capacity = min(capacity, self.window + 32)
             self.keys, self.values = (grown(one, 3, max(end, capacity)) for one in (self.keys, self.values))
