@@ -1,4 +1,5 @@
-"""HedgeSpec on one page: no cache, no batch, loops, any dtype. `hedgespec/decoder/` must equal it token for token.
+"""HedgeSpec on one page: no cache, no batch, loops, any dtype. `hedgespec/decoder/` must equal it token for token where all
+drafters are scored after every round, `evaluate_every=1`.
 
 Models here are functions. `target(tokens)` is the target's logits [V] for the token after `tokens`. `drafter(verified,
 drafted)` is a drafter's logits [V] for the token after both; a head reads true features over `verified` and its own over
