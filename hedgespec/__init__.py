@@ -25,6 +25,7 @@ _HOMES = {
     "expected_accepted_length": "hedgespec.evaluate",
     "verify": "hedgespec.verify",
     "load_zoo": "hedgespec.zoo",
+    "Tree": "hedgespec.tree",
 }
 _MODULES = ("algorithm", "drafters", "errors", "learners")
 

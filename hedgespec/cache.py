@@ -106,6 +106,21 @@ class RaggedCache(Cache):
         self.written = key_states.shape[2]
         return self.layers[layer_idx].update(key_states, value_states)
 
+    def gather(self, paths: Sequence[Sequence[int]]) -> None:
+        """Moves what the last forward wrote so that of each row its tokens at these places, ascending, stand first."""
+        longest = max(map(len, paths))
+        if all(list(path) == list(range(len(path))) for path in paths):
+            return
+        places = [[*path, *range(len(path), longest)] for path in paths]  # whatever fills up is forgotten
+        for device in {layer.keys.device for layer in self.layers}:
+            first = to_device(self.lengths, device)[:, None]
+            sources, targets = first + to_device(places, device), first + torch.arange(longest, device=device)
+            rows = torch.arange(len(paths), device=device)[:, None]
+            for layer in self.layers:
+                if layer.keys.device == device:
+                    for states in (layer.keys, layer.values):
+                        states[rows, :, targets] = states[rows, :, sources]
+
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows, in this order."""
         self.lengths[:] = [self.lengths[row] for row in rows]

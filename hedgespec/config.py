@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hedgespec.tree import Tree
+
 CHOICES = {
     "mode": ("sampled", "argmax"),
     "estimator": ("exact", "product"),
@@ -20,7 +22,10 @@ class DecodeConfig:
 
     Args:
         draft_length: K, most tokens drafted a round, >= 1.
-        mode: how the drafter proposes: "sampled" from its distribution, or its "argmax".
+        mode: how the drafter proposes: "sampled" from its distribution, or its "argmax". Children in a tree are in the one case
+            independent samples, in the other the likeliest tokens, as they are at temperature 0 in both.
+        tree: a `hedgespec.Tree` of drafts, `draft_length` deep; None drafts a chain. A dynamic one takes mode "argmax". The
+            target needs an attention that takes a mask of its own ("sdpa" or "eager").
         learner: a name from `hedgespec.learners.NAMES`.
         learner_options: keyword options of that learner.
         prior: belief in each drafter before the first loss, [N]; None is uniform.
@@ -62,6 +67,7 @@ class DecodeConfig:
     track_regret: bool = False
     backend: str = "auto"
     compile: bool = False
+    tree: Tree | None = None
 
     def __post_init__(self) -> None:
         if self.evaluate_every != "adaptive":
@@ -76,9 +82,20 @@ class DecodeConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        if self.tree is not None:
+            if not isinstance(self.tree, Tree):
+                raise TypeError(f"tree: expected a hedgespec.Tree or None, got {self.tree!r}")
+            self.tree.check(self.draft_length)
+            if self.tree.size is not None and self.mode != "argmax":
+                raise ValueError(f'mode: expected "argmax" with a dynamic tree, whose nodes are ranked, got {self.mode!r}')
         object.__setattr__(self, "learner_options", dict(self.learner_options))
         if self.prior is not None:
             object.__setattr__(self, "prior", tuple(float(value) for value in self.prior))
+
+    @property
+    def most_drafted(self) -> int:
+        """Most tokens that a round has the target look at beside the last verified one."""
+        return self.draft_length if self.tree is None else self.tree.nodes(self.draft_length)
 
 
 def _check_int(name: str, value: object, least: int, otherwise: str = "") -> None:

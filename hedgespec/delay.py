@@ -22,10 +22,10 @@ class DelayQueue:
         exact:    L = 1 + sum_{k=1..K} prod_{j<k-1} acceptance_ratio[i, t+j] * acceptance_prob[i, t+k-1]
         product:  L = 1 + sum_{k=1..K} prod_{j<k}   acceptance_prob[i, t+j]
 
-    tokens, and its loss is 1 - L / (K + 1). That takes K positions, while a round reveals only as many as it emits; a
-    sum cut short there would flatter drafters that stop early. So each position opens a pending loss, complete once
-    K positions are seen, or once every drafter's running product is 0 and the rest of the sum with it. The learner then
-    sees a stream without delay in its own clock.
+    tokens, and its loss is 1 - L / (K + 1); in a draft tree the factors of t+j are those of a node at depth j. That takes K
+    positions, while a round reveals only as many as it emits; a sum cut short there would flatter drafters that stop early.
+    So each position opens a pending loss, complete once K positions are seen, or once every drafter's running product is 0
+    and the rest of the sum with it. The learner then sees a stream without delay in its own clock.
 
     Args:
         num_drafters: N >= 1.
@@ -70,7 +70,8 @@ class DelayQueue:
 
     def _reset(self) -> None:
         self._seen = np.empty((2, 0, self.num_drafters))
-        """acceptance_prob and acceptance_ratio at the positions whose losses are pending, oldest first."""
+        """acceptance_prob and acceptance_ratio at the positions whose losses are pending, oldest first; [2, T, K, N] where they
+        are known by depth."""
         self._position = 0
         """Of the loss that leaves next."""
 
@@ -85,7 +86,8 @@ class DelayQueue:
         """Take the next verified positions and return the losses they complete, oldest first.
 
         Args:
-            acceptance_prob: [N, T] for T >= 0 positions in order, floating, in [0, 1], on the CPU.
+            acceptance_prob: [N, T] for T >= 0 positions in order, floating, in [0, 1], on the CPU. [K, N, T] where it depends
+                on the depth at which a draft tree has the position.
             acceptance_ratio: the same, given the tokens that were emitted.
 
         Raises:
@@ -95,13 +97,18 @@ class DelayQueue:
         probs, ratios = self._check("acceptance_prob", acceptance_prob), self._check("acceptance_ratio", acceptance_ratio)
         if probs.shape != ratios.shape:
             raise ValueError(f"acceptance_ratio: expected shape {probs.shape} as acceptance_prob, got {ratios.shape}")
-        pending, new = self._seen.shape[1], probs.shape[1]
+        pending, new = self._seen.shape[1], probs.shape[-1]
         if new == 0:
             return []
-        seen = np.empty((2, pending + new, self.num_drafters))
-        seen[:, :pending] = self._seen
-        seen[0, pending:] = probs.T
-        seen[1, pending:] = ratios.T
+        shape = probs.shape[:-1]
+        if pending and self._seen.shape[2:] != shape:
+            raise ValueError(f"acceptance_prob: expected the dimensions {self._seen.shape[2:]} of what is pending, got {shape}")
+        seen = np.empty((2, pending + new, *shape))
+        if pending:
+            seen[:, :pending] = self._seen
+        by_position = (1, 0) if len(shape) == 1 else (2, 0, 1)
+        seen[0, pending:] = probs.transpose(by_position)
+        seen[1, pending:] = ratios.transpose(by_position)
         # One pass for both. argmin and argmax stop at a NaN, which then compares false; they cost a fifth of min and max.
         flat = seen.ravel()
         lowest, highest = flat.item(flat.argmin()), flat.item(flat.argmax())
@@ -109,7 +116,10 @@ class DelayQueue:
             raise ValueError(_out_of_range(probs, ratios))
         if highest > 1:
             np.minimum(seen, 1.0, out=seen)
-        losses = self._complete(seen, lowest) if self.loss == "length" else 1.0 - seen[0]
+        if self.loss == "length":
+            losses = self._complete(seen, lowest) if seen.ndim == 3 else self._complete_by_depth(seen)
+        else:
+            losses = 1.0 - (seen[0] if seen.ndim == 3 else seen[0, :, 0])
         first, complete = self._position, len(losses)
         self._seen, self._position = seen[:, complete:], first + complete
         return [Feedback(row, position) for position, row in enumerate(losses, first)]
@@ -143,13 +153,29 @@ class DelayQueue:
             accepted += probs[k : k + complete]
         return (self.draft_length - accepted) / (self.draft_length + 1)
 
+    def _complete_by_depth(self, seen: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`_complete` of `seen` [2, positions, K, N]: a loss reads the position j after its own at depth j."""
+        probs, ratios = seen[0], seen[1 if self.estimator == "exact" else 0]
+        losses = []
+        for position in range(len(probs)):
+            known = min(self.draft_length, len(probs) - position)
+            at = np.arange(known)
+            ratio = ratios[position + at, at]
+            if known < self.draft_length and np.count_nonzero(ratio.prod(axis=0)):
+                break
+            survival = np.concatenate([np.ones((1, self.num_drafters)), ratio[:-1].cumprod(axis=0)])
+            accepted = (survival * probs[position + at, at]).sum(axis=0)
+            losses.append((self.draft_length - accepted) / (self.draft_length + 1))
+        return np.array(losses).reshape(-1, self.num_drafters)
+
     def _check(self, name: str, values: NDArray[np.floating] | torch.Tensor) -> NDArray[np.floating]:
-        """The values as an array [N, T], their range not looked at yet."""
+        """The values as an array [N, T] or [K, N, T], their range not looked at yet."""
         values = np.asarray(values)
         if values.dtype.kind != "f":
             raise TypeError(f"{name}: expected a floating dtype, got {values.dtype}")
-        if values.ndim != 2 or len(values) != self.num_drafters:
-            raise ValueError(f"{name}: expected shape ({self.num_drafters}, T), got {values.shape}")
+        count = self.num_drafters
+        if values.shape[:-1] not in ((count,), (self.draft_length, count)):
+            raise ValueError(f"{name}: expected shape ({count}, T) or ({self.draft_length}, {count}, T), got {values.shape}")
         return values
 
 

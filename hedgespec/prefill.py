@@ -142,7 +142,7 @@ def rotary_append(
         positions: int64 [R], at least 0: of the first token of each row.
         slots: int64 [R], in 0..C-T: where its key and value go.
         keys, values: [N, B, KV, C, D] with the same strides, D contiguous; of qkv's dtype and device.
-        rows: int64 [R], in 0..B-1, distinct.
+        rows: int64 [R], in 0..B-1, distinct; where T = 1 they may repeat at distinct slots.
         which: int64 [R], in 0..N-1: the head of each row.
         backend: "auto", or a name from `hedgespec.backends.BACKENDS`.
 
@@ -175,8 +175,10 @@ def rotary_append(
     if device.type == "cpu":
         check_ids("slots", slots, capacity - steps)
         check_ids("rows", rows, batch - 1)
-        if count > 1 and len(set(rows.tolist())) < count:
-            raise wrong("rows", "distinct rows", rows.tolist())
+        if count > 1:
+            places = rows.tolist() if steps > 1 else list(zip(rows.tolist(), slots.tolist()))
+            if len(set(places)) < count:
+                raise wrong("rows", "distinct rows" + (" or slots" if steps == 1 else ""), places)
     rotate = backends.resolve("rotary_append", backend, device.type, dtype)
     return rotate(qkv, frequency, positions, slots, keys, values, rows, which)
 

@@ -23,15 +23,21 @@ class Draft:
     """What the chosen drafter proposes."""
 
     tokens: torch.Tensor
-    """Proposed token ids in the target's vocabulary, int64 [B, K]."""
+    """Proposed token ids in the target's vocabulary, int64 [B, K]; of a tree its nodes, -1 for none."""
     logits: torch.Tensor | None
-    """The drafter's logits, before temperature and threshold, [B, K, Vd]; None where the proposal is one-hot or empty."""
+    """The drafter's logits, before temperature and threshold, [B, K, Vd]; None where the proposal is one-hot or empty. Of a
+    tree [B, P, Vd], from which the children of the nodes `origins` were drawn."""
     draft_to_target: torch.Tensor | None = None
     """int64 [Vd], the target's id of each draft id of the logits; None where they are over the target's vocabulary."""
     usable: torch.Tensor | None = None
     """int64 [], the first position at which the drafter's logits had no finite maximum, the draft length asked for if there
     is none: only tokens before it are to be used. Which one it is depends on these only, so they are what was proposed.
-    None: nobody drafted."""
+    Of a tree 0 where logits of any node had none: nothing was drafted after that node. None: nobody drafted."""
+    parents: torch.Tensor | None = None
+    """Of a tree: each node's parent among the nodes, which precedes it, int64 [B, K]; -1 for the root, the last verified token.
+    None: a chain."""
+    origins: torch.Tensor | None = None
+    """Of a tree whose children are samples: whose they are, int64 [B, P]; -1 for the root's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,8 @@ class Verdict:
     """Drafted tokens accepted, int64 [B], each 0..K."""
     tokens: torch.Tensor
     """Emitted tokens, int64 [B, K+1]: the accepted ones, then the recovered or bonus token, then -1."""
+    path: torch.Tensor | None = None
+    """Of a draft tree: the accepted nodes, int64 [B, K], then -1."""
 
 
 PROPOSAL_MODES = ("sampled", "argmax", "top_k")

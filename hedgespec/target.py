@@ -87,17 +87,17 @@ class CapturedTarget:
     def _state(self, layer: int) -> list[torch.Tensor]:
         return [self.cache.layers[layer].keys, self.cache.layers[layer].values, self.cache.fixed]
 
-    def __call__(
-        self, function, aux_layers: tuple, cache: RaggedCache, tokens: torch.Tensor, lengths: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        """function(tokens, lengths), which reads `self.model`, writes into `cache` and returns the states of `aux_layers`."""
-        key = (*tokens.shape, cache.capacity, aux_layers)
+    def __call__(self, function, aux_layers: tuple, cache: RaggedCache, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """function(*inputs), which reads `self.model`, writes into `cache` and returns the states of `aux_layers`; the first
+        input is the tokens [B, T]."""
+        tokens = inputs[0]
+        key = (*tokens.shape, len(inputs), cache.capacity, aux_layers)
         if self.graphs is not None:
             self._settle(cache, (len(tokens), cache.capacity))
-            return self.graphs(key, function, tokens, lengths)
+            return self.graphs(key, function, *inputs)
         self.cache, self.layers.bucket = cache, key
         try:
-            return function(tokens, lengths)
+            return function(*inputs)
         finally:
             self.layers.bucket = None
 
@@ -166,25 +166,34 @@ class TargetSession:
         self._chunk: dict[tuple[int, ...], torch.Tensor] = {}
         self._arguments = set(inspect.signature(model.forward).parameters)
 
-    def forward(self, tokens: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
-        """Reads `tokens` int64 [B, T] behind what is cached of each row; `keep` then says how many of them count.
+    def forward(
+        self, tokens: torch.Tensor, logits_to_keep: int, tree: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Reads `tokens` int64 [B, T] behind what is cached of each row; `keep` then says which of them count.
 
+        Args:
+            tree: where the tokens are no chain, their depths and lines of descent, as `hedgespec.tree.ancestry` has them.
         Returns: logits [B, logits_to_keep, V] of the last positions.
         """
         lengths, count = self.cache.lengths, tokens.shape[1]
         if self._fits(count):
             try:
-                return self._forward_fixed(tokens)[:, :count][:, -logits_to_keep:]
+                return self._forward_fixed(tokens, tree)[:, :count][:, -logits_to_keep:]
             except capture.NotCapturable as error:  # nothing is lost: it wrote behind the rows' lengths
                 self.captures.warn(error)
                 self.captured = None
         positions = self.cache.slots(count, tokens.device)
+        first = positions[:, :1]
+        if tree is not None:
+            positions = first + tree[0]
         arguments = {}
         if "position_ids" in self._arguments:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self._arguments:
             arguments["logits_to_keep"] = logits_to_keep
-        if min(lengths) != max(lengths):
+        if tree is not None:
+            arguments["attention_mask"] = self._masks(positions, max(lengths) + count, (first, tree[1]))
+        elif min(lengths) != max(lengths):
             arguments["attention_mask"] = self._masks(positions, max(lengths) + count)
         out = self.model(
             tokens, past_key_values=self.cache, use_cache=True, output_hidden_states=bool(self.aux_layers), **arguments
@@ -206,71 +215,111 @@ class TargetSession:
         most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return most is None or max(self.cache.lengths) + self.captures.count <= most
 
-    def _forward_fixed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _forward_fixed(self, tokens: torch.Tensor, tree: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """`forward` at fixed shapes: T tokens a row, the whole capacity of the cache, lengths on the device.
 
         Returns: logits [B, T, V], those past the tokens given of no meaning.
         """
         spare = self.captures.count - tokens.shape[1]
         self.cache.make_room(self.captures.count)
-        lengths = to_device(self.cache.lengths, tokens.device)
-        logits, *states = self.captured(
-            self._read, tuple(self.aux_layers), self.cache, functional.pad(tokens, (0, spare)), lengths
-        )
+        inputs = [functional.pad(tokens, (0, spare)), to_device(self.cache.lengths, tokens.device)]
+        if tree is not None:
+            depths, lines = tree
+            inputs += [functional.pad(depths, (0, spare)), functional.pad(lines, (0, spare, 0, spare))]
+            inputs[-1].diagonal(dim1=1, dim2=2).fill_(True)  # or a row of the mask would be empty
+        logits, *states = self.captured(self._read, tuple(self.aux_layers), self.cache, *inputs)
         self._chunk = dict(zip(self.aux_layers, states, strict=True))
         return logits.clone()  # the next round's forward may write where these are
 
-    def _read(self, tokens: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+    def _read(
+        self, tokens: torch.Tensor, lengths: torch.Tensor, depths: torch.Tensor | None = None, lines: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """Logits [B, T, V], then the hidden states of each of the aux layers. No value on the device decides what runs."""
-        positions = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        self.cache.fixed = positions
+        first = lengths[:, None]
+        slots = first + torch.arange(tokens.shape[1], device=tokens.device)
+        positions, tree = (slots, None) if depths is None else (first + depths, (first, lines))
+        self.cache.fixed = slots
         try:
             out = self.model(
-                tokens, position_ids=positions, attention_mask=self._masks(positions, self.cache.capacity),
+                tokens, position_ids=positions, attention_mask=self._masks(positions, self.cache.capacity, tree),
                 past_key_values=self.cache, use_cache=True, output_hidden_states=bool(self.aux_layers),
             )  # fmt: skip
         finally:
             self.cache.fixed = None
         return [out.logits, *(torch.cat([out.hidden_states[layer] for layer in layers], -1) for layers in self.aux_layers)]
 
-    def keep(self, counts: Sequence[int]) -> None:
-        """Keeps the first `counts[b]` tokens of row b's last forward and forgets the others."""
+    def keep(self, counts: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
+        """Keeps the first `counts[b]` tokens of row b's last forward and forgets the others.
+
+        Args:
+            paths: where that was a tree: of each row the places among its tokens to keep, ascending, at least `counts[b]`.
+                Their keys and values move together.
+        """
+        if paths is not None:
+            paths = [list(path[:count]) for path, count in zip(paths, counts)]
+            self.cache.gather(paths)
         for row, count in enumerate(counts):
             self.cache.lengths[row] += count
             for layers, chunk in self._chunk.items():
                 buffer = self.features[row][layers]
                 if not len(buffer):
                     buffer.append(chunk.new_zeros(1, chunk.shape[2]))
-                buffer.append(chunk[row, :count])
+                kept = slice(count) if paths is None else to_device(paths[row], chunk.device)
+                buffer.append(chunk[row, kept])
 
     def select(self, rows: Sequence[int]) -> None:
         """Goes on with these rows only."""
         self.cache.select(rows)
         self.features = [self.features[row] for row in rows]
 
-    def _masks(self, positions: torch.Tensor, end: int) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _masks(
+        self, positions: torch.Tensor, end: int, tree: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Who may look at which of the slots 0..end-1, as the model would make it if all rows were at one position.
 
-        A model with several kinds of layers takes a mask for each. positions: [B, T].
+        A model with several kinds of layers takes a mask for each.
+
+        Args:
+            positions: [B, T].
+            tree: where the tokens are no chain: each row's first slot [B, 1] and who descends from whom, bool [B, T, T].
         """
+        slots = torch.arange(end, device=positions.device)
+        keys = slots.expand(len(positions), end)
+        seen = slots <= positions[..., None]
+        if tree is not None:
+            first, lines = tree
+            place = (slots - first).clamp(0, positions.shape[1] - 1)  # [B, end]
+            drafted = slots >= first
+            # What lies behind the row's own tokens has none of these places; it is nobody's ancestor.
+            drafted_seen = (
+                lines.gather(2, place[:, None].expand(-1, lines.shape[1], -1)) & (slots - first < lines.shape[2])[:, None]
+            )
+            seen = torch.where(drafted[:, None], drafted_seen, True)
+            keys = torch.where(drafted, positions.gather(1, place), slots)
         config = self.model.config.get_text_config(decoder=True)
+
+        def mask(kind: str) -> torch.Tensor:
+            """[B, 1, T, end]: True or 0 where a query sees a key, False or the least number where it does not."""
+            visible = seen & _within(kind, config, positions[..., None], keys[:, None])
+            if config._attn_implementation == "sdpa":
+                return visible[:, None]
+            least = torch.finfo(self.model.dtype).min
+            return torch.zeros_like(visible[:, None], dtype=self.model.dtype).masked_fill(~visible[:, None], least)
+
         kinds = getattr(config, "layer_types", None)
         if kinds:
-            return {kind: self._mask(kind, config, positions, end) for kind in dict.fromkeys(kinds)}
+            return {kind: mask(kind) for kind in dict.fromkeys(kinds)}
         if getattr(config, "sliding_window", None) is not None:
-            return self._mask("sliding_attention", config, positions, end)
+            return mask("sliding_attention")
         if getattr(config, "attention_chunk_size", None) is not None:
-            return self._mask("chunked_attention", config, positions, end)
-        return self._mask("full_attention", config, positions, end)
+            return mask("chunked_attention")
+        return mask("full_attention")
 
-    def _mask(self, kind: str, config, positions: torch.Tensor, end: int) -> torch.Tensor:
-        """[B, 1, T, end]: True or 0 where a query sees a key, False or the least number where it does not."""
-        queries, slots = positions[:, None, :, None], torch.arange(end, device=positions.device)
-        mask = slots <= queries
-        if kind == "sliding_attention":
-            mask &= slots > queries - config.sliding_window
-        elif kind == "chunked_attention":
-            mask &= slots // config.attention_chunk_size == queries // config.attention_chunk_size
-        if config._attn_implementation == "sdpa":
-            return mask
-        return torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
+
+def _within(kind: str, config, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | bool:
+    """Whether a layer of this kind lets a position look at another that precedes it."""
+    if kind == "sliding_attention":
+        return keys > queries - config.sliding_window
+    if kind == "chunked_attention":
+        return keys // config.attention_chunk_size == queries // config.attention_chunk_size
+    return True

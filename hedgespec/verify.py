@@ -27,6 +27,7 @@ from hedgespec.checks import (
     wrong,
 )  # fmt: skip
 from hedgespec.records import Verdict
+from hedgespec.tree import ancestry
 
 MODES = ("sampled", "argmax")
 
@@ -156,12 +157,12 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float | Tensor = 1.
 
     Args:
         logits: floating [..., V].
-        uniforms: float32 or float64 [...] in [0, 1); not read at temperature 0.
+        uniforms: float32 or float64 [...] or [..., S] in [0, 1), S independent draws; not read at temperature 0.
         temperature: >= 0, a number or floating [...]; 0 takes the argmax, ties to the lowest id.
         threshold: floating [...]; a logit, before temperature, below it is masked.
 
     Returns:
-        Token ids, int64 [...], in [0, V).
+        Token ids of uniforms' shape, int64, in [0, V).
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -169,14 +170,190 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float | Tensor = 1.
     """
     check_logits("logits", logits, "[..., V]", None)
     rows, device = logits.shape[:-1], logits.device
-    check_tensor("uniforms", uniforms, WIDE, rows, device)
+    several = isinstance(uniforms, Tensor) and uniforms.ndim == logits.ndim
+    check_tensor("uniforms", uniforms, WIDE, (*rows, uniforms.shape[-1]) if several else rows, device)
     check_uniforms("uniforms", uniforms)
     if threshold is not None:
         check_tensor("threshold", threshold, FLOATING, rows, device)
     temperature = check_temperature("temperature", temperature, rows, device)
     if _is_zero(temperature):
-        return logits.argmax(-1)
-    return _inverse_cdf(_distribution(logits, temperature, threshold), uniforms)
+        best = logits.argmax(-1)
+        return best[..., None].expand(uniforms.shape) if several else best
+    drawn = _inverse_cdf(_distribution(logits, temperature, threshold), uniforms if several else uniforms[..., None])
+    return drawn if several else drawn[..., 0]
+
+
+def verify_tree(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None,
+    uniforms: Tensor,
+    *,
+    depth: int,
+    mode: str = "argmax",
+    origins: Tensor | None = None,
+    draft_to_target: Tensor | None = None,
+    target_temperature: float | Tensor = 1.0,
+    draft_temperature: float | Tensor = 1.0,
+    target_threshold: Tensor | None = None,
+    draft_threshold: Tensor | None = None,
+    backend: str = "auto",
+) -> Verdict:
+    """Accept a path of a draft tree from its root down, then emit a recovered token (where it ends early) or a bonus token.
+
+    At each node the children are tried one after another, each against what is left of the target's p. In mode "argmax"
+    they are distinct and were chosen without chance: the i-th is accepted with probability p(c_i) / (1 - p(c_1) - ... -
+    p(c_{i-1})), and after the last the rest of p without them is drawn from. That is one draw x ~ p, which goes to the child
+    x where there is one: accepted with probability p(C), and one uniform for a node. In mode "sampled" they are independent
+    draws from q (multi-draft) and rejection is recursive::
+
+        p_1 = p;   accept c_i where u * q(c_i) < p_i(c_i);   p_{i+1} = max(0, p_i - q), normalised
+
+    where p_i = max(0, p - a_i q) / b_i with a_1 = 0, b_1 = 1, a_{i+1} = a_i + b_i, b_i = sum_v max(0, p - a_i q). A chain is
+    a tree whose nodes have one child. Where rounding leaves nothing of p_i, p is drawn from.
+
+    Args:
+        target_logits: floating [B, M+1, V]; row 0 scores what follows the root, row i + 1 what follows node i.
+        draft_tokens: int64 [B, M], target ids in [0, V), or -1 for a node that is none.
+        parents: int64 [B, M], of each node its parent among the nodes before it, or -1 for the root.
+        draft_logits: floating [B, P, Vd], what children were drawn from; mode "sampled" only, else None.
+        uniforms: float32 or float64 in [0, 1). Mode "argmax": [B, depth + 1], one for the node at each depth. Mode "sampled":
+            [B, depth * S + 1], S for the children of the node at each depth, in order, and the last draws the token that
+            follows; S is at least the number of a node's children.
+        depth: of the deepest node, D >= 1.
+        mode: how children were proposed, "argmax" (the likeliest, or any distinct tokens) or "sampled".
+        origins: int64 [B, P], the nodes whose children were drawn from `draft_logits`, -1 for the root, -2 for none.
+        draft_to_target, target_temperature, draft_temperature, draft_threshold, backend: as in `verify`; the backend is that
+            of the draws of mode "argmax".
+        target_threshold: floating [B, M+1].
+
+    Returns:
+        Verdict of accepted_length int64 [B], tokens int64 [B, D+1] and path int64 [B, D], the accepted nodes, padded with -1.
+
+    Raises: as `verify`.
+
+    Source: mode "argmax": sequential rejection without replacement, as in Miao et al., "SpecInfer", 2023, for proposals of
+        one token each. Mode "sampled": recursive rejection, ibid. and Sun et al., "SpecTr", 2023; the closed form is ours.
+    """
+    batch, positions, vocabulary = check_logits("target_logits", target_logits, "[B, M+1, V]", 3)
+    nodes, device = positions - 1, target_logits.device
+    if nodes < 0:
+        raise wrong("target_logits", "shape [B, M+1, V] with M >= 0", list(target_logits.shape))
+    if mode not in MODES:
+        raise wrong("mode", f"one of {', '.join(MODES)}", repr(mode))
+    if not isinstance(depth, int) or depth < 1:
+        raise wrong("depth", "an int of at least 1", depth)
+    for name, ids, highest in (("draft_tokens", draft_tokens, vocabulary - 1), ("parents", parents, nodes - 1)):
+        check_tensor(name, ids, (torch.int64,), (batch, nodes), device)
+        check_ids(name, ids + 1, highest + 1)
+    if mode == "argmax":
+        expected = (batch, depth + 1)
+    else:
+        width = uniforms.shape[-1] if isinstance(uniforms, Tensor) and uniforms.ndim else 0
+        expected = (batch, max(width - 1, 0) // depth * depth + 1)
+    check_tensor("uniforms", uniforms, WIDE, expected, device)
+    check_uniforms("uniforms", uniforms)
+    if target_threshold is not None:
+        check_tensor("target_threshold", target_threshold, FLOATING, (batch, positions), device)
+    target_temperature = check_temperature("target_temperature", target_temperature, (batch,), device)
+    if mode == "argmax":
+        return _verify_chosen(
+            target_logits, draft_tokens, parents, uniforms, depth, target_temperature, target_threshold, backend
+        )
+    draft_vocabulary = check_logits("draft_logits", draft_logits, "[B, P, Vd]", 3)[-1]
+    rows = draft_logits.shape[1]
+    check_tensor("draft_logits", draft_logits, FLOATING, (batch, rows, draft_vocabulary), device)
+    check_tensor("origins", origins, (torch.int64,), (batch, rows), device)
+    if draft_to_target is not None:
+        per_row = isinstance(draft_to_target, Tensor) and draft_to_target.dim() == 2
+        shape = (batch, draft_vocabulary) if per_row else (draft_vocabulary,)
+        check_map("draft_to_target", draft_to_target, shape, device, vocabulary, distinct=False)
+        draft_to_target = draft_to_target.long().expand(batch, draft_vocabulary)
+    elif draft_vocabulary != vocabulary:
+        raise wrong("draft_logits", f"a vocabulary of {vocabulary}, the target's, or a draft_to_target map", draft_vocabulary)
+    draft_temperature = check_temperature("draft_temperature", draft_temperature, (batch,), device)
+    if draft_threshold is not None:
+        check_tensor("draft_threshold", draft_threshold, FLOATING, (batch, rows), device)
+    return _verify_sampled(
+        target_logits, draft_tokens, parents, draft_logits, uniforms, depth, origins, draft_to_target,
+        target_temperature, draft_temperature, target_threshold, draft_threshold,
+    )  # fmt: skip
+
+
+def _verify_chosen(target_logits, draft_tokens, parents, uniforms, depth, temperature, threshold, backend) -> Verdict:
+    """Draws a token at every node, whether it is reached or not: one call, and nothing that the host has to know."""
+    batch, positions, vocabulary = target_logits.shape
+    level = ancestry(parents, depth)[0].clamp(max=depth)
+    drawn = verify(
+        target_logits.reshape(batch * positions, 1, vocabulary),
+        draft_tokens.new_empty(batch * positions, 0),
+        None,
+        uniforms.gather(1, level).reshape(-1, 1),
+        target_temperature=temperature.repeat_interleave(positions) if isinstance(temperature, Tensor) else temperature,
+        target_threshold=None if threshold is None else threshold.reshape(-1, 1),
+        backend=backend,
+    ).tokens.view(batch, positions)
+    here, alive = parents.new_zeros(batch, 1), torch.ones(batch, 1, dtype=torch.bool, device=parents.device)
+    path = []
+    for _ in range(depth):
+        child = (parents + 1 == here) & (draft_tokens == drawn.gather(1, here))
+        found, first = child.max(1, keepdim=True) if child.shape[1] else (alive & False, here)
+        alive = alive & found
+        path.append(torch.where(alive, first, -1))
+        here = torch.where(alive, first + 1, here)
+    return _walked(draft_tokens, torch.cat(path, 1), drawn.gather(1, here))
+
+
+def _verify_sampled(target_logits, draft_tokens, parents, draft_logits, uniforms, depth, origins, draft_to_target,
+                    target_temperature, draft_temperature, target_threshold, draft_threshold) -> Verdict:  # fmt: skip
+    """The recursion in float64, all rows at once; waits for no device."""
+    batch, nodes = draft_tokens.shape
+    rows = torch.arange(batch, device=parents.device)
+    children = (uniforms.shape[1] - 1) // depth
+    here, alive = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
+    path, final = [], None
+    for level in range(depth + 1):
+        at = None if target_threshold is None else target_threshold[rows, here]
+        p = _distribution(target_logits[rows, here], target_temperature, at).double()
+        final = p if final is None else torch.where(alive[:, None], p, final)
+        if level == depth or nodes == 0:
+            break
+        origin = origins + 1 == here[:, None]
+        known, row = origin.max(1)
+        at = None if draft_threshold is None else draft_threshold[rows, row]
+        q = _spread(_distribution(draft_logits[rows, row], draft_temperature, at).double(), draft_to_target, p)
+        siblings = (parents + 1 == here[:, None]) & (draft_tokens >= 0) & known[:, None]
+        rank = siblings.cumsum(1)
+        scale, rest = p.new_zeros(batch, 1), p.new_ones(batch, 1)  # a_i and b_i
+        going, chosen = alive & False, torch.zeros_like(rows)
+        for child in range(children):
+            exists, node = (siblings & (rank == child + 1)).max(1)
+            tried = (alive & exists & ~going)[:, None]
+            token = draft_tokens[rows, node].clamp(min=0)[:, None]
+            draft_prob, residual = q.gather(1, token), (p - scale * q).clamp(min=0)
+            u = uniforms[:, level * children + child, None].double()
+            accepted = tried & (u * draft_prob * rest < residual.gather(1, token)) & (rest > 0)
+            going, chosen = going | accepted[:, 0], torch.where(accepted[:, 0], node, chosen)
+            rejected = tried & ~accepted
+            scale = torch.where(rejected, scale + rest, scale)
+            rest = torch.where(rejected, (p - scale * q).clamp(min=0).sum(1, keepdim=True), rest)
+        residual = (p - scale * q).clamp(min=0)
+        left = torch.where(residual.amax(1, keepdim=True) > 0, residual, p)
+        final = torch.where((alive & ~going)[:, None], left, final)
+        alive = alive & going
+        path.append(torch.where(alive, chosen, -1))
+        here = torch.where(alive, chosen + 1, here)
+    path += [torch.full_like(rows, -1)] * (depth - len(path))
+    return _walked(draft_tokens, torch.stack(path, 1), _inverse_cdf(final, uniforms[:, -1:]))
+
+
+def _walked(draft_tokens: Tensor, path: Tensor, following: Tensor) -> Verdict:
+    """The tokens of the accepted nodes `path` [B, D], then the token that follows [B, 1], then -1."""
+    accepted = (path >= 0).sum(1)
+    padded = functional.pad(draft_tokens, (0, 1), value=-1)  # where there is no node
+    tokens = functional.pad(padded.gather(1, torch.where(path >= 0, path, draft_tokens.shape[1])), (0, 1), value=-1)
+    return Verdict(accepted, tokens.scatter(1, accepted[:, None], following), path)
 
 
 def verify_reference(
@@ -208,7 +385,7 @@ def verify_reference(
     target_probs = _distribution(target_logits, _per_position(target_temperature), target_threshold)
     rows = torch.arange(batch, device=draft_tokens.device)
     if draft_length == 0:
-        return _verdict(draft_tokens, torch.zeros_like(lengths), _inverse_cdf(target_probs[:, 0], uniforms[:, 0]))
+        return _verdict(draft_tokens, torch.zeros_like(lengths), _inverse_cdf(target_probs[:, 0], uniforms)[:, 0])
 
     if mode == "argmax":
         draft_probs, draft_ids = torch.ones_like(target_probs[:, :-1, :1]), draft_tokens[..., None]
@@ -226,7 +403,7 @@ def verify_reference(
     target_row = target_probs[rows, accepted_length]
     draft_row = _spread(draft_probs[rows, stopped], None if draft_ids is None else draft_ids[rows, stopped], target_row)
     weights = _next_weights(target_row, draft_row, accepted_length < lengths)
-    return _verdict(draft_tokens, accepted_length, _inverse_cdf(weights, uniforms[:, -1]))
+    return _verdict(draft_tokens, accepted_length, _inverse_cdf(weights, uniforms[:, -1:])[:, 0])
 
 
 def _accepts(uniforms: Tensor, draft_prob: Tensor, target_prob: Tensor) -> Tensor:
@@ -247,19 +424,19 @@ def _next_weights(target_probs: Tensor, draft_probs: Tensor, rejected: Tensor) -
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The smallest v with cumsum(weights)[v] > u * total; [..., V] and [...] to int64 [...]; always a positive weight.
+    """The smallest v with cumsum(weights)[v] > u * total; [..., V] and [..., S] to int64 [..., S]; always a positive weight.
 
     The cumulative sum steps up only at positive weights, so the first value above any threshold below the total is one.
     The total itself, which u * total may round up to, is first reached at the last positive weight.
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:].contiguous()
-    drawn = torch.searchsorted(cumulative, uniforms[..., None].double() * total, right=True)
+    drawn = torch.searchsorted(cumulative, uniforms.double() * total, right=True)
     drawn = torch.minimum(drawn, torch.searchsorted(cumulative, total)).clamp(max=weights.shape[-1] - 1)
     if weights.device.type != "cpu":
         # A parallel scan associates its sums differently from one id to the next and may step where no weight lies.
         drawn = torch.where(weights.gather(-1, drawn) > 0, drawn, weights.argmax(-1, keepdim=True))
-    return drawn[..., 0]
+    return drawn
 
 
 def _distribution(logits: Tensor, temperature: float | Tensor, threshold: Tensor | None) -> Tensor:

@@ -152,7 +152,7 @@ def test_wrong_arguments_are_refused():
             queue.push(wrong, good)
         with pytest.raises(ValueError, match="acceptance_ratio: expected values"):
             queue.push(good, wrong)
-    with pytest.raises(ValueError, match=r"acceptance_prob: expected shape \(2, T\), got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"acceptance_prob: expected shape \(2, T\) or \(3, 2, T\), got \(3, 2\)"):
         queue.push(np.full((3, 2), 0.5), good)
     with pytest.raises(ValueError, match=r"acceptance_ratio: expected shape \(2, 2\)"):
         queue.push(good, good[:, :1])

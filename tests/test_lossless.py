@@ -37,10 +37,10 @@ COUNT = 800
 """Tokens a row: 102,400 draws. The mutants below are noticed within a thirtieth of them."""
 
 
-def chain(seed: int) -> LlamaForCausalLM:
+def chain(seed: int, layers: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=8, num_hidden_layers=0, num_attention_heads=2,
+        vocab_size=V, hidden_size=16, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=2,
         max_position_embeddings=1024, initializer_range=0.5, eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()

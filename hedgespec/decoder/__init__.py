@@ -81,7 +81,12 @@ class Decoder:
                     f"drafter {drafter.name}: expected draft_to_target of distinct ids, got some twice"
                 )
         self.vocabulary, self._stacks = vocabulary, stacks_of(self.drafters)
-        self.captures = Captures(self.config.draft_length + 1) if self.config.compile else None
+        self.captures = Captures(self.config.most_drafted + 1) if self.config.compile else None
+        if self.config.tree is not None and not rows_may_differ(target):
+            raise ValueError(
+                "tree: expected a target that takes positions and a mask of its own (attn_implementation sdpa or eager), "
+                f"got {type(target).__name__} with {target.config.get_text_config(decoder=True)._attn_implementation}"
+            )
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
 
     def stacks(self) -> list[tuple[list[int], HeadStack]]:

@@ -19,14 +19,15 @@ from transformers import DynamicCache
 from hedgespec.decoder.pool import UNSOUND, Heads, Pool, Singles, no_draft
 from hedgespec.decoder.request import Request
 from hedgespec.decoder.row import NOBODY, Row
-from hedgespec.evaluate import evaluate
+from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
 from hedgespec.records import Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
 from hedgespec.target import TargetSession, device_of
 from hedgespec.transfer import SideStream, to_device
-from hedgespec.verify import verify
+from hedgespec.tree import ancestry
+from hedgespec.verify import verify, verify_tree
 
 if TYPE_CHECKING:
     from hedgespec.decoder import Decoder
@@ -44,8 +45,8 @@ class _Scores:
     counts: list[int]
     """Tokens of each row."""
     parts: list[tuple[list[int], Callable[[], np.ndarray]]]
-    """Drafters, and what brings acceptance_prob, acceptance_ratio and whether the drafter's logits of the row were sound,
-    float64 [3, n, R, T]."""
+    """Drafters, and what brings acceptance_prob, acceptance_ratio, of trees by depth, and last whether the drafter's logits of
+    the row were sound, float64 [3 or 2K + 1, n, R, T]."""
 
 
 class Batch:
@@ -66,7 +67,13 @@ class Batch:
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
         ]
         self._place()
-        self.pool = Pool(drafters, decoder.stacks(), self.rows, self.config.drafter_window, self.config.compile)
+        self.pool = Pool(drafters, decoder.stacks(), self.rows, self.config)
+        tree, length = self.config.tree, self.config.draft_length
+        self.draws, self.tests = length, length + 1
+        """Uniforms that a round drafts with, and that it verifies with."""
+        if tree is not None:
+            self.draws, siblings = (0, 1) if self.one_hot else (tree.nodes(length), tree.widest)
+            self.tests = length * siblings + 1
         self.overlaps = self.config.overlap if self.config.overlap is not None else self.device.type == "cuda"
         self.side = SideStream(self.device)
         self.under_way: list[_Scores] = []
@@ -83,7 +90,7 @@ class Batch:
                 self._load(past)
             logits = self._read_prompts()
             nothing = [no_draft(row) for row in self.rows]
-            emitted, _ = self._verify(logits, nothing, [NOBODY] * len(self.rows), [row.uniforms(1) for row in self.rows])
+            emitted, _, _ = self._verify(logits, nothing, [NOBODY] * len(self.rows), [row.uniforms(1) for row in self.rows])
             going_on = [row for row in self.rows if row.scores_all and not row.finished]
             if going_on:
                 self.pool.score(going_on, [0] * len(going_on))
@@ -91,20 +98,25 @@ class Batch:
 
     def round(self) -> None:
         """One target forward and everything around it."""
-        length, rows, stats = self.config.draft_length, self.rows, [row.stats for row in self.rows]
-        uniforms = np.stack([row.uniforms(2 * length + 2) for row in rows])  # one selects, K draft, K + 1 verify
+        rows, stats = self.rows, [row.stats for row in self.rows]
+        uniforms = np.stack([row.uniforms(1 + self.draws + self.tests) for row in rows])  # of a chain 1 + K + (K + 1)
         with timed(stats, "select"):
             weights = [row.weights() for row in rows]
             choices = [row.select(held, one) for row, held, one in zip(rows, weights, uniforms[:, 0].tolist())]
         with timed(stats, "draft"):
-            to_draft = to_device(uniforms[:, 1 : 1 + length], self.device)
+            to_draft = to_device(uniforms[:, 1 : 1 + self.draws], self.device)
             drafts = self.pool.draft(choices, to_draft, self.sampling, self.one_hot)
         with timed(stats, "verify"):
             last = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens[0]]) for row, draft in zip(rows, drafts)]
             tokens = stack(last, 0)
-            logits = self.target.forward(tokens, tokens.shape[1])
-            emitted, verified = self._verify(logits, drafts, choices, uniforms[:, length + 1 :])
-            self.target.keep([len(tokens) for tokens in emitted])
+            if self.config.tree is None:
+                logits = self.target.forward(tokens, tokens.shape[1])
+            else:
+                parents = stack([draft.tokens[0] if draft.parents is None else draft.parents[0] for draft in drafts], -1)
+                shape = ancestry(parents, self.config.draft_length)
+                logits = self.target.forward(tokens.clamp(min=0), tokens.shape[1], shape)
+            emitted, verified, paths = self._verify(logits, drafts, choices, uniforms[:, 1 + self.draws :])
+            self.target.keep([len(tokens) for tokens in emitted], paths if self.config.tree is not None else None)
         for row, chunk in zip(rows, verified):
             if row.scores_all:
                 row.unscored.append(chunk)
@@ -154,36 +166,46 @@ class Batch:
 
     def _verify(
         self, logits: torch.Tensor, drafts: list[Draft], choices: Sequence[Choice], uniforms: Sequence[np.ndarray]
-    ) -> tuple[list[list[int]], list[torch.Tensor]]:
+    ) -> tuple[list[list[int]], list[torch.Tensor], list[list[int]]]:
         """Emits what the target makes of every row's draft.
 
         Args:
             logits: [B, K+1, V]; of a row with a shorter draft the first positions count.
             drafts: of each row. Who drafted what is not usable is lost to the row.
             choices: who drafted, by row.
-            uniforms: by row, at least one for each drafted token, and the last one draws the token that follows.
-        Returns: by row, the emitted tokens and the target's processed logits [emitted, V] at their positions.
+            uniforms: by row, at least one for each drafted token, and the last one draws the token that follows; of a tree
+                those of `verify_tree`.
+        Returns: by row, the emitted tokens, the target's processed logits [emitted, V] at their positions, and these among
+            those of `logits`.
         """
         emitted: list[list[int]] = [[]] * len(self.rows)
         verified: list[torch.Tensor] = [logits[0, :0]] * len(self.rows)
+        paths: list[list[int]] = [[]] * len(self.rows)
         together: dict[tuple | None, list[int]] = {}
         for place, (row, draft) in enumerate(zip(self.rows, drafts)):
             if row.request.process is not None:
                 usable = draft.tokens.shape[1] if draft.usable is None else int(draft.usable)
                 self._lose_the_unsound(row, choices[place], draft, usable)
-                emitted[place], verified[place] = self._walk(row, logits[place], draft, usable, uniforms[place])
+                walk = self._walk if draft.parents is None else self._walk_tree
+                emitted[place], verified[place], paths[place] = walk(row, logits[place], draft, usable, uniforms[place])
             else:
-                alike = None
+                alike = (draft.parents is not None,)
                 if draft.logits is not None:
-                    alike = draft.logits.shape[2], draft.logits.dtype, draft.draft_to_target is not None
+                    alike = *alike, draft.logits.shape[2], draft.logits.dtype, draft.draft_to_target is not None
                 together.setdefault(alike, []).append(place)
-        for places in together.values():
-            for place, (usable, tokens) in zip(places, self._verify_alike(places, logits, drafts, uniforms)):
+        for (branches, *_), places in together.items():
+            if branches:
+                found = self._verify_trees(places, logits, drafts, uniforms)
+            else:
+                found = ((*one, range(len(one[1]))) for one in self._verify_alike(places, logits, drafts, uniforms))
+            for place, (usable, tokens, path) in zip(places, found):
                 row = self.rows[place]
                 self._lose_the_unsound(row, choices[place], drafts[place], usable)
                 emitted[place] = row.emit(tokens)
-                verified[place] = logits[place, : len(emitted[place])]
-        return emitted, verified
+                paths[place] = list(path)[: len(emitted[place])]
+                kept = to_device(paths[place], self.device) if branches else slice(len(emitted[place]))
+                verified[place] = logits[place, kept]
+        return emitted, verified, paths
 
     def _lose_the_unsound(self, row: Row, choice: Choice, draft: Draft, usable: int) -> None:
         """Takes a drafter whose logits were not sound out of the request."""
@@ -214,9 +236,30 @@ class Batch:
         found = torch.cat([usable[:, None], verdict.tokens], 1).tolist()
         return [(known, [token for token in tokens if token >= 0]) for known, *tokens in found]
 
+    def _verify_trees(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[tuple]:
+        """`_verify_alike` of trees: of each also the places of what it emits among the row's logits."""
+        of = [drafts[place] for place in places]
+        tokens, parents = (stack(list(each), -1) for each in zip(*((one.tokens[0], one.parents[0]) for one in of)))
+        target_logits = logits if len(places) == len(self.rows) else logits[to_device(places, self.device)]
+        target_logits = target_logits[:, : tokens.shape[1] + 1]
+        tests = np.stack([uniforms[place] for place in places])
+        draft_logits = origins = mapping = None
+        if of[0].logits is not None:
+            draft_logits, origins = stack([one.logits[0] for one in of], 0), stack([one.origins[0] for one in of], -2)
+            mapping = self._maps([one.draft_to_target for one in of])
+        verdict = self._call_verify_tree(target_logits, tokens, parents, draft_logits, origins, mapping, tests)
+        nobody = tokens.new_zeros(())
+        usable = torch.stack([nobody if one.usable is None else one.usable for one in of])
+        found = torch.cat([usable[:, None], verdict.tokens, verdict.path], 1).tolist()
+        most = verdict.tokens.shape[1]
+        return [
+            (known, [token for token in rest[:most] if token >= 0], [0, *(node + 1 for node in rest[most:] if node >= 0)])
+            for known, *rest in found
+        ]
+
     def _walk(
         self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray
-    ) -> tuple[list[int], torch.Tensor]:
+    ) -> tuple[list[int], torch.Tensor, list[int]]:
         """Verifies one draft token by token, so that the row's processors see every emitted token once, and no other."""
         emitted: list[int] = []
         verified: list[torch.Tensor] = []
@@ -233,7 +276,39 @@ class Batch:
             emitted += row.emit(verdict.tokens[0, :1].tolist())
             if row.finished or int(verdict.accepted_length[0]) == 0:
                 break
-        return emitted, torch.cat(verified)
+        return emitted, torch.cat(verified), list(range(len(emitted)))
+
+    def _walk_tree(
+        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray
+    ) -> tuple[list[int], torch.Tensor, list[int]]:
+        """`_walk` of a tree, of which at each node only its children are looked at."""
+        emitted: list[int] = []
+        verified: list[torch.Tensor] = []
+        node, path, siblings = -1, [], (len(uniforms) - 1) // self.config.draft_length
+        parents, tokens = draft.parents[0].tolist(), draft.tokens[0].tolist()
+        for depth in range(self.config.draft_length + 1):
+            path.append(node + 1)
+            verified.append(row.request.process(row.seen, logits[path[-1] : path[-1] + 1]))
+            children = [place for place, parent in enumerate(parents) if parent == node and tokens[place] >= 0]
+            index = to_device(children, self.device).long()
+            target_logits = verified[-1].expand(1 + len(children), -1)[None]
+            drafted, root = draft.tokens[:, index], torch.full_like(draft.parents[:, index], -1)
+            draft_logits = origins = None
+            if self.one_hot:
+                tests = np.repeat(uniforms[min(depth, len(uniforms) - 1)], 2)
+            else:
+                own = uniforms[depth * siblings : (depth + 1) * siblings] if depth < self.config.draft_length else uniforms[:0]
+                tests = np.append(np.pad(own, (0, siblings - len(own))), uniforms[-1])
+                source = draft.origins[0].tolist().index(node) if children else 0
+                draft_logits, origins = draft.logits[:, source : source + 1], torch.full_like(draft.origins[:, :1], -1)
+            verdict = self._call_verify_tree(
+                target_logits, drafted, root, draft_logits, origins, draft.draft_to_target, tests[None], depth=1
+            )
+            emitted += row.emit(verdict.tokens[0, :1].tolist())
+            if row.finished or int(verdict.accepted_length[0]) == 0:
+                break
+            node = children[int(verdict.path[0, 0])]
+        return emitted, torch.cat(verified), path
 
     def _maps(self, maps: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The maps of alike drafts, [B, Vd], or [Vd] where all have the same, or None.
@@ -265,6 +340,26 @@ class Batch:
             backend=self.config.backend,
         )
 
+    def _call_verify_tree(
+        self, target_logits, draft_tokens, parents, draft_logits, origins, mapping, uniforms, depth: int | None = None
+    ) -> Verdict:
+        return verify_tree(
+            target_logits,
+            draft_tokens,
+            parents,
+            draft_logits,
+            to_device(uniforms, self.device),
+            depth=depth or self.config.draft_length,
+            mode="argmax" if draft_logits is None else "sampled",
+            origins=origins,
+            draft_to_target=mapping,
+            target_temperature=self.sampling.temperature,
+            draft_temperature=self.sampling.temperature,
+            target_threshold=self.sampling.threshold(target_logits),
+            draft_threshold=None if draft_logits is None else self.sampling.threshold(draft_logits),
+            backend=self.config.backend,
+        )
+
     def _evaluate(self, rows: list[Row], scored: Sequence[tuple[Heads | Singles, torch.Tensor]]) -> None:
         """Compares what all drafters had for the rows' unscored tokens, as `Pool.score` gives it, with the target; `_observe`
         sees what comes of it."""
@@ -287,27 +382,40 @@ class Batch:
                 sound = finite.all(-1)
                 if lifted:
                     logits = self._process(rows, counts, part.members, logits)
-                result = evaluate(
-                    target_logits,
-                    logits,
-                    tokens,
-                    lengths=lengths,
-                    draft_to_target=None if lifted else part.maps,
-                    target_temperature=self.sampling.temperature,
-                    drafter_temperature=self.sampling.temperature,
-                    target_threshold=target_threshold,
-                    drafter_threshold=self.sampling.threshold(logits),
-                    backend=self.config.backend,
-                )
-                measured = result.scores[slice(2, 4) if self.config.mode == "argmax" else slice(2)]
+                arguments = {
+                    "lengths": lengths,
+                    "draft_to_target": None if lifted else part.maps,
+                    "target_temperature": self.sampling.temperature,
+                    "drafter_temperature": self.sampling.temperature,
+                    "target_threshold": target_threshold,
+                    "drafter_threshold": self.sampling.threshold(logits),
+                }
+                measured = self._measure(part, target_logits, logits, tokens, arguments)
                 found = torch.cat([measured.double(), sound[None, :, :, None].expand_as(measured[:1])])
                 self.under_way[-1].parts.append((part.members, self.side.to_host(found)))
+
+    def _measure(self, part: Heads | Singles, target_logits, logits, tokens, arguments: dict) -> torch.Tensor:
+        """acceptance_prob and acceptance_ratio of the part's drafters as they draft, [2, n, R, T]; of trees for the nodes at
+        depth 0, 1, ..., [2K, n, R, T]."""
+        tree, backend = self.config.tree, self.config.backend
+        if tree is None:
+            scores = evaluate(target_logits, logits, tokens, backend=backend, **arguments).scores
+            return scores[slice(2, 4) if self.config.mode == "argmax" else slice(2)]
+        if self.one_hot:
+            scores = evaluate(target_logits, logits, tokens, top_k=tree.widest, backend=backend, **arguments).scores[4:]
+        else:
+            scores = multi_draft_acceptance(target_logits, logits, tokens, tree.widest, **arguments)
+        # For every number of children a pair of rows. Where only the first child has children, the path has to go there.
+        counts = [min(tree.children(depth), len(scores) // 2) - 1 for depth in range(self.config.draft_length)]
+        rows = [(2 * count, 2 * count + 1 if part.width is None else 1) for count in counts]
+        return scores[to_device([row for pair in rows for row in pair], scores.device)]
 
     def _observe(self, later: bool) -> None:
         """Lets the rows learn from evaluations, from the newest at the end of the next round if `later`."""
         while len(self.under_way) > later:
             one = self.under_way.pop(0)
-            scores = [np.zeros((2, len(row.drafters), count)) for row, count in zip(one.rows, one.counts)]
+            depths = 1 if self.config.tree is None else self.config.draft_length
+            scores = [np.zeros((2 * depths, len(row.drafters), count)) for row, count in zip(one.rows, one.counts)]
             for members, bring in one.parts:
                 *measured, sound = bring()
                 for place, (row, count) in enumerate(zip(one.rows, one.counts)):
@@ -317,7 +425,7 @@ class Batch:
                         if row.alive[drafter]:  # what a lost drafter is said to have scored is 0
                             scores[place][:, drafter] = [values[member, place, :count] for values in measured]
             for row, known in zip(one.rows, scores):
-                row.observe(*known)
+                row.observe(*(known if depths == 1 else (known[::2], known[1::2])))
                 row.may_switch = True
 
     def _process(

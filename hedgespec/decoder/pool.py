@@ -16,6 +16,8 @@ from functools import reduce
 import numpy as np
 import torch
 
+from hedgespec.config import DecodeConfig
+from hedgespec.decoder.grow import grow
 from hedgespec.decoder.row import Row, draft_width
 from hedgespec.drafters import Drafter, DrafterSession
 from hedgespec.drafters.stack import HeadStack, is_plain, kind_of
@@ -37,6 +39,9 @@ class Heads:
         batch: B, rows.
         window, captured: see `HeadStack.session`.
     """
+
+    width: int | None = None
+    """Tokens that a drafter takes in at one depth of a tree; None: any number."""
 
     def __init__(self, members: Sequence[int], stack: HeadStack, batch: int, window: int | None, captured: bool):
         self.members, self.maps, self.map_of, self.layers = list(members), stack.maps, stack.map_of, stack.config.aux_layers
@@ -65,6 +70,13 @@ class Heads:
     def step(self, chosen: Sequence[int], tokens: torch.Tensor) -> tuple[list[int], torch.Tensor]:
         """Takes in one drafted token of each row that goes on, `chosen` among those that drafted last; returns as `lead`."""
         return list(range(len(chosen))), self.session.step(chosen, tokens)
+
+    def branch(
+        self, drafting: Sequence[int], tokens: torch.Tensor, parents: torch.Tensor
+    ) -> tuple[Sequence[int], torch.Tensor]:
+        """Takes in the next depth of the trees of all rows that drafted last, int64 [R, F], each token's parent among those
+        that it took in, see `StackSession.branch`; returns which rows go on and the logits [R', F, Vd] that follow."""
+        return range(len(tokens)), self.session.branch(tokens, parents)
 
     def _since(self, rows: Sequence[Row], taken: np.ndarray) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         news = [row.since(count, self.layers) for row, count in zip(rows, taken.tolist())]
@@ -98,9 +110,13 @@ class Singles:
                 with row.quarantine(self.members[member]):
                     self.sessions[row.index, member] = drafter.session()
         self._drafting: list[tuple[Row, int]] = []
+        self._places: dict[int, int] = {}
+        """Of the rows of a tree: where each stands in `_drafting`."""
 
     cache_bytes = 0
     """Not known."""
+    width = 1
+    """As of `Heads`: sessions take in one token after another."""
 
     def select(self, places: Sequence[int]) -> None:
         self.rows = [self.rows[place] for place in places]
@@ -129,7 +145,9 @@ class Singles:
 
     def lead(self, rows: Sequence[Row], members: Sequence[int]) -> tuple[list[int], torch.Tensor]:
         self._drafting = list(zip(rows, members))
-        return self._each(lambda row, member, place: self._take_in(row, member, row.unscored_tokens))
+        going, logits = self._each(lambda row, member, place: self._take_in(row, member, row.unscored_tokens))
+        self._places = {row: place for place, row in enumerate(going)}
+        return going, logits
 
     def step(self, chosen: Sequence[int], tokens: torch.Tensor) -> tuple[list[int], torch.Tensor]:
         self._drafting = [self._drafting[place] for place in chosen]
@@ -139,6 +157,14 @@ class Singles:
             return self._checked(member, logits[None], 1)
 
         return self._each(one)
+
+    def branch(self, drafting: Sequence[int], tokens: torch.Tensor, parents: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """As of `Heads`, with F = 1 and every parent the last token; only the rows `drafting` go on."""
+        standing = [self._places[row] for row in drafting]
+        answered, logits = self.step(standing, tokens[to_device(drafting, tokens.device), 0])
+        going = [drafting[place] for place in answered]
+        self._places = {row: place for place, row in enumerate(going)}
+        return going, logits[:, None]
 
     def _each(self, ask) -> tuple[list[int], torch.Tensor]:
         """The rows that get an answer, which alone draft on, and the last row of each answer, stacked."""
@@ -186,13 +212,15 @@ class Pool:
         drafters: N.
         stacks: which of them work as one, as (indices, weights).
         rows: B rows, not begun.
-        window, captured: see `HeadStack.session`.
+        config: the decoder's.
     """
 
     def __init__(self, drafters: Sequence[Drafter], stacks: Sequence[tuple[list[int], HeadStack]], rows: Sequence[Row],
-                 window: int | None = None, captured: bool = False):  # fmt: skip
-        self.drafters, self.rows = drafters, list(rows)
-        self.parts: list[Heads | Singles] = [Heads(members, stack, len(rows), window, captured) for members, stack in stacks]
+                 config: DecodeConfig):  # fmt: skip
+        self.drafters, self.rows, self.config = drafters, list(rows), config
+        self.parts: list[Heads | Singles] = [
+            Heads(members, stack, len(rows), config.drafter_window, config.compile) for members, stack in stacks
+        ]
         stacked = {index for members, _ in stacks for index in members}
         alike: dict[tuple[int, bool], list[int]] = {}
         for index, drafter in enumerate(drafters):
@@ -222,10 +250,11 @@ class Pool:
 
         Args:
             choices: of each row, [B].
-            uniforms: floating [B, K]: row b's k-th draws its k-th token.
+            uniforms: floating [B, K]: row b's k-th draws its k-th token; of a tree see `grow`.
             sampling: of all rows.
             one_hot: proposals are the drafters' likeliest tokens.
         """
+        draft_with = self._draft_with if self.config.tree is None else self._grow_with
         drafts = [no_draft(row) for row in self.rows]
         for number, part in enumerate(self.parts):
             places = [place for place, choice in enumerate(choices) if choice.drafter in part.members]
@@ -233,7 +262,7 @@ class Pool:
                 own = uniforms[_places(places, self.rows, uniforms.device)]
                 chosen = [choices[place] for place in places]
                 rows = [self.rows[place] for place in places]
-                found = self._or_apart(number, self._draft_with, rows, chosen, own, sampling, one_hot)
+                found = self._or_apart(number, draft_with, rows, chosen, own, sampling, one_hot)
                 for place, draft in zip(places, found):
                     drafts[place] = draft
         return drafts
@@ -250,6 +279,14 @@ class Pool:
         self.parts[number] = None  # their memory may be what is wanted
         self.parts[number] = Singles(members, [self.drafters[index] for index in members], self.rows)
         return call(self.parts[number], *arguments)
+
+    def _grow_with(self, part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], uniforms: torch.Tensor,
+                   sampling: Sampling, one_hot: bool) -> list[Draft]:  # fmt: skip
+        """Trees for rows that all draft with the same part."""
+        processed = None if rows[0].request.process_drafts is None else _processed
+        return grow(
+            part, rows, choices, uniforms, sampling, one_hot, self.config.tree, self.config.draft_length, processed
+        )  # fmt: skip
 
     def _draft_with(self, part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], uniforms: torch.Tensor,
                     sampling: Sampling, one_hot: bool) -> list[Draft]:  # fmt: skip

@@ -143,7 +143,8 @@ class Row:
         return self.scores_all and (self.finished or (self.stats.rounds + 1) % self.every == 0)
 
     def observe(self, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray) -> None:
-        """Hands the learner every drafter's completed losses. Both: float64 [N, T] of the tokens that come next."""
+        """Hands the learner every drafter's completed losses. Both: float64 [N, T] of the tokens that come next; of draft trees
+        [K, N, T], by depth."""
         for feedback in self.queue.push(acceptance_prob, acceptance_ratio):
             self.stats.record_loss(feedback.losses, self.learner.weights())
             if self.learner.feedback == "full":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -196,6 +196,9 @@ class StackSession:
         """The heads' own hidden states that gave them, [N, B, H]."""
         self._drafting: tuple[_Rows, torch.Tensor] | None = None
         """Who drafts, and the hidden states [R, H] they draft on from."""
+        self._grown: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        """Of a draft tree: the hidden states [R, E, H] of the root and the nodes taken in, their lines of descent, bool
+        [R, E, E], and the depth reached."""
 
     @property
     def cache_bytes(self) -> int:
@@ -259,7 +262,7 @@ class StackSession:
                 logits[index], hidden[index] = given, found
             self.taken[heads, rows] = ends
         now.positions = self.taken[heads, rows] - 1
-        self._drafting = now, hidden
+        self._drafting, self._grown = (now, hidden), None
         return logits
 
     def step(self, chosen: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
@@ -274,6 +277,62 @@ class StackSession:
         now.positions = now.positions + 1
         self._drafting = now, hidden
         return logits
+
+    def branch(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        """Takes in the tokens at the next depth of a draft tree, of all rows that drafted last.
+
+        Args:
+            tokens: int64 [R, F].
+            parents: int64 [R, F], of each its parent among what this method took in since `lead`: 0 is the root, the row's last
+                verified token, and then they count from 1.
+        Returns: [R, F, Vd], logits for what follows each.
+        """
+        (now, root), (rows, count) = self._drafting, tokens.shape
+        if self._grown is None:
+            self._grown = root[:, None], torch.ones(rows, 1, 1, dtype=torch.bool, device=tokens.device), 0
+        states, lines, depth = self._grown
+        known = states.shape[1]
+        features = states.gather(1, parents[..., None].expand(-1, -1, states.shape[2]))
+        own = torch.eye(count, dtype=torch.bool, device=tokens.device).expand(rows, -1, -1)
+        new = torch.cat([lines.gather(1, parents[..., None].expand(-1, -1, known)), own], 2)
+        starts = now.positions - self.base[now.places]
+        self._make_room(int(starts.max()) + known - 1 + count)
+        # A row of its own for each token: then the kernels that write a chain's keys and values write a tree's.
+        first, which, index = to_device(starts, tokens.device), now.which, now.index
+        slots = (first[:, None] + torch.arange(known - 1, known - 1 + count, device=tokens.device)).flatten()
+        positions = to_device(now.positions + depth, tokens.device)
+        hidden, logits = self._layer(
+            tokens.reshape(-1, 1), features.reshape(-1, 1, states.shape[2]),
+            *(one.repeat_interleave(count) for one in (index, positions)), slots,
+            which=which.repeat_interleave(count), fused=True,
+            attend=lambda queries, *_: self._attend_tree(queries, now, starts, first, new),
+        )  # fmt: skip
+        hidden = hidden.view(rows, count, -1)
+        self._grown = torch.cat([states, hidden], 1), torch.cat([F.pad(lines, (0, count)), new], 1), depth + 1
+        return logits.view(rows, count, -1)
+
+    def _attend_tree(self, queries: torch.Tensor, now: _Rows, starts: np.ndarray, first: torch.Tensor,
+                     lines: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """Attention of queries [R * F, A, 1, D] to what is verified of their rows and to their lines of descent [R, F, E + F];
+        the root, which is verified, is the first of a line."""
+        rows, count, known = lines.shape
+        queries = queries.unflatten(0, (rows, count))[..., 0, :].transpose(1, 2)
+        if queries.is_cpu or rows == 1:  # views, where a launch costs little
+            attended = []
+            places = now.heads.tolist(), now.places.tolist(), starts.tolist()
+            for query, line, head, row, start in zip(queries, lines, *places):
+                mask = F.pad(line[:, 1:], (start, 0), value=True)
+                keys, values = (one[head, row, None, :, : start + known - 1] for one in (self.keys, self.values))
+                attended.append(_attention(query[None], keys, values, mask))
+            attended = torch.cat(attended)
+        else:
+            end = int(starts.max()) + known - 1
+            keys, values = (one[now.which, now.index, :, :end] for one in (self.keys, self.values))
+            place = torch.arange(end, device=queries.device) - first[:, None] + 1
+            drafted = lines.gather(2, place.clamp(0, known - 1)[:, None].expand(-1, count, -1))
+            mask = torch.where(place[:, None] < 1, True, drafted & (place < known)[:, None])
+            attended = _attention(queries, keys, values, mask[:, None])
+        return attended.transpose(1, 2).flatten(0, 1)[:, :, None]
 
     def _take_in(self, now: _Rows, tokens: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
                  last_only: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -324,7 +383,7 @@ class StackSession:
 
     def _layer(self, tokens: torch.Tensor, features: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor,
                slots: torch.Tensor, which: torch.Tensor | None = None, last: torch.Tensor | None = None, *, fused: bool,
-               now: _Rows | None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+               now: _Rows | None = None, attend: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """`_forward` on the device; without `now` its shapes are those of its arguments and the capacity, and no value decides
         what runs.
 
@@ -345,7 +404,7 @@ class StackSession:
             queries = asked.unflatten(-1, queries.shape[-3::2]).transpose(-3, -2)
             feature = _at(feature.unflatten(-2, shape), last).flatten(-3, -2)
             slots, each, shape = slots + last, which, (shape[0], 1)
-        attended = self._attend(queries, rows, slots, which, now).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+        attended = (attend or self._attend)(queries, rows, slots, which, now).transpose(-3, -2).flatten(-2).flatten(-3, -2)
         hidden = feature + stack.linear("o_proj.weight", attended, each)
         gate_up = stack.linear("gate_up_proj.weight", stack.norm("post_attention_layernorm.weight", hidden, each), each)
         hidden = hidden + stack.linear("down_proj.weight", swiglu(gate_up), each)
