@@ -28,7 +28,7 @@ from hedgespec.checks import (
     rarer,
     wrong,
 )  # fmt: skip
-from hedgespec.records import PROPOSAL_MODES, Evaluation
+from hedgespec.records import PROPOSAL_MODES, Evaluation, score_row
 
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
@@ -79,10 +79,11 @@ def evaluate(
         target_threshold: [B, T] floating point: target logits below it are masked out, which is how top-k, top-p and
             min-p come in. In units of the logits as they are handed in, before the temperature.
         drafter_threshold: [N, B, T], likewise.
-        top_k: candidates at a tree's node, 1..MOST_CANDIDATES (Vd if that is fewer); adds the two top-k outputs.
+        top_k: k, most candidates at a tree's node, 1..MOST_CANDIDATES (Vd if that is fewer); adds the two top-k outputs,
+            each for 1, 2, .. k candidates.
         draft_length: K >= 1, tokens drafted in a round; adds `expected_accepted_length` and `length_losses`.
         estimator: "exact" or "product", as in the function `expected_accepted_length`.
-        mode: the proposals whose acceptance the losses are made of: "sampled", "argmax" or "top_k".
+        mode: the proposals whose acceptance the losses are made of: "sampled", "argmax" or "top_k" (all k candidates).
         backend: "auto", or a name from `hedgespec.backends.BACKENDS`.
 
     Shapes, dtypes and devices are checked always, values (tokens, lengths, temperatures) only on the CPU, where looking
@@ -208,14 +209,13 @@ def evaluate_reference(
         best, candidates = (part[..., :top_k] for part in kept.sort(dim=-1, descending=True, stable=True))
         candidates, usable = candidates if ids is None else ids.gather(-1, candidates), best > -math.inf
         probs = target_probs.expand_as(draft_log_probs).gather(-1, candidates)
-        scores += [
-            probs.where(usable, 0).sum(-1).clamp(max=1),
-            (((candidates == emitted) & usable).any(-1) & has_target).to(dtype),
-        ]
+        mass = probs.where(usable, 0).cumsum(-1).clamp(max=1)
+        is_in = ((candidates == emitted) & usable & has_target[..., None]).to(dtype).cumsum(-1)
+        scores += torch.stack([mass, is_in], -1).flatten(-2).unbind(-1)  # a token is in once, as candidates are distinct
     scores = torch.stack([score.where(valid, 0) for score in scores])
     if draft_length is None:
         return Evaluation(scores)
-    prob, ratio = scores[2 * MODES.index(mode) :][:2].masked_fill(~valid, math.nan)
+    prob, ratio = scores[score_row(mode, top_k) :][:2].masked_fill(~valid, math.nan)
     prob, ratio = (torch.nn.functional.pad(score, (0, draft_length), value=math.nan) for score in (prob, ratio))
     expected = expected_accepted_length(prob, ratio, draft_length, estimator, all_lengths=True)
     whole = expected[:, :, 0, -1]  # padded by K, so there is a first position even where T = 0

@@ -21,14 +21,7 @@ from hedgespec.records import Evaluation
 evaluate = anywhere(public_evaluate)
 
 INF = math.inf
-FIELDS = (
-    "acceptance_prob",
-    "acceptance_ratio",
-    "argmax_acceptance_prob",
-    "argmax_acceptance_ratio",
-    "top_k_acceptance_prob",
-    "top_k_acceptance_ratio",
-)
+FIELDS = ("acceptance_prob", "acceptance_ratio", "argmax_acceptance_prob", "argmax_acceptance_ratio")
 
 
 # The definitions once more, in loops over Python floats: what this file trusts.
@@ -47,29 +40,33 @@ def distribution(logits: list[float], temperature: float, threshold: float) -> l
 
 
 def score(target, draft, draft_logits: list[float], token: int, ids: list[int], top_k: int) -> tuple[float, ...]:
-    """The six numbers of one drafter at one position; draft id j means target id ids[j]; masked draft logits are -inf."""
+    """The 4 + 2 top_k numbers of one drafter at one position; draft id j means target id ids[j]; masked draft logits are
+    -inf."""
     if not any(target) or not any(draft):
-        return (0.0,) * 6
+        return (0.0,) * (4 + 2 * top_k)
     spread = dict(zip(ids, draft, strict=True))
     draft_prob, target_prob = spread.get(token, 0.0), target[token]
     ratio = min(1.0, draft_prob / target_prob) if target_prob else float(draft_prob > 0)
     proposal = ids[draft_logits.index(max(draft_logits))]
     prob = math.fsum(min(target[v], q) for v, q in spread.items())
     order = sorted(range(len(ids)), key=lambda i: (-draft_logits[i], i))
-    candidates = [ids[i] for i in order[:top_k] if draft_logits[i] > -INF]
-    in_tree = math.fsum(target[v] for v in candidates), float(token in candidates)
-    return prob, ratio, target[proposal], float(token == proposal), *in_tree
+    in_trees = []
+    for count in range(1, top_k + 1):
+        candidates = [ids[i] for i in order[:count] if draft_logits[i] > -INF]
+        in_trees += [math.fsum(target[v] for v in candidates), float(token in candidates)]
+    return prob, ratio, target[proposal], float(token == proposal), *in_trees
 
 
 def brute_force(target_logits, drafter_logits, tokens, **options) -> torch.Tensor:
-    """`evaluate` by the loops above; float64 [4, N, B, T], with `top_k` [6, N, B, T]."""
+    """`evaluate` by the loops above; float64 [4 + 2k, N, B, T]."""
     drafters, batch, positions, draft_vocabulary = drafter_logits.shape
+    top_k = min(options.get("top_k") or 0, draft_vocabulary)
     lengths = options.get("lengths")
     temperatures = [
         torch.as_tensor(options.get(f"{side}_temperature", 1.0), dtype=torch.float64).expand(batch).tolist()
         for side in ("target", "drafter")
     ]
-    out = torch.zeros(6, drafters, batch, positions, dtype=torch.float64)
+    out = torch.zeros(4 + 2 * top_k, drafters, batch, positions, dtype=torch.float64)
     for n, b, t in itertools.product(range(drafters), range(batch), range(positions)):
         if lengths is not None and t >= lengths[b]:
             continue
@@ -80,14 +77,17 @@ def brute_force(target_logits, drafter_logits, tokens, **options) -> torch.Tenso
         draft_logits = [logit if logit >= draft_floor else -INF for logit in drafter_logits[n, b, t].tolist()]
         target = distribution(target_logits[b, t].tolist(), temperatures[0][b], target_floor)
         draft = distribution(draft_logits, temperatures[1][b], draft_floor)
-        scores = score(target, draft, draft_logits, tokens[b, t].item(), list(ids), options.get("top_k") or 0)
+        scores = score(target, draft, draft_logits, tokens[b, t].item(), list(ids), top_k)
         out[:, n, b, t] = torch.tensor(scores, dtype=torch.float64)
-    return out if options.get("top_k") else out[:4]
+    return out
 
 
 def stacked(result: Evaluation) -> torch.Tensor:
-    """The scores under their names, [4 or 6, N, B, T]."""
-    return torch.stack([getattr(result, field) for field in FIELDS if getattr(result, field) is not None])
+    """The scores under their names, [4 + 2k, N, B, T]."""
+    scores = [getattr(result, field) for field in FIELDS]
+    if result.top_k_acceptance_prob is not None:
+        scores += itertools.chain(*zip(result.top_k_acceptance_prob, result.top_k_acceptance_ratio))
+    return torch.stack(scores)
 
 
 def example(drafters=2, batch=2, positions=3, vocabulary=37, draft_vocabulary=None, spread=3.0):
@@ -183,6 +183,51 @@ def test_top_k(backend, top_k, draft_vocabulary):
     check(arguments, options, backend)
 
 
+@pytest.mark.parametrize("draft_vocabulary", [None, 12])
+def test_prefixes_are_what_fewer_candidates_make(backend, poisoned_empty, draft_vocabulary):
+    """Every number of candidates in one call: as in a call that asks for no more than these, and never less than one fewer."""
+    arguments, options = example(batch=3, positions=4, draft_vocabulary=draft_vocabulary)
+    arguments[1][0] = arguments[1][0].round()
+    arguments[1][1, 0, 0] = -INF
+    arguments[1][1, 1] = arguments[1][1, 1].masked_fill(torch.arange(arguments[1].shape[-1]) > 2, -INF)
+    arguments[2] = arguments[0].argmax(-1)
+    options |= {"lengths": torch.tensor([4, 0, 2]), "target_temperature": torch.tensor([0.0, 1.0, 0.8])}
+    options["target_threshold"] = arguments[0].float().topk(9, -1).values[..., -1]
+    arguments = as_dtype(arguments, torch.float32)
+    whole = evaluate(*arguments, **options, top_k=9, backend=backend)
+    assert whole.scores.shape == (4 + 2 * 9, 2, 3, 4)
+    for of_prefixes in (whole.top_k_acceptance_prob, whole.top_k_acceptance_ratio):
+        assert of_prefixes.shape == (9, 2, 3, 4)
+        assert (of_prefixes.diff(dim=0) >= 0).all()
+        assert (of_prefixes[:, :, 1] == 0).all() and (of_prefixes[:, :, 2, 2:] == 0).all()
+    for top_k in (1, 2, 5, 8):
+        fewer = evaluate(*arguments, **options, top_k=top_k, backend=backend)
+        torch.testing.assert_close(fewer.scores, whole.scores[: 4 + 2 * top_k], rtol=0, atol=2e-7)
+    one = whole.scores[4:6]  # the likeliest token is the argmax mode's proposal
+    torch.testing.assert_close(one, whole.scores[2:4], rtol=0, atol=TOLERANCES[torch.float32])
+
+
+def test_more_candidates_than_draft_ids_are_as_many_as_there_are(backend):
+    arguments, options = example(draft_vocabulary=5)
+    arguments = as_dtype(arguments, torch.float32)
+    result = evaluate(*arguments, **options, top_k=32, draft_length=2, mode="top_k", backend=backend)
+    expected = evaluate(*arguments, **options, top_k=5, draft_length=2, mode="top_k", backend=backend)
+    assert result.scores.shape == (4 + 2 * 5, 2, 2, 3)
+    assert torch.equal(result.scores, expected.scores)
+    torch.testing.assert_close(result.length_losses, expected.length_losses, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_last_prefix_is_all_the_candidates():
+    """What one pair of numbers for all k candidates is, from torch's own topk."""
+    (target_logits, drafter_logits, tokens), _ = example()
+    result = evaluate(target_logits, drafter_logits, tokens, top_k=6, backend="reference")
+    candidates = drafter_logits.topk(6).indices
+    mass = target_logits.softmax(-1).expand_as(drafter_logits).gather(-1, candidates).sum(-1)
+    torch.testing.assert_close(result.top_k_acceptance_prob[-1], mass, rtol=0, atol=1e-12)
+    is_in = (candidates == tokens[..., None]).any(-1)
+    assert torch.equal(result.top_k_acceptance_ratio[-1], is_in.double())
+
+
 def test_top_k_over_blocks(backend):
     """The candidates lie anywhere in rows of several blocks, in rising and falling order."""
     arguments, options = example(drafters=3, batch=1, positions=1, vocabulary=4500)
@@ -204,7 +249,7 @@ def test_lengths_and_losses(backend, poisoned_empty, mode, estimator, draft_leng
     scores = brute_force(*as_dtype(arguments, torch.float64), **options)
     torch.testing.assert_close(stacked(result).double(), scores, rtol=0, atol=TOLERANCES[torch.float32])
 
-    prob, ratio = scores[2 * ("sampled", "argmax", "top_k").index(mode) :][:2]
+    prob, ratio = scores[{"sampled": 0, "argmax": 2, "top_k": -2}[mode] :][:2]
     assert result.expected_accepted_length.shape == (2, 4)
     assert result.length_losses.shape == (2, 4, 5, draft_length)
     for b, t, k in itertools.product(range(4), range(5), range(1, draft_length + 1)):
@@ -332,7 +377,8 @@ def test_empty(backend, batch, positions):
     assert result.top_k_acceptance_prob is result.expected_accepted_length is result.length_losses is None
     options = {"top_k": 2, "draft_length": 2, "mode": "top_k"}
     result = evaluate(*as_dtype(arguments, torch.float32), **options, backend=backend)
-    assert stacked(result).shape == (6, 2, batch, positions)
+    assert stacked(result).shape == (8, 2, batch, positions)
+    assert result.top_k_acceptance_prob.shape == result.top_k_acceptance_ratio.shape == (2, 2, batch, positions)
     assert result.length_losses.shape == (2, batch, positions, 2)
     assert result.expected_accepted_length.shape == (2, batch)
     assert result.expected_accepted_length.isnan().all()
