@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=2 pytest bench/bench_evaluate.py               on the CPU
     pytest bench/bench_evaluate.py --device cuda                   on a GPU: every GPU backend
     pytest bench/bench_evaluate.py -k goal                         the shapes that the project's goals name
+    pytest bench/bench_evaluate.py -k candidates                   what the top-k scores add to a call
     pytest bench/bench_evaluate.py --benchmark-json FILE           figures; `python bench/table.py FILE` makes a table
 
 Each shape first asserts that all give the same acceptance_prob, then times them in one run, taking turns:
@@ -171,6 +172,30 @@ def test_sweep(benchmark, capsys, request, device, fastest_on, shape, dtype):
 @pytest.mark.parametrize("shape", GOALS, ids=name_of)
 def test_goal(benchmark, capsys, request, device, fastest_on, shape, dtype, spread):
     run(shape, dtype, device, fastest_on, request, benchmark, capsys, with_compiled=True, spread=spread)
+
+
+@pytest.mark.parametrize("shape", GOALS, ids=name_of)
+def test_candidates(benchmark, capsys, device, fastest_on, shape):
+    """The scores of 1..k candidates over a call without: what looking for the likeliest adds."""
+    given, _ = copies(inputs(shape, torch.bfloat16, device))
+    target_logits, drafter_logits, tokens, _ = given[0]
+    likeliest = drafter_logits.sort(dim=-1, descending=True, stable=True).indices[..., :32]
+    mass = target_logits.float().softmax(-1).expand(drafter_logits.shape).gather(-1, likeliest).cumsum(-1).movedim(-1, 0)
+
+    counts = (1, 4, 8, 32)
+    for name in backends.available("evaluate"):
+        if name == "reference" or (name == "cpu") != (device.type == "cpu"):
+            continue
+        found = evaluate(target_logits, drafter_logits, tokens, top_k=32, backend=name).top_k_acceptance_prob
+        torch.testing.assert_close(found, mass, rtol=0, atol=1e-5)
+        calls = [lambda each, k=k: evaluate(*each[:3], top_k=k, backend=name) for k in (None, *counts)]  # noqa: B023
+        without, *times = fastest_on(given, *calls)
+        ratios = {k: round(seconds / without, 3) for k, seconds in zip(counts, times)}
+        benchmark.extra_info |= {f"{name}_top_{k}_over_none": ratio for k, ratio in ratios.items()}
+        with capsys.disabled():
+            line = ", ".join(f"top_k={k} {ratio:.2f}" for k, ratio in ratios.items())
+            print(f"\n{name_of(shape)} {name}: {without * 1e3:.3f} ms without; times that: {line}")
+    benchmark.pedantic(evaluate, args=(target_logits, drafter_logits, tokens), kwargs={"top_k": 4}, rounds=5, warmup_rounds=1)
 
 
 def test_overhead_on_small_inputs(benchmark, capsys, device):

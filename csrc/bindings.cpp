@@ -66,8 +66,7 @@ hedgespec::EvaluateParams evaluate_params(Shape drafter_shape, std::int64_t voca
       .acceptance_ratio = plane(1),
       .argmax_acceptance_prob = plane(2),
       .argmax_acceptance_ratio = plane(3),
-      .top_k_acceptance_prob = top_k ? plane(4) : nullptr,
-      .top_k_acceptance_ratio = top_k ? plane(5) : nullptr,
+      .top_k_acceptance = top_k ? plane(4) : nullptr,
       .expected_accepted_length = at<float>(expected_accepted_length),
       .length_losses = at<float>(length_losses),
   };

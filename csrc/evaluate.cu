@@ -375,13 +375,14 @@ struct Found {
   int token_id, peak_id;
 };
 
-// The losses of the pair's row and drafter, if it was the last of their T positions. By one warp, whose lane 0 wrote the
-// pair's outputs.
+// The losses of the pair's row and drafter, if it was the last of their T positions. By the warp that wrote the pair's
+// outputs.
 __device__ __forceinline__ void finish_losses(const EvaluateParams& params, unsigned* counters, Pair at) {
   if (params.draft_length == 0) return;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const std::int64_t line = at.drafter * params.batch + at.row;
   unsigned before = 0;
+  __syncwarp();  // lane 0 makes known what all have written
   if (lane == 0) before = device::count_up(counters + line);
   before = __shfl_sync(device::whole_warp, before, 0);
   if (before != static_cast<unsigned>(params.positions - 1)) return;
@@ -398,23 +399,29 @@ __device__ __forceinline__ void finish_losses(const EvaluateParams& params, unsi
 }
 
 __device__ __forceinline__ void write_scores(const EvaluateParams& params, Pair at, float prob, float ratio,
-                                             float argmax_prob, float argmax_ratio, float top_k_prob,
-                                             float top_k_ratio) {
+                                             float argmax_prob, float argmax_ratio) {
   if (threadIdx.x % 32) return;
   const std::int64_t out = output_index(params, at);
   params.acceptance_prob[out] = prob;
   params.acceptance_ratio[out] = ratio;
   params.argmax_acceptance_prob[out] = argmax_prob;
   params.argmax_acceptance_ratio[out] = argmax_ratio;
-  if (params.top_k) {
-    params.top_k_acceptance_prob[out] = top_k_prob;
-    params.top_k_acceptance_ratio[out] = top_k_ratio;
-  }
+}
+
+// By one warp, whose lane i has what the first i+1 candidates make.
+__device__ __forceinline__ void write_candidates(const EvaluateParams& params, Pair at, float prob, float ratio) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  if (lane >= params.top_k) return;
+  const std::int64_t plane = params.drafters * params.batch * params.positions;
+  float* const out = params.top_k_acceptance + 2 * lane * plane + output_index(params, at);
+  out[0] = prob;
+  out[plane] = ratio;
 }
 
 // A pair past its row's length; by one warp.
 HEDGESPEC_CALLED void finish_skipped(const EvaluateParams& params, unsigned* counters, Pair at) {
-  write_scores(params, at, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f);
+  write_scores(params, at, 0.0f, 0.0f, 0.0f, 0.0f);
+  if (params.top_k) write_candidates(params, at, 0.0f, 0.0f);
   finish_losses(params, counters, at);
 }
 
@@ -439,7 +446,7 @@ HEDGESPEC_CALLED void finish(const EvaluateParams& params, unsigned* counters, P
   };
 
   double prob = 0.0, ratio = 0.0, argmax_prob = 0.0;
-  float argmax_ratio = 0.0f, top_k_prob = 0.0f, top_k_ratio = 0.0f;
+  float argmax_ratio = 0.0f;
   if (!target.empty() && !draft.empty()) {
     const std::int64_t proposal = map ? map[draft.peak.id] : draft.peak.id;
     argmax_prob = exp(target_log_prob(proposal));
@@ -449,20 +456,27 @@ HEDGESPEC_CALLED void finish(const EvaluateParams& params, unsigned* counters, P
     const double log_draft = known ? draft_log_prob(found.token_id) : -static_cast<double>(infinity());
     if (log_draft > -static_cast<double>(infinity())) ratio = exp(fmin(0.0, log_draft - target_log_prob(token)));
   }
-  if (params.top_k && !target.empty()) {
+  write_scores(params, at, static_cast<float>(fmin(prob, 1.0)), static_cast<float>(ratio), static_cast<float>(argmax_prob),
+               argmax_ratio);
+  if (params.top_k) {
     const Candidate mine = select(candidates, candidate_count, static_cast<int>(params.top_k));
     double mass = 0.0;
     bool is_token = false;
-    if (mine.id != no_id) {
+    if (mine.id != no_id && !target.empty()) {
       const std::int64_t id = map ? map[mine.id] : mine.id;
       mass = exp(target_log_prob(id));
       is_token = id == token;
     }
-    top_k_prob = static_cast<float>(fmin(device::warp_sum(mass), 1.0));
-    top_k_ratio = __ballot_sync(device::whole_warp, is_token) ? 1.0f : 0.0f;
+    // One after another: rounding then leaves no prefix above the next, as a tree of sums could.
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    double sum = 0.0, of_prefix = 0.0;
+    for (int i = 0; i < params.top_k; ++i) {
+      sum += __shfl_sync(device::whole_warp, mass, i);
+      if (lane == i) of_prefix = sum;
+    }
+    const unsigned tokens = __ballot_sync(device::whole_warp, is_token);
+    write_candidates(params, at, static_cast<float>(fmin(of_prefix, 1.0)), tokens << (31 - lane) ? 1.0f : 0.0f);
   }
-  write_scores(params, at, static_cast<float>(fmin(prob, 1.0)), static_cast<float>(ratio), static_cast<float>(argmax_prob),
-               argmax_ratio, top_k_prob, top_k_ratio);
   finish_losses(params, counters, at);
 }
 

@@ -411,7 +411,7 @@ class Evaluation {
     for (std::int64_t u = 0; u < units; ++u) {
       Unit unit{u % params.drafters, u / params.drafters, {}, block_sets[waiting.blocks == block_sets[0]]};
       if (!valid(first + unit.at)) {
-        write(unit, Scores{});
+        skip(unit);
         continue;
       }
       const Row<Draft> row = draft_row(unit.drafter, first + unit.at);
@@ -427,7 +427,7 @@ class Evaluation {
         }
       }
       unit.law = finish(row, masses, unit.blocks, filled);
-      write(unit, scores(unit, row));
+      score(unit, row);
       if (!overlaps(unit)) continue;
       if (map_of(unit.drafter)) {
         write_prob(unit, overlap_in_blocks(unit, masses, 0, blocks));
@@ -459,13 +459,13 @@ class Evaluation {
     for (std::int64_t u = 0; u < units; ++u) {
       Unit unit = unit_at(u);
       if (!valid(first + unit.at)) {
-        write(unit, Scores{});
+        skip(unit);
         continue;
       }
       const Row<Draft> row = draft_row(unit.drafter, first + unit.at);
       const bool filled = std::all_of(parts + u * splits, parts + (u + 1) * splits, [](double part) { return part != 0.0; });
       draft_laws[u] = unit.law = finish(row, drafts->masses_of(u), unit.blocks, filled);
-      write(unit, scores(unit, row));
+      score(unit, row);
     }
 #pragma omp for schedule(static)
     for (std::int64_t part = 0; part < units * splits; ++part) {
@@ -509,8 +509,14 @@ class Evaluation {
   }
 
   struct Scores {
-    double prob, ratio, argmax_prob, argmax_ratio, top_k_prob, top_k_ratio;
+    double prob, ratio, argmax_prob, argmax_ratio;
   };
+
+  // What is known of a unit once its law is.
+  void score(const Unit& unit, const Row<Draft>& row) const {
+    write(unit, scores(unit, row));
+    if (params.top_k > 0) score_candidates(unit, row);
+  }
 
   // All but the overlap, which is 0 here where there is one to come.
   Scores scores(const Unit& unit, const Row<Draft>& row) const {
@@ -537,15 +543,41 @@ class Evaluation {
     // In logarithms: q(x) / p(x) stays right where both underflow. p(x) = 0 gives 1 if q(x) > 0, else 0.
     const double log_draft = draft_log_prob(token);
     found.ratio = log_draft == -infinity ? 0.0 : std::exp(std::min(0.0, log_draft - target_log_prob(token)));
-    if (params.top_k > 0) {
-      std::int64_t candidates[32];
-      const std::int64_t usable = likeliest(row, params.top_k, candidates);
-      for (std::int64_t i = 0; i < usable; ++i) {
-        found.top_k_prob += std::exp(target_log_prob(target_id(candidates[i])));
-        found.top_k_ratio += token == target_id(candidates[i]);
-      }
-    }
     return found;
+  }
+
+  // The tree mode for every number of candidates: what the first ones add up to.
+  void score_candidates(const Unit& unit, const Row<Draft>& row) const {
+    const Law& target = target_laws[unit.at];
+    const Row<Target> target_side = target_row(first + unit.at);
+    const std::int32_t* const map = map_of(unit.drafter);
+    const std::int64_t token = params.tokens[first + unit.at];
+    std::int64_t candidates[32];
+    const std::int64_t usable = target.empty() || unit.law.empty() ? 0 : likeliest(row, params.top_k, candidates);
+    double mass = 0.0;
+    bool is_in = false;
+    for (std::int64_t i = 0; i < params.top_k; ++i) {
+      if (i < usable) {
+        const std::int64_t id = map ? map[candidates[i]] : candidates[i];
+        mass += std::exp(target.log_prob(widen(target_side.logits[id]), id));
+        is_in = is_in || id == token;
+      }
+      write_candidates(unit, i, static_cast<float>(std::min(mass, 1.0)), is_in ? 1.0f : 0.0f);
+    }
+  }
+
+  // With index + 1 candidates.
+  void write_candidates(const Unit& unit, std::int64_t index, float prob, float ratio) const {
+    const std::int64_t plane = params.drafters * row_count;
+    float* const at = params.top_k_acceptance + 2 * index * plane + unit.drafter * row_count + first + unit.at;
+    at[0] = prob;
+    at[plane] = ratio;
+  }
+
+  // A unit past its row's length.
+  void skip(const Unit& unit) const {
+    write(unit, Scores{});
+    for (std::int64_t i = 0; i < params.top_k; ++i) write_candidates(unit, i, 0.0f, 0.0f);
   }
 
   void write(const Unit& unit, const Scores& found) const {
@@ -554,10 +586,6 @@ class Evaluation {
     params.acceptance_ratio[at] = static_cast<float>(found.ratio);
     params.argmax_acceptance_prob[at] = static_cast<float>(found.argmax_prob);
     params.argmax_acceptance_ratio[at] = static_cast<float>(found.argmax_ratio);
-    if (params.top_k > 0) {
-      params.top_k_acceptance_prob[at] = static_cast<float>(std::min(found.top_k_prob, 1.0));
-      params.top_k_acceptance_ratio[at] = static_cast<float>(found.top_k_ratio);
-    }
   }
   void write_prob(const Unit& unit, double prob) const {
     params.acceptance_prob[unit.drafter * row_count + first + unit.at] = static_cast<float>(std::min(prob, 1.0));

@@ -68,13 +68,13 @@ struct EvaluateParams {
   const float* length_prob;     // the two outputs below that the losses are made of, of the mode asked for
   const float* length_ratio;
 
-  // Outputs, each [N, B, T]; 0 past a row's length. The top-k ones are null where top_k is 0.
+  // Outputs, each [N, B, T]; 0 past a row's length.
   float* acceptance_prob;
   float* acceptance_ratio;
   float* argmax_acceptance_prob;
   float* argmax_acceptance_ratio;
-  float* top_k_acceptance_prob;
-  float* top_k_acceptance_ratio;
+  // [top_k, 2, N, B, T], likewise; null where top_k is 0: prob and ratio of the tree mode with 1, 2, .. top_k candidates.
+  float* top_k_acceptance;
   // Outputs where draft_length > 0, else null. NaN where the row ends before the sum is complete.
   float* expected_accepted_length;  // [N, B]
   float* length_losses;             // [N, B, T, K]

@@ -23,6 +23,7 @@ _HOMES = {
     "DelayQueue": "hedgespec.delay",
     "evaluate": "hedgespec.evaluate",
     "expected_accepted_length": "hedgespec.evaluate",
+    "multi_draft_acceptance": "hedgespec.evaluate",
     "verify": "hedgespec.verify",
     "load_zoo": "hedgespec.zoo",
     "Tree": "hedgespec.tree",

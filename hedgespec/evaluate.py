@@ -6,13 +6,13 @@ One call compares all N drafters with the target and yields, for every proposal 
     acceptance_ratio   the same, given also the token that was really emitted
 
 `expected_accepted_length` turns them into the expected tokens of a round, and `length_loss` that into a loss; with
-`draft_length` the same call yields those too.
+`draft_length` the same call yields those too. `multi_draft_acceptance` yields the two numbers for nodes with several samples.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from hedgespec.checks import (
     rarer,
     wrong,
 )  # fmt: skip
-from hedgespec.records import PROPOSAL_MODES, Evaluation
+from hedgespec.records import PROPOSAL_MODES, Evaluation, score_row
 
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
@@ -79,10 +79,11 @@ def evaluate(
         target_threshold: [B, T] floating point: target logits below it are masked out, which is how top-k, top-p and
             min-p come in. In units of the logits as they are handed in, before the temperature.
         drafter_threshold: [N, B, T], likewise.
-        top_k: candidates at a tree's node, 1..MOST_CANDIDATES (Vd if that is fewer); adds the two top-k outputs.
+        top_k: k, most candidates at a tree's node, 1..MOST_CANDIDATES (Vd if that is fewer); adds the two top-k outputs,
+            each for 1, 2, .. k candidates.
         draft_length: K >= 1, tokens drafted in a round; adds `expected_accepted_length` and `length_losses`.
         estimator: "exact" or "product", as in the function `expected_accepted_length`.
-        mode: the proposals whose acceptance the losses are made of: "sampled", "argmax" or "top_k".
+        mode: the proposals whose acceptance the losses are made of: "sampled", "argmax" or "top_k" (all k candidates).
         backend: "auto", or a name from `hedgespec.backends.BACKENDS`.
 
     Shapes, dtypes and devices are checked always, values (tokens, lengths, temperatures) only on the CPU, where looking
@@ -98,6 +99,53 @@ def evaluate(
 
     Source: arXiv 2510.20064, section 3 (acceptance_prob is its gamma); the ratios and the other modes are ours.
     """
+    draft_to_target, target_temperature, drafter_temperature = _check_inputs(
+        target_logits, drafter_logits, tokens, lengths, draft_to_target, target_temperature, drafter_temperature,
+        target_threshold, drafter_threshold,
+    )  # fmt: skip
+    if top_k is not None:
+        _check_count("top_k", top_k, MOST_CANDIDATES)
+        top_k = min(top_k, drafter_logits.shape[-1])
+    if draft_length is not None:
+        _check_count("draft_length", draft_length)
+    if estimator not in ESTIMATORS:
+        raise wrong("estimator", f"one of {', '.join(ESTIMATORS)}", repr(estimator))
+    if mode not in MODES:
+        raise wrong("mode", f"one of {', '.join(MODES)}", repr(mode))
+    if mode == "top_k" and top_k is None:
+        raise wrong("top_k", "a number of candidates in mode 'top_k'", None)
+
+    kind = "cpu" if target_logits.is_cpu else target_logits.device.type  # a device makes its type's name anew each time
+    run = resolve("evaluate", backend, kind, rarer(target_logits.dtype, drafter_logits.dtype))
+    return run(
+        target_logits,
+        drafter_logits,
+        tokens,
+        lengths=lengths,
+        draft_to_target=draft_to_target,
+        target_temperature=target_temperature,
+        drafter_temperature=drafter_temperature,
+        target_threshold=target_threshold,
+        drafter_threshold=drafter_threshold,
+        top_k=top_k,
+        draft_length=draft_length,
+        estimator=estimator,
+        mode=mode,
+    )
+
+
+def _check_inputs(
+    target_logits: torch.Tensor,
+    drafter_logits: torch.Tensor,
+    tokens: torch.Tensor,
+    lengths: torch.Tensor | None,
+    draft_to_target: torch.Tensor | None,
+    target_temperature: float | torch.Tensor,
+    drafter_temperature: float | torch.Tensor,
+    target_threshold: torch.Tensor | None,
+    drafter_threshold: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, float | torch.Tensor, float | torch.Tensor]:
+    """Raises what `evaluate` says; returns the map and the temperatures as implementations take them."""
     batch, positions, vocabulary = check_logits("target_logits", target_logits, "[B, T, V]", 3)
     drafters, rows, columns, draft_vocabulary = check_logits("drafter_logits", drafter_logits, "[N, B, T, Vd]", 4)
     if rows != batch or columns != positions or drafters == 0:
@@ -128,35 +176,7 @@ def evaluate(
         check_tensor("target_threshold", target_threshold, FLOATING, (batch, positions), device)
     if drafter_threshold is not None:
         check_tensor("drafter_threshold", drafter_threshold, FLOATING, (drafters, batch, positions), device)
-    if top_k is not None:
-        _check_count("top_k", top_k, MOST_CANDIDATES)
-        top_k = min(top_k, draft_vocabulary)
-    if draft_length is not None:
-        _check_count("draft_length", draft_length)
-    if estimator not in ESTIMATORS:
-        raise wrong("estimator", f"one of {', '.join(ESTIMATORS)}", repr(estimator))
-    if mode not in MODES:
-        raise wrong("mode", f"one of {', '.join(MODES)}", repr(mode))
-    if mode == "top_k" and top_k is None:
-        raise wrong("top_k", "a number of candidates in mode 'top_k'", None)
-
-    kind = "cpu" if target_logits.is_cpu else device.type  # a device makes its type's name anew each time
-    run = resolve("evaluate", backend, kind, rarer(target_logits.dtype, drafter_logits.dtype))
-    return run(
-        target_logits,
-        drafter_logits,
-        tokens,
-        lengths=lengths,
-        draft_to_target=draft_to_target,
-        target_temperature=target_temperature,
-        drafter_temperature=drafter_temperature,
-        target_threshold=target_threshold,
-        drafter_threshold=drafter_threshold,
-        top_k=top_k,
-        draft_length=draft_length,
-        estimator=estimator,
-        mode=mode,
-    )
+    return draft_to_target, target_temperature, drafter_temperature
 
 
 def evaluate_reference(
@@ -176,30 +196,20 @@ def evaluate_reference(
     mode: str = "sampled",
 ) -> Evaluation:
     """`evaluate` in plain torch: float64 where any logits are, else float32. Arguments are taken as checked."""
-    _, positions, vocabulary = target_logits.shape
-    dtype = torch.promote_types(torch.promote_types(target_logits.dtype, drafter_logits.dtype), torch.float32)
-    target_log_probs, _ = _log_probs(target_logits.to(dtype), target_temperature, target_threshold)
-    draft_log_probs, proposals = _log_probs(drafter_logits.to(dtype), drafter_temperature, drafter_threshold)
-    has_mass = draft_log_probs.isfinite().any(-1)
-    has_target = target_log_probs.isfinite().any(-1)
-    ids = None if draft_to_target is None else draft_to_target.long()[:, None, None, :].expand_as(draft_log_probs)
-    if ids is not None:
-        proposals = ids.gather(-1, proposals)
-        everywhere_else = draft_log_probs.new_full((*draft_log_probs.shape[:-1], vocabulary), -math.inf)
-        draft_log_probs = everywhere_else.scatter(-1, ids, draft_log_probs)
-
-    target_probs = target_log_probs.exp()
-    valid = torch.ones_like(tokens, dtype=torch.bool) if lengths is None else _within(lengths, positions)
-    emitted = tokens.where(valid, 0)[..., None]
-    log_target, log_draft = target_log_probs.gather(-1, emitted), _gather(draft_log_probs, emitted)
-
-    # In logarithms: the quotient stays right where both probabilities underflow.
-    ratio = (log_draft - log_target[..., 0]).clamp(max=0).exp().where(log_draft.isfinite() & has_target, 0)
+    laws = _laws(
+        target_logits, drafter_logits, tokens, lengths, draft_to_target, target_temperature, drafter_temperature,
+        target_threshold, drafter_threshold,
+    )  # fmt: skip
+    positions, dtype, valid = tokens.shape[1], laws.log_ratio.dtype, laws.valid
+    has_mass, has_target = laws.draft.isfinite().any(-1), laws.target.isfinite().any(-1)
+    target_probs = laws.target.exp().expand(len(drafter_logits), -1, -1, -1)
+    ids = None if draft_to_target is None else draft_to_target.long()[:, None, None].expand_as(laws.draft)
+    proposals = laws.best if ids is None else ids.gather(-1, laws.best)
     scores = [
-        torch.minimum(target_probs, draft_log_probs.exp()).sum(-1).clamp(max=1),
-        ratio,
-        _gather(target_probs.expand_as(draft_log_probs), proposals).where(has_mass, 0),
-        ((proposals == emitted)[..., 0] & has_mass & has_target).to(dtype),
+        torch.minimum(laws.shared, laws.draft.exp()).sum(-1).clamp(max=1),
+        laws.log_ratio.clamp(max=0).exp(),
+        target_probs.gather(-1, proposals)[..., 0].where(has_mass, 0),
+        ((proposals[..., 0] == laws.emitted) & has_mass & has_target).to(dtype),
     ]
     if top_k is not None:
         kept = drafter_logits.to(dtype)
@@ -207,20 +217,131 @@ def evaluate_reference(
             kept = kept.masked_fill(kept < drafter_threshold.to(dtype)[..., None], -math.inf)
         best, candidates = (part[..., :top_k] for part in kept.sort(dim=-1, descending=True, stable=True))
         candidates, usable = candidates if ids is None else ids.gather(-1, candidates), best > -math.inf
-        probs = target_probs.expand_as(draft_log_probs).gather(-1, candidates)
-        scores += [
-            probs.where(usable, 0).sum(-1).clamp(max=1),
-            (((candidates == emitted) & usable).any(-1) & has_target).to(dtype),
-        ]
+        mass = target_probs.gather(-1, candidates).where(usable, 0).cumsum(-1).clamp(max=1)
+        is_emitted = (candidates == laws.emitted[..., None]) & usable & has_target[..., None]
+        is_in = is_emitted.to(dtype).cumsum(-1)  # 0 or 1, as candidates are distinct
+        scores += torch.stack([mass, is_in], -1).flatten(-2).unbind(-1)
     scores = torch.stack([score.where(valid, 0) for score in scores])
     if draft_length is None:
         return Evaluation(scores)
-    prob, ratio = scores[2 * MODES.index(mode) :][:2].masked_fill(~valid, math.nan)
+    prob, ratio = scores[score_row(mode, top_k) :][:2].masked_fill(~valid, math.nan)
     prob, ratio = (torch.nn.functional.pad(score, (0, draft_length), value=math.nan) for score in (prob, ratio))
     expected = expected_accepted_length(prob, ratio, draft_length, estimator, all_lengths=True)
     whole = expected[:, :, 0, -1]  # padded by K, so there is a first position even where T = 0
     losses = 1 - expected[:, :, :positions] / torch.arange(2, draft_length + 2, dtype=dtype, device=expected.device)
     return Evaluation(scores, whole, losses)
+
+
+def multi_draft_acceptance(
+    target_logits: torch.Tensor,
+    drafter_logits: torch.Tensor,
+    tokens: torch.Tensor,
+    samples: int,
+    *,
+    lengths: torch.Tensor | None = None,
+    draft_to_target: torch.Tensor | None = None,
+    target_temperature: float | torch.Tensor = 1.0,
+    drafter_temperature: float | torch.Tensor = 1.0,
+    target_threshold: torch.Tensor | None = None,
+    drafter_threshold: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Acceptance of a node whose children are samples of the drafter, verified one after another by recursive rejection.
+
+        residual = p
+        for child in q.multinomial(samples, replacement=True):
+            if rand() * q[child] < residual[child]: return child  # accepted
+            residual = (residual - q).clamp(min=0);  residual /= residual.sum()
+        return residual.multinomial(1)  # distributed as p, with the children
+
+    Before child i, which is reached with probability c_i, the residual is max(0, p - a_i q) / c_i, where a_1 = 0, c_1 = 1
+    and a_{i+1} = a_i + c_i. So of j samples one is accepted with probability sum_v min(p(v), a_{j+1} q(v)), and given the
+    emitted token x with min(1, a_{j+1} q(x) / p(x)). One sample is the sampled mode of `evaluate`.
+
+    Args:
+        samples: m >= 1, most children of a node.
+        The rest: see `evaluate`; where a definition is needed it is the one there.
+
+    Returns:
+        [2m, N, B, T] on the logits' device, in float64 if any logits are float64, else in float32: row 2(j-1) is the
+        acceptance_prob of j samples and the row after it their acceptance_ratio; 0 past a row's length.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or value.
+
+    Source: SpecInfer, arXiv 2305.09781, for the verification; the closed form is ours.
+    """
+    draft_to_target, target_temperature, drafter_temperature = _check_inputs(
+        target_logits, drafter_logits, tokens, lengths, draft_to_target, target_temperature, drafter_temperature,
+        target_threshold, drafter_threshold,
+    )  # fmt: skip
+    _check_count("samples", samples)
+    laws = _laws(
+        target_logits, drafter_logits, tokens, lengths, draft_to_target, target_temperature, drafter_temperature,
+        target_threshold, drafter_threshold,
+    )  # fmt: skip
+    draft_probs, scores = laws.draft.exp(), []
+    proposed, rejected = torch.zeros_like(laws.log_ratio), torch.ones_like(laws.log_ratio)  # a_i, c_i
+    for _ in range(samples):
+        proposed = proposed + rejected
+        prob = torch.minimum(laws.shared, draft_probs * proposed[..., None]).sum(-1).clamp(max=1)
+        rejected = 1 - prob
+        scores += [prob, (laws.log_ratio + proposed.log()).clamp(max=0).exp()]
+    return torch.stack([score.where(laws.valid, 0) for score in scores])
+
+
+class _Laws(NamedTuple):
+    """Target and drafters as distributions, and what the emitted tokens are under them."""
+
+    target: torch.Tensor
+    """Log-probabilities [B, T, V], -inf throughout a row without mass."""
+    draft: torch.Tensor
+    """Likewise, [N, B, T, Vd]."""
+    best: torch.Tensor
+    """The likeliest draft ids, [N, B, T, 1]."""
+    shared: torch.Tensor
+    """The target's probabilities of what the draft ids mean, [N, B, T, Vd]; [B, T, V] where they mean themselves."""
+    emitted: torch.Tensor
+    """Tokens [B, T], -1 past a row's length and for those outside the vocabulary."""
+    log_ratio: torch.Tensor
+    """log(draft_prob / target_prob) of them, [N, B, T]: -inf where the drafter cannot propose the token or a row has no mass,
+    inf where the target cannot emit it."""
+    valid: torch.Tensor
+    """bool [B, T]."""
+
+
+def _laws(
+    target_logits: torch.Tensor,
+    drafter_logits: torch.Tensor,
+    tokens: torch.Tensor,
+    lengths: torch.Tensor | None,
+    draft_to_target: torch.Tensor | None,
+    target_temperature: float | torch.Tensor,
+    drafter_temperature: float | torch.Tensor,
+    target_threshold: torch.Tensor | None,
+    drafter_threshold: torch.Tensor | None,
+) -> _Laws:
+    """In float64 where any logits are, else in float32."""
+    _, positions, vocabulary = target_logits.shape
+    dtype = torch.promote_types(torch.promote_types(target_logits.dtype, drafter_logits.dtype), torch.float32)
+    target, _ = _log_probs(target_logits.to(dtype), target_temperature, target_threshold)
+    draft, best = _log_probs(drafter_logits.to(dtype), drafter_temperature, drafter_threshold)
+    valid = torch.ones_like(tokens, dtype=torch.bool) if lengths is None else _within(lengths, positions)
+    emitted = tokens.where(valid & (tokens >= 0) & (tokens < vocabulary), -1)
+    shared, draft_ids = target.exp(), emitted.expand(len(draft), -1, -1)
+    if draft_to_target is not None:
+        # Outside the draft vocabulary q is 0: nothing is as wide as the target's but the target itself and this index.
+        ids = draft_to_target.long()
+        index = ids.new_full((len(ids), vocabulary), -1)
+        index.scatter_(-1, ids, torch.arange(ids.shape[-1], device=ids.device).expand_as(ids))
+        draft_ids = index[:, emitted.clamp(min=0)].where(emitted >= 0, -1)
+        shared = shared.expand(len(draft), -1, -1, -1).gather(-1, ids[:, None, None].expand_as(draft))
+    log_target = target.gather(-1, emitted.clamp(min=0)[..., None])[..., 0]
+    log_draft = draft.gather(-1, draft_ids.clamp(min=0)[..., None])[..., 0]
+    possible = (draft_ids >= 0) & log_draft.isfinite() & target.isfinite().any(-1)
+    # In logarithms: the quotient stays right where both probabilities underflow.
+    log_ratio = (log_draft - log_target).where(possible, -math.inf)
+    return _Laws(target, draft, best, shared, emitted, log_ratio, valid)
 
 
 def _log_probs(
@@ -236,11 +357,6 @@ def _log_probs(
     point_mass = torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
     log_probs = softmax.where(temperature > 0, point_mass)
     return log_probs.masked_fill(highest == -math.inf, -math.inf), best
-
-
-def _gather(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """values[n, b, t, ids[(n,) b, t]] for [N, B, T, V] values."""
-    return values.gather(-1, ids.expand(*values.shape[:-1], 1))[..., 0]
 
 
 def _within(lengths: torch.Tensor, positions: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def empty_evaluation(
     drafters: int, batch: int, positions: int, top_k: int | None, draft_length: int | None, device: torch.device
 ) -> Evaluation:
     """The outputs of `evaluate` for a kernel to fill, float32; already right where there is no row to evaluate."""
-    scores = torch.empty(4 if top_k is None else 6, drafters, batch, positions, dtype=torch.float32, device=device)
+    scores = torch.empty(4 + 2 * (top_k or 0), drafters, batch, positions, dtype=torch.float32, device=device)
     if draft_length is None:
         return Evaluation(scores)
     whole = torch.empty((drafters, batch), dtype=torch.float32, device=device)

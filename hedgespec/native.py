@@ -9,7 +9,7 @@ import torch
 
 from hedgespec import _native
 from hedgespec.launch import as_float32, dense_vocabulary, empty_evaluation, not_quite_zero, split_temperature
-from hedgespec.records import PROPOSAL_MODES, Evaluation, Verdict
+from hedgespec.records import Evaluation, Verdict, score_row
 from hedgespec.workspace import workspace
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -83,7 +83,7 @@ def evaluator(module: ModuleType, launch: Launch) -> Callable[..., Evaluation]:
                 top_k or 0,
                 draft_length or 0,
                 estimator == "product",
-                2 * PROPOSAL_MODES.index(mode),
+                score_row(mode, top_k),
                 result.scores.data_ptr(),
                 _address(result.expected_accepted_length),
                 _address(result.length_losses),

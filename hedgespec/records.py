@@ -53,7 +53,14 @@ class Verdict:
 
 
 PROPOSAL_MODES = ("sampled", "argmax", "top_k")
-"""How a drafter proposes. `Evaluation.scores` holds acceptance_prob and acceptance_ratio of each, in this order."""
+"""How a drafter proposes. `Evaluation.scores` holds acceptance_prob and acceptance_ratio of each, in this order; of the last
+for every number of candidates from 1 to `top_k`."""
+
+
+def score_row(mode: str, top_k: int | None) -> int:
+    """The row of `Evaluation.scores` with the acceptance_prob of a mode, in "top_k" that of all k candidates; the row after
+    it is the acceptance_ratio."""
+    return 2 * PROPOSAL_MODES.index(mode) + (2 * (top_k - 1) if mode == "top_k" else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,8 @@ class Evaluation:
 
     scores: torch.Tensor
     """[M, N, B, T] in [0, 1], 0 past a row's length: acceptance_prob and acceptance_ratio of the sampled mode, of the argmax
-    mode and, where `top_k` was given (M = 6 instead of 4), of the top-k mode. The properties below are views of it."""
+    mode and, where `top_k` = k was given (M = 4 + 2k instead of 4), of the top-k mode for 1, 2, .. k candidates. The
+    properties below are views of it."""
     expected_accepted_length: torch.Tensor | None = None
     """[N, B]: expected tokens, in [1, K+1], of a round of K drafts from the row's first position; NaN where the row is
     shorter than K. None where `draft_length` was not given."""
@@ -92,13 +100,14 @@ class Evaluation:
 
     @property
     def top_k_acceptance_prob(self) -> torch.Tensor | None:
-        """Top-k mode (a tree's node): the target's mass on the drafter's k likeliest tokens."""
-        return self.scores[4] if len(self.scores) > 4 else None
+        """Top-k mode (a tree's node), [k, N, B, T]: at c-1 the target's mass on the drafter's c likeliest tokens, as nodes of
+        one tree have different numbers of children."""
+        return self.scores[4::2] if len(self.scores) > 4 else None
 
     @property
     def top_k_acceptance_ratio(self) -> torch.Tensor | None:
-        """Top-k mode: 1 where x is one of them, else 0."""
-        return self.scores[5] if len(self.scores) > 4 else None
+        """Top-k mode, [k, N, B, T]: at c-1 1 where x is one of these c, else 0."""
+        return self.scores[5::2] if len(self.scores) > 4 else None
 
 
 @dataclass(frozen=True, slots=True)

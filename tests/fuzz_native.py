@@ -112,14 +112,11 @@ def fuzz(calls: int, seed: int) -> None:
             top_k=top_k, draft_length=rng.choice((None, 1, 3, 6)), estimator=rng.choice(("exact", "product")),
             mode=rng.choice(MODES if top_k else MODES[:2]), backend="cpu",
         )  # fmt: skip
-        scores = [
-            result.acceptance_prob,
-            result.acceptance_ratio,
-            result.argmax_acceptance_prob,
-            result.argmax_acceptance_ratio,
-        ]
-        for score in scores if top_k is None else [*scores, result.top_k_acceptance_prob, result.top_k_acceptance_ratio]:
-            assert ((score >= 0) & (score <= 1)).all(), score
+        assert len(result.scores) == 4 + 2 * min(top_k or 0, draft or vocabulary)
+        assert ((result.scores >= 0) & (result.scores <= 1)).all(), result.scores
+        if top_k is not None:
+            for of_prefixes in (result.top_k_acceptance_prob, result.top_k_acceptance_ratio):
+                assert (of_prefixes.diff(dim=0) >= 0).all(), of_prefixes
 
     def one_verify() -> None:
         batch, draft_length = rng.randint(1, 3), rng.randint(0, 5)

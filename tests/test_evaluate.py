@@ -15,20 +15,13 @@ from hypothesis import strategies as st
 
 from hedgespec import backends
 from hedgespec import evaluate as public_evaluate
-from hedgespec.evaluate import evaluate_reference, expected_accepted_length, length_loss
+from hedgespec.evaluate import evaluate_reference, expected_accepted_length, length_loss, multi_draft_acceptance
 from hedgespec.records import Evaluation
 
 evaluate = anywhere(public_evaluate)
 
 INF = math.inf
-FIELDS = (
-    "acceptance_prob",
-    "acceptance_ratio",
-    "argmax_acceptance_prob",
-    "argmax_acceptance_ratio",
-    "top_k_acceptance_prob",
-    "top_k_acceptance_ratio",
-)
+FIELDS = ("acceptance_prob", "acceptance_ratio", "argmax_acceptance_prob", "argmax_acceptance_ratio")
 
 
 # The definitions once more, in loops over Python floats: what this file trusts.
@@ -47,29 +40,33 @@ def distribution(logits: list[float], temperature: float, threshold: float) -> l
 
 
 def score(target, draft, draft_logits: list[float], token: int, ids: list[int], top_k: int) -> tuple[float, ...]:
-    """The six numbers of one drafter at one position; draft id j means target id ids[j]; masked draft logits are -inf."""
+    """The 4 + 2 top_k numbers of one drafter at one position; draft id j means target id ids[j]; masked draft logits are
+    -inf."""
     if not any(target) or not any(draft):
-        return (0.0,) * 6
+        return (0.0,) * (4 + 2 * top_k)
     spread = dict(zip(ids, draft, strict=True))
     draft_prob, target_prob = spread.get(token, 0.0), target[token]
     ratio = min(1.0, draft_prob / target_prob) if target_prob else float(draft_prob > 0)
     proposal = ids[draft_logits.index(max(draft_logits))]
     prob = math.fsum(min(target[v], q) for v, q in spread.items())
     order = sorted(range(len(ids)), key=lambda i: (-draft_logits[i], i))
-    candidates = [ids[i] for i in order[:top_k] if draft_logits[i] > -INF]
-    in_tree = math.fsum(target[v] for v in candidates), float(token in candidates)
-    return prob, ratio, target[proposal], float(token == proposal), *in_tree
+    in_trees = []
+    for count in range(1, top_k + 1):
+        candidates = [ids[i] for i in order[:count] if draft_logits[i] > -INF]
+        in_trees += [math.fsum(target[v] for v in candidates), float(token in candidates)]
+    return prob, ratio, target[proposal], float(token == proposal), *in_trees
 
 
 def brute_force(target_logits, drafter_logits, tokens, **options) -> torch.Tensor:
-    """`evaluate` by the loops above; float64 [4, N, B, T], with `top_k` [6, N, B, T]."""
+    """`evaluate` by the loops above; float64 [4 + 2k, N, B, T]."""
     drafters, batch, positions, draft_vocabulary = drafter_logits.shape
+    top_k = min(options.get("top_k") or 0, draft_vocabulary)
     lengths = options.get("lengths")
     temperatures = [
         torch.as_tensor(options.get(f"{side}_temperature", 1.0), dtype=torch.float64).expand(batch).tolist()
         for side in ("target", "drafter")
     ]
-    out = torch.zeros(6, drafters, batch, positions, dtype=torch.float64)
+    out = torch.zeros(4 + 2 * top_k, drafters, batch, positions, dtype=torch.float64)
     for n, b, t in itertools.product(range(drafters), range(batch), range(positions)):
         if lengths is not None and t >= lengths[b]:
             continue
@@ -80,14 +77,17 @@ def brute_force(target_logits, drafter_logits, tokens, **options) -> torch.Tenso
         draft_logits = [logit if logit >= draft_floor else -INF for logit in drafter_logits[n, b, t].tolist()]
         target = distribution(target_logits[b, t].tolist(), temperatures[0][b], target_floor)
         draft = distribution(draft_logits, temperatures[1][b], draft_floor)
-        scores = score(target, draft, draft_logits, tokens[b, t].item(), list(ids), options.get("top_k") or 0)
+        scores = score(target, draft, draft_logits, tokens[b, t].item(), list(ids), top_k)
         out[:, n, b, t] = torch.tensor(scores, dtype=torch.float64)
-    return out if options.get("top_k") else out[:4]
+    return out
 
 
 def stacked(result: Evaluation) -> torch.Tensor:
-    """The scores under their names, [4 or 6, N, B, T]."""
-    return torch.stack([getattr(result, field) for field in FIELDS if getattr(result, field) is not None])
+    """The scores under their names, [4 + 2k, N, B, T]."""
+    scores = [getattr(result, field) for field in FIELDS]
+    if result.top_k_acceptance_prob is not None:
+        scores += itertools.chain(*zip(result.top_k_acceptance_prob, result.top_k_acceptance_ratio))
+    return torch.stack(scores)
 
 
 def example(drafters=2, batch=2, positions=3, vocabulary=37, draft_vocabulary=None, spread=3.0):
@@ -183,6 +183,51 @@ def test_top_k(backend, top_k, draft_vocabulary):
     check(arguments, options, backend)
 
 
+@pytest.mark.parametrize("draft_vocabulary", [None, 12])
+def test_prefixes_are_what_fewer_candidates_make(backend, poisoned_empty, draft_vocabulary):
+    """Every number of candidates in one call: as in a call that asks for no more than these, and never less than one fewer."""
+    arguments, options = example(batch=3, positions=4, draft_vocabulary=draft_vocabulary)
+    arguments[1][0] = arguments[1][0].round()
+    arguments[1][1, 0, 0] = -INF
+    arguments[1][1, 1] = arguments[1][1, 1].masked_fill(torch.arange(arguments[1].shape[-1]) > 2, -INF)
+    arguments[2] = arguments[0].argmax(-1)
+    options |= {"lengths": torch.tensor([4, 0, 2]), "target_temperature": torch.tensor([0.0, 1.0, 0.8])}
+    options["target_threshold"] = arguments[0].float().topk(9, -1).values[..., -1]
+    arguments = as_dtype(arguments, torch.float32)
+    whole = evaluate(*arguments, **options, top_k=9, backend=backend)
+    assert whole.scores.shape == (4 + 2 * 9, 2, 3, 4)
+    for of_prefixes in (whole.top_k_acceptance_prob, whole.top_k_acceptance_ratio):
+        assert of_prefixes.shape == (9, 2, 3, 4)
+        assert (of_prefixes.diff(dim=0) >= 0).all()
+        assert (of_prefixes[:, :, 1] == 0).all() and (of_prefixes[:, :, 2, 2:] == 0).all()
+    for top_k in (1, 2, 5, 8):
+        fewer = evaluate(*arguments, **options, top_k=top_k, backend=backend)
+        torch.testing.assert_close(fewer.scores, whole.scores[: 4 + 2 * top_k], rtol=0, atol=2e-7)
+    one = whole.scores[4:6]  # the likeliest token is the argmax mode's proposal
+    torch.testing.assert_close(one, whole.scores[2:4], rtol=0, atol=TOLERANCES[torch.float32])
+
+
+def test_more_candidates_than_draft_ids_are_as_many_as_there_are(backend):
+    arguments, options = example(draft_vocabulary=5)
+    arguments = as_dtype(arguments, torch.float32)
+    result = evaluate(*arguments, **options, top_k=32, draft_length=2, mode="top_k", backend=backend)
+    expected = evaluate(*arguments, **options, top_k=5, draft_length=2, mode="top_k", backend=backend)
+    assert result.scores.shape == (4 + 2 * 5, 2, 2, 3)
+    assert torch.equal(result.scores, expected.scores)
+    torch.testing.assert_close(result.length_losses, expected.length_losses, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_last_prefix_is_all_the_candidates():
+    """What one pair of numbers for all k candidates is, from torch's own topk."""
+    (target_logits, drafter_logits, tokens), _ = example()
+    result = evaluate(target_logits, drafter_logits, tokens, top_k=6, backend="reference")
+    candidates = drafter_logits.topk(6).indices
+    mass = target_logits.softmax(-1).expand_as(drafter_logits).gather(-1, candidates).sum(-1)
+    torch.testing.assert_close(result.top_k_acceptance_prob[-1], mass, rtol=0, atol=1e-12)
+    is_in = (candidates == tokens[..., None]).any(-1)
+    assert torch.equal(result.top_k_acceptance_ratio[-1], is_in.double())
+
+
 def test_top_k_over_blocks(backend):
     """The candidates lie anywhere in rows of several blocks, in rising and falling order."""
     arguments, options = example(drafters=3, batch=1, positions=1, vocabulary=4500)
@@ -204,7 +249,7 @@ def test_lengths_and_losses(backend, poisoned_empty, mode, estimator, draft_leng
     scores = brute_force(*as_dtype(arguments, torch.float64), **options)
     torch.testing.assert_close(stacked(result).double(), scores, rtol=0, atol=TOLERANCES[torch.float32])
 
-    prob, ratio = scores[2 * ("sampled", "argmax", "top_k").index(mode) :][:2]
+    prob, ratio = scores[{"sampled": 0, "argmax": 2, "top_k": -2}[mode] :][:2]
     assert result.expected_accepted_length.shape == (2, 4)
     assert result.length_losses.shape == (2, 4, 5, draft_length)
     for b, t, k in itertools.product(range(4), range(5), range(1, draft_length + 1)):
@@ -332,7 +377,8 @@ def test_empty(backend, batch, positions):
     assert result.top_k_acceptance_prob is result.expected_accepted_length is result.length_losses is None
     options = {"top_k": 2, "draft_length": 2, "mode": "top_k"}
     result = evaluate(*as_dtype(arguments, torch.float32), **options, backend=backend)
-    assert stacked(result).shape == (6, 2, batch, positions)
+    assert stacked(result).shape == (8, 2, batch, positions)
+    assert result.top_k_acceptance_prob.shape == result.top_k_acceptance_ratio.shape == (2, 2, batch, positions)
     assert result.length_losses.shape == (2, batch, positions, 2)
     assert result.expected_accepted_length.shape == (2, batch)
     assert result.expected_accepted_length.isnan().all()
@@ -429,6 +475,157 @@ def test_expected_ratio_is_the_prob(temperature):
     for mode in ("", "argmax_"):
         ratio, prob = getattr(result, f"{mode}acceptance_ratio"), getattr(result, f"{mode}acceptance_prob")
         torch.testing.assert_close((ratio * target).sum(-1), prob[..., 0], rtol=0, atol=1e-12)
+
+
+# Several samples at a node, by enumeration: all draws, each accepted or rejected, with the recursion as it is written.
+
+
+def rejection_by_rejection(target: list[float], draft: list[float], samples: int) -> tuple[list[float], list[float]]:
+    """Of every token the probability that an accepted child is it, and that it is drawn from the residual that is left."""
+    accepted, recovered = [0.0] * len(target), [0.0] * len(target)
+    for children in itertools.product(range(len(target)), repeat=samples):
+        reached, residual = math.prod(draft[child] for child in children), target
+        for child in children:
+            if reached == 0:
+                break
+            accept = min(1.0, residual[child] / draft[child])
+            accepted[child] += reached * accept
+            reached *= 1 - accept
+            left = [max(0.0, p - q) for p, q in zip(residual, draft)]
+            residual = [mass / math.fsum(left) for mass in left] if any(left) else residual
+        recovered = [mass + reached * p for mass, p in zip(recovered, residual)]
+    return accepted, recovered
+
+
+def agrees_with_enumeration(target_logits, drafter_logits, samples, **options) -> torch.Tensor:
+    """multi_draft_acceptance for every emitted token against the recursion: [V] and [Vd] logits of one node, in float64."""
+    vocabulary = len(target_logits)
+    ids = options.get("draft_to_target", torch.arange(vocabulary)[None])[0].tolist()
+    target = distribution(target_logits.tolist(), options.get("target_temperature", 1.0), -INF)
+    draft = [0.0] * vocabulary
+    for at, mass in zip(ids, distribution(drafter_logits.tolist(), options.get("drafter_temperature", 1.0), -INF)):
+        draft[at] = mass
+    result = multi_draft_acceptance(
+        target_logits.expand(1, vocabulary, -1),
+        drafter_logits.expand(1, 1, vocabulary, -1),
+        torch.arange(vocabulary)[None],
+        samples,
+        **options,
+    )[:, 0, 0]  # [2m, V]: the position is the token
+    for count in range(1, samples + 1):
+        accepted, recovered = rejection_by_rejection(target, draft, count)
+        prob, ratio = result[2 * count - 2 :][:2]
+        emitted = [one + other for one, other in zip(accepted, recovered)]
+        assert emitted == pytest.approx(target, abs=1e-12)  # lossless
+        assert prob.tolist() == pytest.approx([math.fsum(accepted)] * vocabulary, abs=1e-12)
+        given_token = [mass / p if p else float(q > 0) for mass, p, q in zip(accepted, target, draft)]
+        assert ratio.tolist() == pytest.approx(given_token, abs=1e-12)
+    return result
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize(("vocabulary", "samples"), [(1, 3), (2, 5), (3, 4), (4, 3), (5, 3)])
+def test_samples_are_accepted_as_the_recursion_says(vocabulary, samples, spread):
+    for _ in range(5):
+        target_logits, drafter_logits = torch.randn(2, vocabulary).double() * spread
+        agrees_with_enumeration(target_logits, drafter_logits, samples)
+
+
+@pytest.mark.parametrize("target_temperature", [0.0, 0.6])
+@pytest.mark.parametrize("drafter_temperature", [0.0, 1.7])
+def test_samples_with_temperatures_and_a_map(target_temperature, drafter_temperature):
+    temperatures = {"target_temperature": target_temperature, "drafter_temperature": drafter_temperature}
+    for ids in ([0, 1, 2, 3], [3, 0], [2]):
+        target_logits, drafter_logits = torch.randn(4).double(), torch.randn(len(ids)).double()
+        agrees_with_enumeration(target_logits, drafter_logits, 3, draft_to_target=torch.tensor([ids]), **temperatures)
+
+
+def test_samples_where_masses_vanish():
+    even = torch.zeros(4).double()
+    same = agrees_with_enumeration(even, even, 3)
+    torch.testing.assert_close(same, torch.ones_like(same), rtol=0, atol=1e-12)  # q covers p: no residual to divide
+    left, right = torch.tensor([0.0, 1.0, -INF, -INF]).double(), torch.tensor([-INF, -INF, 1.0, 0.0]).double()
+    disjoint = agrees_with_enumeration(left, right, 3)
+    assert (disjoint[::2] == 0).all()
+    assert disjoint[1::2].tolist() == [[0.0, 0.0, 1.0, 1.0]] * 3  # what the target cannot emit, the drafter can propose
+    within = agrees_with_enumeration(left, even, 3)
+    assert (within[::2].diff(dim=0) > 0).all()
+    nothing = torch.full((4,), -INF).double()
+    for rows in ((nothing, even), (even, nothing), (nothing, nothing)):
+        arguments = rows[0].view(1, 1, 4), rows[1].view(1, 1, 1, 4), torch.tensor([[1]])
+        assert (multi_draft_acceptance(*arguments, 3) == 0).all()
+
+
+def test_samples_of_a_point_mass_target_are_tries():
+    drafter_logits = torch.randn(6).double()
+    hit = drafter_logits.softmax(-1)[2].item()
+    target_logits = torch.zeros(1, 1, 6).double().index_fill(-1, torch.tensor([2]), 1.0)
+    result = multi_draft_acceptance(
+        target_logits, drafter_logits.view(1, 1, 1, 6), torch.tensor([[2]]), 8, target_temperature=0.0
+    )
+    tries = [1 - (1 - hit) ** count for count in range(1, 9)]
+    assert result[::2].flatten().tolist() == pytest.approx(tries, abs=1e-12)
+    assert result[1::2].flatten().tolist() == pytest.approx(tries, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("draft_vocabulary", [None, 12])
+def test_one_sample_is_the_sampled_mode(dtype, draft_vocabulary):
+    arguments, options = example(batch=3, positions=4, draft_vocabulary=draft_vocabulary)
+    arguments[0][0, 1] = arguments[1][1, 0, 2] = -INF
+    options["target_threshold"] = arguments[0].float().topk(9, -1).values[..., -1]
+    options["drafter_threshold"] = arguments[1].float().topk(7, -1).values[..., -1]
+    options["target_temperature"], options["drafter_temperature"] = torch.tensor([0.0, 1.0, 0.8]), torch.tensor([1.0, 0.0, 2.0])
+    options["lengths"] = torch.tensor([4, 3, 0])
+    past = torch.arange(4) >= options["lengths"][:, None]
+    arguments[2][0] = arguments[0][0].argmax(-1)
+    arguments = as_dtype(arguments, dtype)
+    arguments[0][past], arguments[2][past] = math.nan, -1
+    arguments[1][:, past] = math.nan
+    result = multi_draft_acceptance(*arguments, 4, **options)
+    assert result.shape == (8, 2, 3, 4) and result.dtype is (dtype if dtype is torch.float64 else torch.float32)
+    assert torch.equal(result[:2], evaluate_reference(*arguments, **options).scores[:2])
+    assert ((result >= 0) & (result <= 1)).all() and (result[:, :, past] == 0).all()
+    assert (result[::2].diff(dim=0) >= 0).all() and (result[1::2].diff(dim=0) >= 0).all()
+    precise = multi_draft_acceptance(*as_dtype(arguments, torch.float64), 4, **options)
+    torch.testing.assert_close(result.double(), precise, rtol=0, atol=TOLERANCES[dtype])
+    for sample_count in (1, 3):
+        assert torch.equal(multi_draft_acceptance(*arguments, sample_count, **options), result[: 2 * sample_count])
+
+
+def test_expected_ratio_of_samples_is_their_prob():
+    vocabulary, (target_logits, drafter_logits) = 50, torch.randn(2, 50).double() * 2
+    result = multi_draft_acceptance(
+        target_logits.expand(1, vocabulary, -1),
+        drafter_logits.expand(1, 1, vocabulary, -1),
+        torch.arange(vocabulary)[None],
+        6,
+    )[:, 0, 0]
+    expected = (result[1::2] * target_logits.softmax(-1)).sum(-1)
+    torch.testing.assert_close(expected, result[::2, 0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("batch", "positions"), [(0, 3), (2, 0)])
+def test_samples_of_nothing(batch, positions):
+    arguments, _ = example(batch=batch, positions=positions)
+    assert multi_draft_acceptance(*arguments, 2).shape == (4, 2, batch, positions)
+
+
+def test_samples_of_a_reduced_vocabulary_need_no_room_for_the_whole():
+    """No tensor of N x B x T x V."""
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made = result if isinstance(result, (tuple, list)) else (result,)
+            sizes.extend(each.untyped_storage().nbytes() for each in made if isinstance(each, torch.Tensor))
+            return result
+
+    arguments, options = example(drafters=20, batch=2, positions=4, vocabulary=2000, draft_vocabulary=10)
+    with Watch():
+        multi_draft_acceptance(*as_dtype(arguments, torch.float32), 3, **options)
+    assert max(sizes) <= 20 * 2000 * 8  # the index of the maps; every drafter at the target's width would be 4 times that
 
 
 # The estimators, by enumeration: every tree of 4 tokens to depth 3 under 200 random pairs of target and drafter.
@@ -597,6 +794,25 @@ def test_bad_input(changes, error, message):
     arguments = {"target_logits": LOGITS, "drafter_logits": DRAFTS, "tokens": TOKENS} | changes
     with pytest.raises(error, match=message):
         evaluate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        bad("samples: expected at least 1; got 0", samples=0),
+        bad("samples: expected an int; got float", TypeError, samples=2.0),
+        bad("drafter_logits: expected a vocabulary of 5, .* got 4", drafter_logits=DRAFTS[..., :4]),
+        bad(r"tokens: expected values in 0..4; got 5", tokens=TOKENS + 5),
+        bad("lengths: expected values in 0..3; got 4", lengths=torch.tensor([1, 4])),
+        bad("draft_to_target: expected distinct ids for each drafter; got 0 twice", draft_to_target=MAP * 0),
+        bad("target_temperature: expected a finite number >= 0; got -1.0", target_temperature=-1.0),
+        bad(r"drafter_threshold: expected shape \[4, 2, 3\]; got \[2, 3\]", drafter_threshold=torch.ones(2, 3)),
+    ],
+)
+def test_bad_input_of_samples(changes, error, message):
+    arguments = {"target_logits": LOGITS, "drafter_logits": DRAFTS, "tokens": TOKENS, "samples": 2} | changes
+    with pytest.raises(error, match=message):
+        multi_draft_acceptance(**arguments)
 
 
 def test_a_map_is_checked_again_once_written_to():

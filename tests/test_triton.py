@@ -128,7 +128,8 @@ def test_nothing_to_evaluate(batch, positions):
     arguments, _ = scene(torch.float32, batch=batch, positions=positions)
     arguments = [*map(on_device, arguments)]
     result = evaluate(*arguments, draft_length=2, top_k=2, backend="triton")
-    assert result.acceptance_prob.shape == result.top_k_acceptance_prob.shape == (2, batch, positions)
+    assert result.acceptance_prob.shape == (2, batch, positions)
+    assert result.top_k_acceptance_prob.shape == result.top_k_acceptance_ratio.shape == (2, 2, batch, positions)
     assert result.length_losses.shape == (2, batch, positions, 2)
     assert result.expected_accepted_length.shape == (2, batch)
     assert result.expected_accepted_length.isnan().all()
@@ -202,7 +203,7 @@ def test_a_token_outside_the_vocabulary_is_one_that_nobody_emits(token):
     result = evaluation.evaluate_triton(*map(on_device, arguments), top_k=3, lengths=on_device(torch.tensor([7, 3])))
     assert (result.acceptance_ratio[:, 0, 0] == 0).all()
     assert (result.argmax_acceptance_ratio[:, 0, 0] == 0).all()
-    assert (result.top_k_acceptance_ratio[:, 0, 0] == 0).all()
+    assert (result.top_k_acceptance_ratio[:, :, 0, 0] == 0).all()
     torch.testing.assert_close(result.acceptance_prob.cpu(), expected.acceptance_prob, rtol=0, atol=5e-6)
 
 

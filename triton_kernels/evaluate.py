@@ -28,7 +28,7 @@ from hedgespec.triton_kernels._common import (
 )
 
 from hedgespec.launch import as_float32, dense_vocabulary, empty_evaluation, split_temperature
-from hedgespec.records import PROPOSAL_MODES, Evaluation
+from hedgespec.records import Evaluation, score_row
 
 _GROUP = tl.constexpr(30)
 """Drafters that share one word of arrivals."""
@@ -121,7 +121,7 @@ def evaluate_kernel(
     drafter_threshold,  # [N, B, T] or None
     target_temperatures,  # [B] or None
     drafter_temperatures,  # [B] or None
-    scores,  # [4 or 6, N, B, T]
+    scores,  # [4 + 2 TOP_K, N, B, T]
     whole,  # [N, B] or None
     losses,  # [N, B, T, K] or None
     counters,  # zeroed; [B, T], [N, B, T], [B, T, words] and [N, B]
@@ -358,10 +358,19 @@ def evaluate_kernel(
                                 target_log_total.to(tl.float32), target_best, target_cold,
                             )
                         )  # fmt: skip
-                        mass = tl.minimum(tl.sum(tl.where(usable, probs, 0.0), 0), 1.0)
-                        hits = tl.max((usable & (ids == token)).to(tl.float32), 0)
-                        tl.store(at + plane * 4, tl.where(has_mass, mass, 0.0))
-                        tl.store(at + plane * 5, tl.where(has_mass, hits, 0.0))
+                        probs = tl.where(usable, probs, 0.0)
+                        hits = (usable & (ids == token)).to(tl.float32)
+                        # Keys are distinct, so nothing is sorted: what is no worse than a candidate is the prefix that ends
+                        # with it. All prefixes are added up in one order, so rounding leaves none above the next.
+                        is_place = kept < _HIGHEST_KEY
+                        ranked = tl.where(is_place, kept, _LOWEST_KEY)
+                        within = ranked[None, :] >= ranked[:, None]
+                        size = tl.sum(within.to(tl.int32), 1)
+                        mass = tl.sum(tl.where(within, probs[None, :], 0.0), 1)
+                        hit = tl.max(tl.where(within, hits[None, :], 0.0), 1)
+                        of_prefix = at + plane * (2 + 2 * size)
+                        tl.store(of_prefix, tl.minimum(mass, 1.0), mask=is_place)
+                        tl.store(of_prefix + plane, hit, mask=is_place)
 
                     # The losses need every position of the row: the last program there makes them.
                     if losses is not None:
@@ -457,7 +466,7 @@ def evaluate_triton(
                 draft_length or 0,
                 TOP_K=top_k or 0,
                 CANDIDATES=_common.power_of_two(top_k or 1),
-                PLANE=2 * PROPOSAL_MODES.index(mode),
+                PLANE=score_row(mode, top_k),
                 PRODUCT=estimator == "product",
                 TARGET_ALIGNED=_common.aligned(target_logits, target_strides),
                 DRAFTER_ALIGNED=_common.aligned(drafter_logits, drafter_strides),
