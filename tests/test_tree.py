@@ -490,7 +490,7 @@ def test_sampled_text_has_the_targets_law(tree, mode, processed):
             prompts, do_sample=True, max_new_tokens=150, custom_generate=decoder, return_dict_in_generate=True,
             renormalize_logits=True, **options,
         )  # fmt: skip
-        sequences, rounds = found.sequences, [one.emitted_by_round for one in found.stats]
+        sequences, rounds = found.sequences, [one.emitted_by_round for one in found.hedgespec]
     else:
         out = decoder.generate(prompts, max_new_tokens=300, seed=11, **options)
         sequences, rounds = out.sequences, [one.emitted_by_round for one in out.stats]
