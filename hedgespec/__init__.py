@@ -24,7 +24,9 @@ _HOMES = {
     "evaluate": "hedgespec.evaluate",
     "expected_accepted_length": "hedgespec.evaluate",
     "verify": "hedgespec.verify",
+    "load_drafter": "hedgespec.checkpoints",
     "load_zoo": "hedgespec.zoo",
+    "save_drafter": "hedgespec.checkpoints",
 }
 _MODULES = ("algorithm", "drafters", "errors", "learners")
 

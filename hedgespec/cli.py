@@ -29,6 +29,10 @@ USER_ERRORS = (HedgeSpecError, ValueError, TypeError, OSError, ImportError)
 """What is told in one line; anything else is a bug of ours and keeps its traceback."""
 STAGES = ("collect", "heads", "matrix", "all")
 """Of `hedgespec zoo train`."""
+LAYOUTS = {"official": "eagle3", "speculators": "speculators"}
+"""Of `hedgespec zoo export`, and what `save_drafter` calls them."""
+EXPORTED = ("float32", "bfloat16", "float16")
+"""Dtypes of exported heads."""
 
 
 class UsageError(Exception):
@@ -184,6 +188,21 @@ def zoo_train(options: argparse.Namespace) -> None:
     from hedgespec.zoo.pipeline import run
 
     run(names=tuple(options.only) if options.only else None, stage=options.stage, out=options.out, console=Console())
+
+
+def zoo_export(options: argparse.Namespace) -> None:
+    _check_heads("--only", options.only or ())
+    import torch
+
+    from hedgespec import zoo
+
+    loaded = zoo.load_zoo(options.only or zoo.NAMES)
+    for head in loaded.drafters:
+        folder = options.folder / head.name
+        hedgespec.save_drafter(
+            head, folder, LAYOUTS[options.layout], target=loaded.target, dtype=getattr(torch, options.dtype)
+        )  # fmt: skip
+        print(folder)
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -492,6 +511,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="as JSON")
     add = command("path", zoo_path, "where the converted target, or a head, is", zoo).add_argument
     add("name", metavar="NAME", nargs="?", help="a head; without it the target's folder, made on the first call")
+    add = command("export", zoo_export, "write heads as other engines load them", zoo).add_argument
+    add("folder", metavar="FOLDER", type=Path, help="where they go, a folder for each")
+    add("--only", metavar="NAME", nargs="+", help="heads to write (default: all)")
+    add("--layout", choices=LAYOUTS, default="official", help="(default: %(default)s)")
+    add("--dtype", choices=EXPORTED, default="float32", help="of the tensors (default: %(default)s)")
     add = command("train", zoo_train, "collect the target's texts, train the heads, measure them", zoo).add_argument
     add("--only", metavar="NAME", nargs="+", help="heads to train (default: all)")
     add("--stage", choices=STAGES, default="all", help="a part of the work (default: %(default)s)")
