@@ -23,6 +23,8 @@ from hedgespec.errors import CheckpointError
 
 LAYOUTS = ("eagle3", "eagle", "speculators")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64", "BOOL": "bool"}
+"""Of safetensors, as torch calls them."""
 SCALINGS = ("linear", "llama3", "yarn")
 """Of positions, those that do not depend on the length."""
 NORMS = (
@@ -101,6 +103,7 @@ def load_drafter(
     plan.check()
     weights, config = plan.weights(), plan.config
     embedding, output = target.get_input_embeddings(), target.get_output_embeddings()
+    rows = None if output is None else output.weight.detach()
     own = weights.pop("embed_tokens.weight", None)
     if own is not None:
         own = own.to(device=target.device, dtype=target.dtype)
@@ -111,10 +114,9 @@ def load_drafter(
     vocabulary = plan.vocabulary
     weights = {key: one.to(device=target.device, dtype=target.dtype) for key, one in weights.items()}
     if "lm_head.weight" not in weights:
-        rows = output.weight.detach()
         weights["lm_head.weight"] = rows if vocabulary is None else rows[vocabulary.to(rows.device)]
-    elif vocabulary is None and torch.equal(weights["lm_head.weight"], output.weight):
-        weights["lm_head.weight"] = output.weight.detach()
+    elif vocabulary is None and rows is not None and torch.equal(weights["lm_head.weight"], rows):
+        weights["lm_head.weight"] = rows
     with torch.device("meta"):
         head = EagleHead(config, embedding, name=name or files.name, owns_embedding=own is not None)
     if own is not None:
@@ -223,7 +225,9 @@ def _find(path: str | Path, allow_pickle: bool, revision: str | None, *, local: 
             raise CheckpointError(f"path: expected a folder, a file or a repository of the hub, found none at {path}")
         place, name = _download(str(path), allow_pickle, revision), str(path).rpartition("/")[2]
     folder = place if place.is_dir() else place.parent
-    weights = _weights_in(place, allow_pickle)
+    tensors: dict[str, _Tensor] = {}
+    for file in _weights_in(place, allow_pickle):
+        tensors |= _tensors_in(file)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -232,9 +236,6 @@ def _find(path: str | Path, allow_pickle: bool, revision: str | None, *, local: 
         raise CheckpointError(f"{path}: expected a config.json that can be read ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected an object in config.json, got {type(config).__name__}")
-    tensors: dict[str, _Tensor] = {}
-    for file in weights:
-        tensors |= _tensors_in(file)
     return _Files(str(path), name, config, tensors)
 
 
@@ -317,7 +318,7 @@ def _tensors_in(file: Path) -> dict[str, _Tensor]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: expected a readable safetensors file ({error})") from error
     return {
-        key: _Tensor(shape, kind.lower(), kind[0] in "FB" and kind != "BOOL", lambda key=key: _read(file, key))
+        key: _Tensor(shape, DTYPES.get(kind, kind), kind != "BOOL" and kind[0] in "FB", lambda key=key: _read(file, key))
         for key, (shape, kind) in about.items()
     }
 

@@ -149,6 +149,8 @@ def _shared_rows(heads: Sequence[EagleHead]) -> tuple[torch.Tensor, torch.Tensor
     if len(heads) == 1:
         return rows[0][None], None
     names = torch.arange(len(rows[0]), device=rows[0].device)
+    if heads[0].draft_to_target is None and all(one.data_ptr() == rows[0].data_ptr() for one in rows):  # the target's own
+        return rows[0], names.repeat(len(rows), 1)
     ids = [names if head.draft_to_target is None else head.draft_to_target.to(names.device) for head in heads]
     union, index = torch.stack(ids).unique(return_inverse=True)
     table = rows[0].new_empty(len(union), rows[0].shape[1])
