@@ -101,30 +101,32 @@ def load_drafter(
     about = _Target.of(target)
     plan = _Plan(files, about, aux_layers)
     plan.check()
-    weights, config = plan.weights(), plan.config
+    weights = {key: one.to(device=target.device, dtype=target.dtype) for key, one in plan.weights().items()}
     embedding, output = target.get_input_embeddings(), target.get_output_embeddings()
-    rows = None if output is None else output.weight.detach()
-    own = weights.pop("embed_tokens.weight", None)
-    if own is not None:
-        own = own.to(device=target.device, dtype=target.dtype)
-        if own.shape == embedding.weight.shape and torch.equal(own, embedding.weight):
-            own = None
+    own, vocabulary = weights.pop("embed_tokens.weight", None), plan.vocabulary
+    if own is not None and _equal(own, embedding.weight):
+        own = None
     if own is not None:
         embedding = nn.Embedding.from_pretrained(own, freeze=True)
-    vocabulary = plan.vocabulary
-    weights = {key: one.to(device=target.device, dtype=target.dtype) for key, one in weights.items()}
+    rows = None if output is None else output.weight.detach()
     if "lm_head.weight" not in weights:
+        if rows.is_meta:
+            raise CheckpointError(f"{path}: expected an lm_head.weight, since the target's is not in memory, found none")
         weights["lm_head.weight"] = rows if vocabulary is None else rows[vocabulary.to(rows.device)]
-    elif vocabulary is None and rows is not None and torch.equal(weights["lm_head.weight"], rows):
+    elif vocabulary is None and rows is not None and _equal(weights["lm_head.weight"], rows):
         weights["lm_head.weight"] = rows
     with torch.device("meta"):
-        head = EagleHead(config, embedding, name=name or files.name, owns_embedding=own is not None)
+        head = EagleHead(plan.config, embedding, name=name or files.name, owns_embedding=own is not None)
     if own is not None:
         weights["embed_tokens.weight"] = own
     head.load_state_dict(weights, assign=True)
     head.draft_to_target = vocabulary
     head.set_rope_frequency()
     return head.requires_grad_(False).to(device=target.device, dtype=target.dtype).eval()
+
+
+def _equal(own: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return own.shape == theirs.shape and not theirs.is_meta and torch.equal(own, theirs.to(own.device))
 
 
 def inspect_drafter(
@@ -169,7 +171,7 @@ def save_drafter(
             where engines take it from there: an output matrix over the whole vocabulary.
         dtype: of the tensors; the head's by default.
 
-    Raises: ValueError for a layout that cannot hold this head.
+    Raises: ValueError for a layout that cannot hold this head, or a head that other engines cannot run.
     """
     config, folder = head.config, Path(folder)
     official = "eagle" if config.version == 1 else "eagle3"
@@ -179,6 +181,8 @@ def save_drafter(
     strange = sorted({"embedding_layernorm", "input_layernorm", "norm"} & {*config.norms}) if layout == "eagle" else []
     if strange:
         raise ValueError(f"layout: expected speculators for a head with {', '.join(strange)}, which eagle has no place for")
+    if target is not None and config.version == 3 and max(config.aux_layers) >= _Target.of(target).layers:
+        raise ValueError(f"head: expected aux layers below {max(config.aux_layers)}, whose final norm other engines leave out")
     tensors = _tensors_of(head, layout)
     if target is not None and head.draft_to_target is None:
         output = target.get_output_embeddings().weight
@@ -430,12 +434,10 @@ class _Plan:
             if HARMLESS.search(name):
                 continue
             numbers |= {number} - {None}
-            if number:
-                continue
             if name in self.there:
                 self.faults.append(f"{key} is there as {self.origin[name]} too")
             self.there[name], self.origin[name] = tensor, key
-        if len(numbers) > 1 or numbers == {None}:
+        if len(numbers) > 1:
             raise CheckpointError(f"{self.files.path}: expected a head of one decoder layer, got {len(numbers)}")
 
     def _setting(self, name: str, default: Any, why: str = "") -> Any:
@@ -455,10 +457,10 @@ class _Plan:
         kv = self._integer("num_key_value_heads", heads, "as num_attention_heads")
         gate = self._shape("layer.mlp.gate_proj.weight") or (0,)
         inner = self._integer("intermediate_size", gate[0], "as gate_proj has")
-        if heads % kv or size % 2:
-            self.faults.append(
-                f"expected num_key_value_heads to divide {heads} heads and head_dim to be even, got {kv}, {size}"
-            )
+        if heads % kv:
+            self.faults.append(f"expected num_key_value_heads to divide {heads}, got {kv}")
+        if size % 2:
+            self.faults.append(f"expected an even head_dim, got {size}")
         activation = settings.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             self.faults.append(f"expected hidden_act silu, got {activation}")
@@ -491,9 +493,8 @@ class _Plan:
             hidden_size=hidden, target_hidden_size=read, num_attention_heads=heads, num_key_value_heads=kv, head_dim=size,
             intermediate_size=inner, vocab_size=self.vocab_size or 0,
             draft_vocab_size=self.draft_vocab_size or self.vocab_size or 0, aux_layers=self.aux_layers or (-1,) * count,
-            rope_theta=theta,
-            rms_norm_eps=float(self._setting("rms_norm_eps", 1e-6)), version=version, norms=norms, biases=biases,
-            norm_before_residual=before, feeds_back_norm=back, rope_scaling=scaling,
+            rope_theta=theta, rms_norm_eps=float(self._setting("rms_norm_eps", 1e-6)), version=version, norms=norms,
+            biases=biases, norm_before_residual=before, feeds_back_norm=back, rope_scaling=scaling,
         )  # fmt: skip
 
     def _integer(self, name: str, default: int | None, why: str = "") -> int:
@@ -543,6 +544,9 @@ class _Plan:
             theta = self._setting("rope_theta", 10000.0)
         kind = given.pop("rope_type", given.pop("type", "default"))
         given.pop("type", None)
+        if any(isinstance(value, dict) for value in given.values()):
+            self.faults.append(f"expected positions of one kind, got rope_parameters for {', '.join(given)}")
+            return float(theta), ()
         partial = given.pop("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
         if partial != 1:
             self.faults.append(f"expected rotary positions of whole heads, got partial_rotary_factor {partial}")
@@ -676,8 +680,6 @@ class _Plan:
                 expected[one] = (rows, *shape[1:])
         if "embed_tokens.weight" in self.there:
             expected["embed_tokens.weight"] = (self.vocab_size or self._shape("embed_tokens.weight")[0], config.hidden_size)
-        if self.vocab_size is None and "lm_head.weight" in expected:
-            self.faults.append("expected vocab_size in config.json, found none")
         said = {name: self.origin.get(name, name.replace("layer.", self._layer_prefix())) for name in expected}
         for name, shape in expected.items():
             found = self.there.get(name)

@@ -473,11 +473,10 @@ def test_heads_read_rows_of_the_embedding_as_they_are(family):
 def test_what_is_written_is_read_again(case, made, target, tmp_path, layout):
     head = load_drafter(made[0], target)
     unplaced = layout == "official" and case.first and case.norms
+    words = "layout: expected speculators for a head with embedding_layernorm, input_layernorm, norm"
     wanted = ("eagle" if case.first else "eagle3") if layout == "official" else layout
     if unplaced:
-        with pytest.raises(
-            ValueError, match="layout: expected speculators for a head with embedding_layernorm, input_layernorm, norm"
-        ):
+        with pytest.raises(ValueError, match=words):
             save_drafter(head, tmp_path / "again", wanted)
         return
     folder = save_drafter(head, tmp_path / "again", wanted, target=target)
@@ -592,7 +591,7 @@ def test_a_pickle_is_read_if_asked_for_and_runs_nothing(official, target, name):
     assert not is_head(folder) and is_head(folder, allow_pickle=True)
     assert same(load_drafter(folder, target, allow_pickle=True), tensors)
     assert same(load_drafter(folder / name, target, allow_pickle=True), tensors)
-    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    (folder / name).write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(CheckpointError, match="expected a pickle of tensors that can be read"):
         load_drafter(folder, target, allow_pickle=True)
     torch.save([1, 2], folder / name)
@@ -685,6 +684,8 @@ REFUSED = {
     "another width": ({"target_hidden_size": 24}, {}, "expected a target of width 24, got 16"),
     "dynamic positions": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {}, "rope_type default, linear, llama3, yarn"),
     "partial rotation": ({"partial_rotary_factor": 0.5}, {}, "partial_rotary_factor 0.5"),
+    "an odd width": ({"head_dim": 5}, {}, "expected an even head_dim, got 5"),
+    "positions by layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, {}, "positions of one kind"),
     "half of llama3": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {},
@@ -819,6 +820,12 @@ def test_rows_of_the_targets_output_where_a_head_has_none(official, target):
     head = load_drafter(path, target)
     assert torch.equal(head.lm_head.weight, target.get_output_embeddings().weight[head.draft_to_target])
     assert any("the target's output matrix, rows" in one for one in inspect_drafter(path).assumed)
+
+
+def test_the_number_of_the_layer_means_nothing(target, tmp_path):
+    case = replace(CASES["official"], layer="model.layers.32.")
+    tensors = tensors_of(case, target)
+    assert same(load_drafter(write(tmp_path, case, tensors), target), tensors)
 
 
 def test_num_hidden_layers_and_architectures_mean_nothing(official, target):

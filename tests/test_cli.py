@@ -65,9 +65,9 @@ def speaker(tokenizer, vocabulary: int = 257) -> LlamaForCausalLM:
     return model
 
 
-def save_tiny_head(path: Path, target, seed: int = 0, vocabulary: int = 257) -> None:
+def save_tiny_head(path: Path, target, seed: int = 0, vocabulary: int = 257, layers: tuple[int, ...] = (0, 1, 2)) -> None:
     torch.manual_seed(seed)
-    config = EagleConfig(WIDTH, WIDTH, 4, 2, 16, 8, vocabulary, 40, (0, 1, 2))
+    config = EagleConfig(WIDTH, WIDTH, 4, 2, 16, 8, vocabulary, 40, layers)
     save_head(EagleHead(config, target.get_input_embeddings(), torch.arange(40)), path)
 
 
@@ -215,6 +215,7 @@ def hub(place, tmp_path) -> dict[str, Path]:
     folders = {layout: hedgespec.save_drafter(head, tmp_path / layout, layout) for layout in ("eagle3", "speculators")}
     first = EagleConfig(WIDTH, WIDTH, 4, 2, 16, 8, 257, 257, (2,), version=1, norms=())
     first = EagleHead(first, place.model.get_input_embeddings())
+    first.lm_head.weight.data.copy_(place.model.lm_head.weight)
     folders["eagle"] = hedgespec.save_drafter(first, tmp_path / "eagle", target=place.model)
     folders["pickled"] = hedgespec.save_drafter(head, tmp_path / "pickled")
     torch.save(load_file(tmp_path / "pickled" / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
@@ -672,6 +673,10 @@ def test_zoo_list_with_a_corrupt_head(heads, capsys):
 @pytest.mark.parametrize("layout", ["official", "speculators"])
 def test_zoo_export(heads, place, capsys, monkeypatch, tmp_path, layout):
     monkeypatch.setattr("hedgespec.zoo.load_target", lambda **_: (place.model, place.tokenizer))
+    fails(capsys, 1, "expected aux layers below 2", argv=["zoo", "export", tmp_path / "out", "--only", "sql"])
+    for name in ("sql", "math"):
+        zoo.head_path(name).unlink()
+        save_tiny_head(zoo.head_path(name), place.model, layers=(0, 1))
     options = ["--only", "sql", "math", "--layout", layout, "--dtype", "bfloat16"]
     assert cli.main(["zoo", "export", str(tmp_path / "out"), *options]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "out" / name) for name in ("sql", "math")]
