@@ -25,7 +25,9 @@ _HOMES = {
     "expected_accepted_length": "hedgespec.evaluate",
     "multi_draft_acceptance": "hedgespec.evaluate",
     "verify": "hedgespec.verify",
+    "load_drafter": "hedgespec.checkpoints",
     "load_zoo": "hedgespec.zoo",
+    "save_drafter": "hedgespec.checkpoints",
     "Tree": "hedgespec.tree",
 }
 _MODULES = ("algorithm", "drafters", "errors", "learners")

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -29,6 +30,10 @@ USER_ERRORS = (HedgeSpecError, ValueError, TypeError, OSError, ImportError)
 """What is told in one line; anything else is a bug of ours and keeps its traceback."""
 STAGES = ("collect", "heads", "matrix", "all")
 """Of `hedgespec zoo train`."""
+LAYOUTS = {"official": "eagle3", "speculators": "speculators"}
+"""Of `hedgespec zoo export`, and what `save_drafter` calls them."""
+EXPORTED = ("float32", "bfloat16", "float16")
+"""Dtypes of exported heads."""
 
 
 class UsageError(Exception):
@@ -73,7 +78,7 @@ def generate(options: argparse.Namespace) -> None:
     )
     if isinstance(options.profile, Path):
         import matplotlib  # noqa: F401  missing, it is missed now and not after the text
-    target, tokenizer, drafters = _load(options.target, options.drafter)
+    target, tokenizer, drafters = _load(options.target, options.drafter, options.allow_pickle)
     decoder = hedgespec.Decoder(target, drafters, config)
     prompt_ids = _encode(tokenizer, prompt, options.chat)
     stream = TextStream(tokenizer, prompt_ids)
@@ -112,6 +117,28 @@ def generate(options: argparse.Namespace) -> None:
         _wide_console(stderr=True).print(profile_table(out.stats))
     if isinstance(options.profile, Path):
         plot_profile([("request", out.stats[0])], options.profile)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from hedgespec.checkpoints import inspect_drafter
+
+    found = inspect_drafter(options.path, allow_pickle=options.allow_pickle)
+    if options.json:
+        _print_json(asdict(found))
+        return
+    table = Table("tensor", "shape", box=None)
+    for name, shape in sorted(found.tensors.items()):
+        table.add_row(escape(name), escape(str(list(shape))))
+    whole = "the target's" if found.vocab_size is None else str(found.vocab_size)
+    drafted = "all" if found.draft_vocab_size is None else str(found.draft_vocab_size)
+    layers = "depend on the target" if found.aux_layers is None else ", ".join(map(str, found.aux_layers))
+    lines = [f"format: {found.format}, {found.dtype}", f"draft vocabulary: {drafted} of {whole}", f"aux layers: {layers}"]
+    lines += [f"{name}: {_words(value)}" for name, value in found.variant.items()]
+    for title, entries in (("assumed", found.assumed), ("refused, since", found.faults)):
+        lines += [f"{title}:", *(f"  {entry}" for entry in entries)] if entries else []
+    _wide_console().print(Group(*map(escape, lines), table))
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -186,6 +213,21 @@ def zoo_train(options: argparse.Namespace) -> None:
     run(names=tuple(options.only) if options.only else None, stage=options.stage, out=options.out, console=Console())
 
 
+def zoo_export(options: argparse.Namespace) -> None:
+    _check_heads("--only", options.only or ())
+    import torch
+
+    from hedgespec import zoo
+
+    loaded = zoo.load_zoo(options.only or zoo.NAMES)
+    for head in loaded.drafters:
+        folder = options.folder / head.name
+        hedgespec.save_drafter(
+            head, folder, LAYOUTS[options.layout], target=loaded.target, dtype=getattr(torch, options.dtype)
+        )  # fmt: skip
+        print(folder)
+
+
 def doctor(options: argparse.Namespace) -> None:
     import hedgespec.decoder  # noqa: F401  the operations register their backends when they are imported
     from hedgespec import backends
@@ -204,17 +246,22 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 """Endings of names that are meant as a file even where there is none."""
 
 
-def _load(target_folder: Path | None, specs: Sequence[str] | None) -> tuple[Any, Any, list]:
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+"""Of the hub."""
+
+
+def _load(target_folder: Path | None, specs: Sequence[str] | None, allow_pickle: bool) -> tuple[Any, Any, list]:
     """The target, its tokenizer and the drafters; names are checked before anything is read."""
     from hedgespec import zoo
     from hedgespec.zoo.target import load_target
 
     specs = specs or zoo.NAMES
     for spec in specs:
-        if spec not in (*zoo.NAMES, "ngram") and not Path(spec).exists() and Path(spec).suffix not in WEIGHTS:
+        known = spec in (*zoo.NAMES, "ngram") or Path(spec).exists() or Path(spec).suffix in WEIGHTS
+        if not known and not REPOSITORY.fullmatch(spec):
             raise UsageError(
-                f"argument --drafter: expected one of {', '.join(zoo.NAMES)}, ngram, a .safetensors file "
-                f"or a model's folder, got {spec!r}"
+                f"argument --drafter: expected one of {', '.join(zoo.NAMES)}, ngram, a .safetensors file, "
+                f"the folder of a head or a model, or a repository of the hub, got {spec!r}"
             )
     if repeated := {spec for spec in specs if specs.count(spec) > 1}:
         raise UsageError(f"argument --drafter: expected each once, got {', '.join(sorted(repeated))} again")
@@ -223,17 +270,21 @@ def _load(target_folder: Path | None, specs: Sequence[str] | None) -> tuple[Any,
             target, tokenizer = load_target()
         else:
             target, tokenizer = _load_model(target_folder, "auto"), _load_tokenizer(target_folder)
-        return target, tokenizer, [_load_drafter(spec, target, tokenizer) for spec in specs]
+        return target, tokenizer, [_load_drafter(spec, target, tokenizer, allow_pickle) for spec in specs]
 
 
-def _load_drafter(spec: str, target, tokenizer):
+def _load_drafter(spec: str, target, tokenizer, allow_pickle: bool):
     from hedgespec import zoo
+    from hedgespec.checkpoints import is_head, load_drafter
     from hedgespec.drafters.causal_lm import CausalLMDrafter
     from hedgespec.drafters.ngram import NGramDrafter
     from hedgespec.zoo.storage import load_head
 
     if spec == "ngram":
         return NGramDrafter(target.config.vocab_size)
+    absent = not Path(spec).exists() and Path(spec).suffix not in WEIGHTS
+    if spec not in zoo.NAMES and (absent or is_head(spec, allow_pickle=allow_pickle)):
+        return load_drafter(spec, target, allow_pickle=allow_pickle)
     if spec not in zoo.NAMES and Path(spec).is_dir():
         model = _load_model(Path(spec), target.dtype).to(target.device)
         tokenizers = {}
@@ -372,6 +423,12 @@ def _check_heads(argument: str, names: Sequence[str]) -> None:
             raise UsageError(f"argument {argument}: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
+def _words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items()) or "none"
+    return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+
+
 def _print_json(value: object) -> None:
     print(_to_json(value))
 
@@ -474,6 +531,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate(command("generate", generate, "continue a prompt, streaming the text"))
 
+    add = command("inspect", inspect, "what an EAGLE head's files hold, and what would be assumed").add_argument
+    add("path", metavar="PATH", help="a folder, its weights, or a repository of the hub")
+    add("--json", action="store_true", help="as JSON")
+    _add_allow_pickle(add)
+
     add = command("demo", demo, "decode a mixed stream plainly, with the generalist, with HedgeSpec").add_argument
     add("--json", metavar="FILE", type=_output_or_stdout, help="write the figures here; - is stdout")
     add("--plot", metavar="FILE", type=_output_or_none, default="hedgespec-demo.png",
@@ -492,6 +554,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="as JSON")
     add = command("path", zoo_path, "where the converted target, or a head, is", zoo).add_argument
     add("name", metavar="NAME", nargs="?", help="a head; without it the target's folder, made on the first call")
+    add = command("export", zoo_export, "write heads as other engines load them", zoo).add_argument
+    add("folder", metavar="FOLDER", type=Path, help="where they go, a folder for each")
+    add("--only", metavar="NAME", nargs="+", help="heads to write (default: all)")
+    add("--layout", choices=LAYOUTS, default="official", help="(default: %(default)s)")
+    add("--dtype", choices=EXPORTED, default="float32", help="of the tensors (default: %(default)s)")
     add = command("train", zoo_train, "collect the target's texts, train the heads, measure them", zoo).add_argument
     add("--only", metavar="NAME", nargs="+", help="heads to train (default: all)")
     add("--stage", choices=STAGES, default="all", help="a part of the work (default: %(default)s)")
@@ -507,8 +574,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("prompt", metavar="PROMPT", help="the text to continue; - reads stdin, less one newline at its end")
     add("--target", metavar="FOLDER", type=Path, help="a causal language model (default: the zoo's target)")
     add("--drafter", metavar="NAME", action="append",
-        help="a zoo head's name, ngram, a zoo-format .safetensors head, or the folder of a causal language model; "
-        "repeatable (default: all the zoo's heads)")  # fmt: skip
+        help="a zoo head's name, ngram, a zoo-format .safetensors head, an EAGLE head (its folder or a repository of the hub), "
+        "or the folder of a causal language model; repeatable (default: all the zoo's heads)")  # fmt: skip
+    _add_allow_pickle(add)
     add("--learner", choices=hedgespec.learners.NAMES, default=DecodeConfig.learner, help="(default: %(default)s)")
     add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
         help="draft from the drafter's distribution or its argmax (default: %(default)s)")  # fmt: skip
@@ -526,6 +594,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--stats", action="store_true", help="then, on stderr: MAT, speed, picks, weights, seconds by stage")
     _add_profile(add)
     add("--json", action="store_true", help='instead of streaming, {"text", "tokens", "stats"} at the end')
+
+
+def _add_allow_pickle(add: Callable) -> None:
+    add("--allow-pickle", action="store_true", help="read heads that are pickled, restricted to tensors")
 
 
 def _add_draft_length(add: Callable) -> None:

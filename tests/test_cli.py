@@ -15,16 +15,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hedgespec
 from hedgespec import cli, zoo
+from hedgespec.checkpoints import inspect_drafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.learners import NAMES as LEARNERS
 from hedgespec.metrics import STAGES
-from hedgespec.zoo.storage import save_head
+from hedgespec.zoo.storage import load_head, save_head
 
 EOS, WIDTH, CONTEXT = 256, 64, 256
 STORY = "café 日🙂"  # no byte twice, so that the next one follows from the last; then the text ends
@@ -64,9 +65,9 @@ def speaker(tokenizer, vocabulary: int = 257) -> LlamaForCausalLM:
     return model
 
 
-def save_tiny_head(path: Path, target, seed: int = 0, vocabulary: int = 257) -> None:
+def save_tiny_head(path: Path, target, seed: int = 0, vocabulary: int = 257, layers: tuple[int, ...] = (0, 1, 2)) -> None:
     torch.manual_seed(seed)
-    config = EagleConfig(WIDTH, WIDTH, 4, 2, 16, 8, vocabulary, 40, (0, 1, 2))
+    config = EagleConfig(WIDTH, WIDTH, 4, 2, 16, 8, vocabulary, 40, layers)
     save_head(EagleHead(config, target.get_input_embeddings(), torch.arange(40)), path)
 
 
@@ -205,6 +206,45 @@ def test_every_kind_of_drafter_drafts_under_its_own_name(stats, place):
     assert result["text"] == (DIGITS * 7)[1:61]
 
 
+@pytest.fixture
+def hub(place, tmp_path) -> dict[str, Path]:
+    """EAGLE heads as they come from the hub, one of them pickled."""
+    torch.manual_seed(1)
+    config = EagleConfig(WIDTH, WIDTH, 4, 2, 16, 8, 257, 40, (0, 1))
+    head = EagleHead(config, place.model.get_input_embeddings(), torch.arange(40, 80))
+    folders = {layout: hedgespec.save_drafter(head, tmp_path / layout, layout) for layout in ("eagle3", "speculators")}
+    first = EagleConfig(WIDTH, WIDTH, 4, 2, 16, 8, 257, 257, (2,), version=1, norms=())
+    first = EagleHead(first, place.model.get_input_embeddings())
+    first.lm_head.weight.data.copy_(place.model.lm_head.weight)
+    folders["eagle"] = hedgespec.save_drafter(first, tmp_path / "eagle", target=place.model)
+    folders["pickled"] = hedgespec.save_drafter(head, tmp_path / "pickled")
+    torch.save(load_file(tmp_path / "pickled" / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    return folders
+
+
+def test_heads_of_the_hub_draft_as_they_lie(stats, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, **_: str(hub[repository.split("-")[1]]))
+    drafters = [*(hub[name] for name in ("eagle3", "speculators", "eagle", "pickled")), "someone/EAGLE-eagle3"]
+    drafters[1] = hub["speculators"] / "model.safetensors"
+    options = ("0", "--learner", "uniform", "--max-new-tokens", 60, "--seed", 0, "--allow-pickle")
+    result = stats(*options, drafters=drafters)
+    assert result["stats"]["drafters"] == ["eagle3", "speculators", "eagle", "pickled", "EAGLE-eagle3"]
+    assert result["stats"]["failures"] == {}
+    assert all(result["stats"]["picks"])
+    assert result["text"] == (DIGITS * 7)[1:61]
+
+
+def test_a_pickled_head_is_refused_unless_asked_for(run, hub, capsys):
+    fails(capsys, 1, "expected", "safetensors", "pickled", outcome=run("0", drafters=[hub["pickled"]]))
+
+
+def test_a_head_of_another_target_is_refused(run, hub, capsys):
+    config = json.loads((hub["eagle3"] / "config.json").read_text()) | {"eagle_aux_hidden_state_layer_ids": [0, 5]}
+    (hub["eagle3"] / "config.json").write_text(json.dumps(config))
+    fails(capsys, 1, "expected a target of more than 5 layers, got 2", outcome=run("0", drafters=[hub["eagle3"]]))
+
+
 def test_without_options_it_is_the_zoo(place, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("hedgespec.zoo.target.load_target", lambda: (place.model, place.tokenizer))
     monkeypatch.setattr(zoo, "head_path", lambda name: tmp_path / f"{name}.safetensors")
@@ -316,8 +356,8 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["{generate,demo,zoo,doctor}"]),
-        (["decode"], ["decode", "generate", "demo", "zoo", "doctor"]),
+        ([], ["{generate,inspect,demo,zoo,doctor}"]),
+        (["decode"], ["decode", "generate", "inspect", "demo", "zoo", "doctor"]),
         (["generate"], ["PROMPT"]),
         (["generate", ""], ["PROMPT", "expected some text"]),
         (["generate", "x", "--temp", "1"], ["--temp"]),
@@ -345,7 +385,12 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["generate", "x", "--profile", "no/such/x.png"], ["--profile", "a file that can be written", "x.png"]),
         (["demo", "--profile", "x"], ["--profile", "a file that ends in .png or .svg", "'x'"]),
         (["demo", "--plot", "."], ["--plot", "a file that can be written", "'.'"]),
-        (["zoo"], ["{list,path,train}"]),
+        (["zoo"], ["{list,path,export,train}"]),
+        (["inspect"], ["PATH"]),
+        (["zoo", "export"], ["FOLDER"]),
+        (["zoo", "export", "x", "--only", "klingon"], ["--only", "generalist", "'klingon'"]),
+        (["zoo", "export", "x", "--layout", "medusa"], ["--layout", "official", "speculators"]),
+        (["zoo", "export", "x", "--dtype", "int8"], ["--dtype", "float32", "bfloat16"]),
         (["zoo", "path", "klingon"], ["NAME", "generalist", "'klingon'"]),
         (["zoo", "train", "--only", "sql", "klingon"], ["--only", "generalist", "'klingon'"]),
         (["zoo", "train", "--stage", "eat"], ["--stage", "collect", "'eat'"]),
@@ -372,8 +417,6 @@ def test_chat_without_a_template(run, capsys):
 
 def rewrite(folder: Path, change) -> None:
     """Applies `change` to the tensors of a saved model."""
-    from safetensors.torch import load_file
-
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -493,6 +536,41 @@ def test_a_bug_keeps_its_traceback(run, monkeypatch):
         run("x")
 
 
+# inspect
+
+
+def test_inspect_says_what_is_there_and_what_would_be_assumed(hub, capsys):
+    assert cli.main(["inspect", str(hub["eagle3"])]) == 0
+    out = capsys.readouterr().out
+    for word in ("format: eagle3, float32", "draft vocabulary: 40 of 257", "aux layers: 0, 1", "midlayer.hidden_norm.weight",
+                 "[64, 128]", "norms: input_layernorm, hidden_norm, norm", "assumed:", "as vLLM counts"):  # fmt: skip
+        assert word in out
+    assert "refused" not in out
+    assert cli.main(["inspect", str(hub["eagle"])]) == 0
+    out = capsys.readouterr().out
+    for word in ("format: eagle, float32", "draft vocabulary: all of 257", "aux layers: depend on the target"):
+        assert word in out
+
+
+def test_inspect_json_and_what_would_be_refused(hub, capsys):
+    tensors = load_file(hub["eagle3"] / "model.safetensors")
+    del tensors["norm.weight"]
+    save_file(tensors, hub["eagle3"] / "model.safetensors")
+    assert cli.main(["inspect", str(hub["eagle3"]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["aux_layers"], found["faults"]) == ("eagle3", [0, 1], ["norm.weight is missing"])
+    assert found["tensors"]["fc.weight"] == [WIDTH, 2 * WIDTH]
+    assert cli.main(["inspect", str(hub["eagle3"])]) == 0
+    assert "refused, since:\n  norm.weight is missing" in capsys.readouterr().out
+    assert cli.main(["inspect", str(hub["pickled"]), "--json", "--allow-pickle"]) == 0
+
+
+def test_inspect_of_what_is_no_head(hub, place, capsys):
+    for path, word in ((place.target, "expected an EAGLE head"), (place.head, "HedgeSpec's zoo"), (hub["pickled"], "pickle"),
+                       ("klingon", "found none")):  # fmt: skip
+        fails(capsys, 1, word, argv=["inspect", path])
+
+
 # demo
 
 
@@ -590,6 +668,26 @@ def test_zoo_list_is_a_table(heads, capsys):
 def test_zoo_list_with_a_corrupt_head(heads, capsys):
     zoo.head_path("sql").write_bytes(b"noise" * 100)
     fails(capsys, 1, "expected a head in the zoo's format", "sql.safetensors", argv=["zoo", "list"])
+
+
+@pytest.mark.parametrize("layout", ["official", "speculators"])
+def test_zoo_export(heads, place, capsys, monkeypatch, tmp_path, layout):
+    monkeypatch.setattr("hedgespec.zoo.load_target", lambda **_: (place.model, place.tokenizer))
+    fails(capsys, 1, "expected aux layers below 2", argv=["zoo", "export", tmp_path / "out", "--only", "sql"])
+    for name in ("sql", "math"):
+        zoo.head_path(name).unlink()
+        save_tiny_head(zoo.head_path(name), place.model, layers=(0, 1))
+    options = ["--only", "sql", "math", "--layout", layout, "--dtype", "bfloat16"]
+    assert cli.main(["zoo", "export", str(tmp_path / "out"), *options]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / name) for name in ("sql", "math")]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sql", "math"}
+    found = hedgespec.load_drafter(tmp_path / "out" / "sql", place.model)
+    head = load_head(zoo.head_path("sql"), place.model)
+    assert found.config == head.config
+    assert torch.equal(found.draft_to_target, head.draft_to_target)
+    torch.testing.assert_close(found.qkv_proj.weight, head.qkv_proj.weight.bfloat16().float())
+    report = inspect_drafter(tmp_path / "out" / "sql")
+    assert (report.format, report.dtype) == ("eagle3" if layout == "official" else "speculators eagle3", "bfloat16")
 
 
 def test_zoo_path(heads, capsys):

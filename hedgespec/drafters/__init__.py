@@ -43,7 +43,8 @@ class Drafter(Protocol):
     draft_to_target: torch.Tensor | None
     """int64 [Vd], the target's id of each draft id; None where Vd is the target's V."""
     aux_layers: tuple[int, ...]
-    """Layers of the target whose inputs the drafter reads; empty for a drafter that needs tokens only."""
+    """Layers of the target whose inputs the drafter reads, the number of its layers standing for what its final norm gives;
+    empty for a drafter that needs tokens only."""
 
     def session(self) -> DrafterSession:
         """A fresh request."""

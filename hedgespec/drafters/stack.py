@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hedgespec.cache import capacity_for, grown
 from hedgespec.capture import CudaGraphs, NotCapturable, lend
-from hedgespec.drafters.eagle import EagleHead
+from hedgespec.drafters.eagle import EagleHead, EagleLayer
 from hedgespec.linear import FewRowLinear
 from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
 from hedgespec.transfer import to_device
@@ -70,6 +70,8 @@ class HeadStack:
             self.maps = torch.stack([head.draft_to_target for head in heads]).to(self.weights["fc.weight"].device)
             self.map_of = list(self.maps)
         self.frequency = heads[0].rope_frequency.to(self.weights["fc.weight"].device)
+        self.query_scale = heads[0].rope_factor ** 2
+        """Of rotated queries: what a factor of both queries and keys does to their products."""
         self._origin = self._origins()
         self._idle: list[CudaGraphs] = []
 
@@ -91,29 +93,52 @@ class HeadStack:
         session.graphs = lend(self._idle, CudaGraphs, session)
         return session
 
-    def linear(self, name: str, x: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
-        return stack_linear(x, self.weights[name], which)
+    def at(self, which: torch.Tensor | None) -> StackLayer:
+        """The weights for rows that all heads work on, or of which each belongs to one head: `which` [R]."""
+        return StackLayer(self, which)
 
-    def norm(self, name: str, x: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
-        return stack_rms_norm(x, self.weights[name], self.config.rms_norm_eps, which)
 
-    def logits(self, hidden: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
-        """Draft logits [..., Vd] of hidden states [N, R, H], or [R, H] of the heads `which` [R]."""
-        normed = self.norm("norm.weight", hidden, which)
-        return stack_linear(normed, self.weights["lm_head.weight"], which, index=self.index)
+class StackLayer(EagleLayer):
+    """A stack's weights, for states [N, R, ...] of all heads or [R, ...] of the heads `which`."""
+
+    def __init__(self, stack: HeadStack, which: torch.Tensor | None):
+        self.stack, self.config, self.which = stack, stack.config, which
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weights, which = self.stack.weights, self.which
+        index = self.stack.index if name == "lm_head" else None
+        product = stack_linear(x, weights[f"{name}.weight"], which, index=index)
+        if name in self.config.biases:
+            bias = weights[f"{name}.bias"]
+            product = product + (bias[:, None] if which is None else bias[which])
+        return product
+
+    def rms(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weight, eps, which = self.stack.weights[f"{name}.weight"], self.config.rms_norm_eps, self.which
+        if x.ndim == (3 if which is None else 2):
+            return stack_rms_norm(x, weight, eps, which)
+        parts = x.shape[-2]  # a norm of each attention head
+        which = None if which is None else which.repeat_interleave(parts)
+        return stack_rms_norm(x.flatten(-3, -2), weight, eps, which).unflatten(-2, (-1, parts))
+
+    def activate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return swiglu(gate_up)
 
 
 def is_plain(drafter: object) -> bool:
     """Whether a drafter is an EAGLE head and nothing else: no class of its own, no hooks, no layer wrapped or replaced."""
-    return type(drafter) is EagleHead and all(
-        type(module) in (EagleHead, FewRowLinear, nn.RMSNorm)
+    if type(drafter) is not EagleHead:
+        return False
+    own = {"embed_tokens.weight"} if drafter.owns_embedding else set()
+    return {name for name, _ in drafter.named_parameters()} == {*drafter.config.shapes, *own} and all(
+        type(module) in (EagleHead, FewRowLinear, nn.RMSNorm, nn.Linear, nn.Embedding)
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or "session" in vars(module))
         for module in drafter.modules()
     )
 
 
 def kind_of(head: EagleHead) -> tuple:
-    """Heads of one kind can be stacked: same shapes, dtype, device and embedding."""
+    """Heads of one kind can be stacked: same shapes and variant, dtype, device and embedding."""
     weight = head.fc.weight
     return head.config, weight.dtype, weight.device, id(head.embedding), head.draft_to_target is None
 
@@ -124,6 +149,8 @@ def _shared_rows(heads: Sequence[EagleHead]) -> tuple[torch.Tensor, torch.Tensor
     if len(heads) == 1:
         return rows[0][None], None
     names = torch.arange(len(rows[0]), device=rows[0].device)
+    if heads[0].draft_to_target is None and all(one.data_ptr() == rows[0].data_ptr() for one in rows):  # the target's own
+        return rows[0], names.repeat(len(rows), 1)
     ids = [names if head.draft_to_target is None else head.draft_to_target.to(names.device) for head in heads]
     union, index = torch.stack(ids).unique(return_inverse=True)
     table = rows[0].new_empty(len(union), rows[0].shape[1])
@@ -394,21 +421,22 @@ class StackSession:
         embedded, feature = stack.embed(tokens).flatten(0, 1), features.flatten(0, 1)
         if which is None:
             embedded, feature = embedded[None], feature.expand(len(stack.heads), -1, -1)
+        layer = stack.at(each)
         if not fused:
-            feature = stack.linear("fc.weight", feature, each)
-        embedded, normed = stack.norm("input_layernorm.weight", embedded, each), stack.norm("hidden_norm.weight", feature, each)
-        qkv = stack.linear("qkv_proj.weight", torch.cat([embedded, normed], -1), each).unflatten(-2, shape)
+            feature = layer.fuse(feature)
+        residual, mixed = layer.mix(embedded, feature)
+        qkv = layer.qkv(mixed).unflatten(-2, shape)
         queries = rotary_append(qkv, stack.frequency, positions, slots, self.keys, self.values, rows, which)
+        if stack.query_scale != 1:
+            queries = queries * stack.query_scale
         if last is not None and shape[1] > 1:
             asked = _at(queries.transpose(-3, -2).flatten(-2), last)
             queries = asked.unflatten(-1, queries.shape[-3::2]).transpose(-3, -2)
-            feature = _at(feature.unflatten(-2, shape), last).flatten(-3, -2)
-            slots, each, shape = slots + last, which, (shape[0], 1)
+            residual = _at(residual.unflatten(-2, shape), last).flatten(-3, -2)
+            slots, layer, shape = slots + last, stack.at(which), (shape[0], 1)
         attended = (attend or self._attend)(queries, rows, slots, which, now).transpose(-3, -2).flatten(-2).flatten(-3, -2)
-        hidden = feature + stack.linear("o_proj.weight", attended, each)
-        gate_up = stack.linear("gate_up_proj.weight", stack.norm("post_attention_layernorm.weight", hidden, each), each)
-        hidden = hidden + stack.linear("down_proj.weight", swiglu(gate_up), each)
-        return hidden.unflatten(-2, shape), stack.logits(hidden, each).unflatten(-2, shape)
+        own, logits = layer.answer(layer.leave(residual, attended))
+        return own.unflatten(-2, shape), logits.unflatten(-2, shape)
 
     def _attend(self, queries: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, which: torch.Tensor | None,
                 now: _Rows | None) -> torch.Tensor:  # fmt: skip

@@ -70,7 +70,7 @@ def load_head(path: str | Path, target) -> EagleHead:
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {metadata.get('format')}")
     try:
         saved = json.loads(metadata["config"])
-        config = EagleConfig(**saved | {"aux_layers": tuple(saved["aux_layers"])})
+        config = EagleConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: expected the head's shapes in its metadata, got none that can be read") from error
     if (config.vocab_size, config.target_hidden_size) != (target.config.vocab_size, target.config.hidden_size):

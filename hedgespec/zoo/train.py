@@ -111,7 +111,7 @@ def unrolled(head: EagleHead, tokens: torch.Tensor, feature: torch.Tensor, depth
     positions = torch.arange(length, device=tokens.device)
     own: list[tuple[torch.Tensor, torch.Tensor]] = []
     for step in range(depth):
-        queries, keys, values = head.project(embedded, feature, positions)
+        queries, keys, values, residual = head.project(embedded, feature, positions)
         keys, values = (side.repeat_interleave(heads // side.shape[1], 1) for side in (keys, values))
         own.append((keys, values))
         queries = queries / math.sqrt(head.config.head_dim)
@@ -127,9 +127,9 @@ def unrolled(head: EagleHead, tokens: torch.Tensor, feature: torch.Tensor, depth
                 attended = attended + share[..., length + index, None] * values
         else:
             attended = scores.softmax(-1) @ true_values
-        hidden = head.finish(feature, attended)
-        yield head.logits(hidden)
-        feature = _shifted(hidden, 1)
+        feature, logits = head.answer(head.finish(residual, attended))
+        yield logits
+        feature = _shifted(feature, 1)
 
 
 def _shifted(states: torch.Tensor, by: int) -> torch.Tensor:
