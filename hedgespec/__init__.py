@@ -19,6 +19,7 @@ _HOMES = {
     "accelerate": "hedgespec.hf",
     "restore": "hedgespec.hf",
     "DecodeConfig": "hedgespec.config",
+    "Tree": "hedgespec.config",
     "DecodeStats": "hedgespec.metrics",
     "DelayQueue": "hedgespec.delay",
     "evaluate": "hedgespec.evaluate",
@@ -28,7 +29,6 @@ _HOMES = {
     "load_drafter": "hedgespec.checkpoints",
     "load_zoo": "hedgespec.zoo",
     "save_drafter": "hedgespec.checkpoints",
-    "Tree": "hedgespec.tree",
 }
 _MODULES = ("algorithm", "drafters", "errors", "learners")
 

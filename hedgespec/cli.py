@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import hedgespec
-from hedgespec.config import CHOICES, DecodeConfig
+from hedgespec.config import CHOICES, DecodeConfig, Tree
 from hedgespec.errors import CheckpointError, HedgeSpecError
 
 USER_ERRORS = (HedgeSpecError, ValueError, TypeError, OSError, ImportError)
@@ -75,6 +75,7 @@ def generate(options: argparse.Namespace) -> None:
         learner=options.learner,
         evaluate_every=options.evaluate_every,
         compile=options.compile,
+        tree=_tree(options),
     )
     if isinstance(options.profile, Path):
         import matplotlib  # noqa: F401  missing, it is missed now and not after the text
@@ -475,6 +476,17 @@ def _cadence(text: str) -> int | str:
     return text if text == "adaptive" else _number(int, 1)(text)
 
 
+def _children(text: str) -> int | tuple[int, ...]:
+    counts = tuple(_number(int, 1)(one) for one in text.split(","))
+    return counts if len(counts) > 1 else counts[0]
+
+
+def _tree(options: argparse.Namespace) -> Tree | None:
+    if options.tree is None and options.tree_size is not None:
+        raise UsageError("argument --tree-size: expected --tree beside it, got none")
+    return None if options.tree is None else Tree(options.tree, options.tree_size)
+
+
 def _number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
     """An argparse type: a finite number in low..high, `low` itself left out if `above`."""
     words = "an integer" if kind is int else "a number"
@@ -581,6 +593,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
         help="draft from the drafter's distribution or its argmax (default: %(default)s)")  # fmt: skip
     _add_draft_length(add)
+    add("--tree", metavar="C", type=_children,
+        help="draft a tree in which every node has C children, or C,C,... by depth (default: a chain)")  # fmt: skip
+    add("--tree-size", metavar="M", type=_number(int, 1), help="keep the M likeliest nodes of the tree; needs --mode argmax")
     _add_compile(add)
     add("--evaluate-every", metavar="m", type=_cadence, default=DecodeConfig.evaluate_every,
         help='rounds from one scoring of all drafters to the next, or "adaptive" (default: %(default)s)')  # fmt: skip

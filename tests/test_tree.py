@@ -18,7 +18,7 @@ from test_pool import pool as mixed_pool
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, MistralConfig, Qwen3Config
 
 from hedgespec import Tree, algorithm
-from hedgespec.config import DecodeConfig
+from hedgespec.config import MOST_CHILDREN, MOST_NODES, DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.delay import DelayQueue
 from hedgespec.drafters.causal_lm import CausalLMDrafter
@@ -26,7 +26,7 @@ from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.target import TargetSession
-from hedgespec.tree import MOST_CHILDREN, MOST_NODES, ancestry
+from hedgespec.tree import ancestry
 from hedgespec.verify import sample, verify_tree
 
 rule = importlib.import_module("hedgespec.verify")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hedgespec.config import Tree
 from hedgespec.decoder.row import Row
 from hedgespec.records import Choice, Draft
 from hedgespec.sampling import Sampling
 from hedgespec.transfer import to_device
-from hedgespec.tree import Tree
 from hedgespec.verify import sample
 
 if TYPE_CHECKING:
