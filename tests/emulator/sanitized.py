@@ -105,7 +105,7 @@ class Case:
             self.top_k,
             self.draft_length,
             False,
-            0,
+            2 + 2 * self.top_k if self.top_k else 0,  # losses are made of what the last lane of many writes
             address(planes),
             address(whole) if self.draft_length else 0,
             address(losses) if self.draft_length else 0,
