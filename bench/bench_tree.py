@@ -1,8 +1,8 @@
 """Draft trees against chains on real text: `python bench/bench_tree.py --json FILE`.
 
 The same held-out prompts of the zoo's mixed stream, decoded by the whole pool with each shape of draft in turns, each prompt
-starting with another one. At temperature 0 the texts are compared, as in bench/bench_decoder.py: the run fails if one differs by
-more than a tie of logits. A shape is
+starting with another one. At temperature 0 the texts are compared, as in bench/bench_decoder.py: the run fails if one differs
+by more than a tie of logits. A shape is
 
     chain              one token after another, from the drafter's distribution (at temperature 0 its likeliest)
     argmax             a chain of the likeliest tokens

@@ -31,9 +31,10 @@ from hedgespec.verify import sample, verify_tree
 
 rule = importlib.import_module("hedgespec.verify")
 
-STATIC = (Tree(2), Tree((3, 2, 1)), Tree((1, 1, 1)))
-DYNAMIC = (Tree(3, size=9), Tree(2, size=3), Tree(4, size=40))
-SHAPES = [(tree, "argmax") for tree in STATIC + DYNAMIC] + [(tree, "sampled") for tree in STATIC]
+SHAPES = [
+    (Tree(2), "argmax"), (Tree((3, 1, 2)), "argmax"), (Tree(3, size=9), "argmax"), (Tree(2, size=3), "argmax"),
+    (Tree((3, 2, 1)), "sampled"), (Tree(1), "sampled"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -405,17 +406,16 @@ def naive_score(p, logits, token, count, temperature, one_hot) -> tuple[float, f
 
 
 @pytest.mark.parametrize(("tree", "mode"), SHAPES, ids=str)
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_the_decoder_equals_the_naive_one(target, tree, mode, temperature):
+def test_the_decoder_equals_the_naive_one(target, tree, mode):
     small = CausalLMDrafter(tiny_llama(seed=7, layers=1), target, name="small")
     drafters = [tiny_head(target, 1), tiny_head(target, 2), small]
     config = DecodeConfig(draft_length=3, mode=mode, tree=tree, evaluate_every=1, backend="reference")
-    for seed in range(2):
+    for seed, temperature in enumerate((0.8, 0.0)):
         prompt = prompt_of(seed)
-        out = Decoder(target, drafters, config).generate(prompt, max_new_tokens=24, temperature=temperature, seed=seed)
+        out = Decoder(target, drafters, config).generate(prompt, max_new_tokens=16, temperature=temperature, seed=seed)
         with torch.inference_mode():
             tokens, choices, weights = naive_decode(
-                *as_functions(target, drafters), [True, True, False], prompt[0].tolist(), max_new_tokens=24, draft_length=3,
+                *as_functions(target, drafters), [True, True, False], prompt[0].tolist(), max_new_tokens=16, draft_length=3,
                 temperature=temperature, random=np.random.default_rng(seed), tree=tree, mode=mode,
             )  # fmt: skip
         assert out.sequences[0].tolist() == tokens
@@ -423,7 +423,7 @@ def test_the_decoder_equals_the_naive_one(target, tree, mode, temperature):
         np.testing.assert_allclose(out.stats[0].weights, weights, atol=1e-9)
 
 
-@pytest.mark.parametrize(("tree", "mode"), SHAPES, ids=str)
+@pytest.mark.parametrize(("tree", "mode"), SHAPES[1:5], ids=str)
 @pytest.mark.parametrize("every", [1, "adaptive"])
 def test_temperature_0_is_the_targets_own_text(target, tree, mode, every):
     """Two stacks of unequal heads, a small model, prompt lookup; five ragged rows; with processors and without."""
@@ -431,7 +431,7 @@ def test_temperature_0_is_the_targets_own_text(target, tree, mode, every):
         target, mixed_pool(target, True), DecodeConfig(draft_length=3, tree=tree, mode=mode, evaluate_every=every)
     )
     for options in ({}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}):
-        request = batch_of(5) | {"max_new_tokens": 30, "do_sample": False} | options
+        request = batch_of(3) | {"max_new_tokens": 20, "do_sample": False} | options
         expected = target.generate(**request)
         assert target.generate(**request, custom_generate=decoder).tolist() == expected.tolist()
     out = decoder.generate(**batch_of(5), max_new_tokens=30, seed=0)
@@ -443,11 +443,14 @@ def test_temperature_0_is_the_targets_own_text(target, tree, mode, every):
 def test_temperature_0_with_other_targets(kind):
     target = target_of(kind, "eager" if kind == "gemma2" else "sdpa")
     heads = [tiny_head(target, seed) for seed in (1, 2)]
-    request = batch_of(3) | {"max_new_tokens": 30}
-    expected = target.generate(**request, do_sample=False)
+    request = batch_of(3)
     config = DecodeConfig(draft_length=3, mode="argmax", tree=Tree(3, size=10), drafter_window=16)
     decoder = Decoder(target, heads, config)
-    assert decoder.generate(**request).sequences.tolist() == expected.tolist()
+    out = decoder.generate(**request, max_new_tokens=30)
+    for one, ids, mask in zip(out.sequences, request["input_ids"], request["attention_mask"].bool()):
+        # By itself: with padding longer than its window the target does not say what it says without.
+        expected = target.generate(ids[mask][None], max_new_tokens=30, do_sample=False)
+        assert one[int((~mask).sum()) :].tolist() == expected[0].tolist()
 
 
 def chain_with_a_layer() -> LlamaForCausalLM:
@@ -481,18 +484,18 @@ def test_sampled_text_has_the_targets_law(tree, mode, processed):
     config = DecodeConfig(draft_length=2, tree=tree, mode=mode)
     decoder = Decoder(target, drafters, config)
     generator = torch.Generator().manual_seed(5)
-    prompts = torch.randint(V, (96, 4), generator=generator)
+    prompts = torch.randint(V, (64, 4), generator=generator)
     table, options = table_of(target), {"temperature": 0.8, "top_k": 5}
     law = law_of(table, **options)
     if processed:
         torch.manual_seed(3)
         found = target.generate(
-            prompts, do_sample=True, max_new_tokens=150, custom_generate=decoder, return_dict_in_generate=True,
+            prompts, do_sample=True, max_new_tokens=60, custom_generate=decoder, return_dict_in_generate=True,
             renormalize_logits=True, **options,
         )  # fmt: skip
         sequences, rounds = found.sequences, [one.emitted_by_round for one in found.hedgespec]
     else:
-        out = decoder.generate(prompts, max_new_tokens=300, seed=11, **options)
+        out = decoder.generate(prompts, max_new_tokens=200, seed=11, **options)
         sequences, rounds = out.sequences, [one.emitted_by_round for one in out.stats]
         assert max(map(max, rounds)) == 3
     assert min(p_values(sequences, rounds, law)) > SMALLEST_P_VALUE
