@@ -21,6 +21,7 @@ from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.linear import few_row_view
 from hedgespec.target import Captures, TargetSession
+from hedgespec.tree import ancestry
 
 ROUND = 6
 """T: five drafts and one token more."""
@@ -51,12 +52,13 @@ class Pair:
         assert self.sessions[1].captured is not None
         self.tolerance, self.random = TOLERANCE[model.dtype], torch.Generator().manual_seed(2)
 
-    def read(self, *keep: int, count: int) -> None:
+    def read(self, *keep: int, count: int, parents: torch.Tensor | None = None, paths=None) -> None:
         tokens = torch.randint(1, 61, (len(keep), count), generator=self.random)
-        plain, captured = (session.forward(tokens, count) for session in self.sessions)
+        tree = None if parents is None else ancestry(parents, count)
+        plain, captured = (session.forward(tokens, count, tree) for session in self.sessions)
         torch.testing.assert_close(captured, plain, atol=self.tolerance, rtol=0)
         for session in self.sessions:
-            session.keep(keep)
+            session.keep(keep, paths)
 
     def select(self, *rows: int) -> None:
         for session in self.sessions:
@@ -95,6 +97,21 @@ def test_a_captured_forward_is_the_plain_one_in_float64(family):
     pair.read(6, 2, count=6)
     pair.read(1, 4, count=6)
     pair.check()
+
+
+def read_trees(pair: Pair) -> None:
+    """Ragged rows of two trees each, a smaller one filled up, and a chain between them."""
+    pair.read(8, 3, count=8)
+    pair.read(3, 2, count=6, parents=torch.tensor([[-1, -1, 0, 1, 2], [-1, 0, 0, -1, 2]]), paths=[[0, 2, 4], [0, 4]])
+    pair.read(1, 4, count=5)
+    pair.read(2, 3, count=4, parents=torch.tensor([[-1, -1, 1], [-1, 0, 0]]), paths=[[0, 2], [0, 1, 3]])
+    pair.check()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma3Text"])
+@torch.no_grad()
+def test_a_captured_tree_is_the_plain_one(family, compilations):
+    read_trees(Pair(tiny(family).double(), 2, Captures(ROUND)))
 
 
 @pytest.mark.slow
@@ -411,9 +428,11 @@ def test_a_forward_of_fixed_shapes_asks_the_device_for_nothing(family):
     for layer in session.cache.layers:
         layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
     tokens, lengths = torch.ones(2, ROUND, dtype=torch.int64, device="meta"), torch.ones(2, dtype=torch.int64, device="meta")
-    with OnDevice():
-        logits, states = session._read(tokens, lengths)
-    assert logits.shape == (2, ROUND, 61) and states.shape == (2, ROUND, 64)
+    lines = torch.ones(2, ROUND, ROUND, dtype=torch.bool, device="meta")
+    for tree in ((), (tokens, lines)):
+        with OnDevice():
+            logits, states = session._read(tokens, lengths, *tree)
+        assert logits.shape == (2, ROUND, 61) and states.shape == (2, ROUND, 64)
 
 
 def test_a_graph_is_captured_once_a_key_and_replayed():
@@ -487,6 +506,12 @@ def test_whole_forwards_in_graphs(family, as_on_a_gpu):
         gc.collect()
         assert as_on_a_gpu.captured == 3  # by rows and slots: (2, 256), (2, 512), (1, 512)
     assert as_on_a_gpu.replayed == 10
+
+
+@torch.no_grad()
+def test_trees_in_graphs(as_on_a_gpu):
+    read_trees(Pair(tiny("Mistral"), 2, Captures(ROUND)))
+    assert (as_on_a_gpu.captured, as_on_a_gpu.replayed) == (2, 3)  # of a tree and of a chain
 
 
 @torch.no_grad()

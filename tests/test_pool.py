@@ -16,7 +16,7 @@ import torch
 from test_decoder import VOCABULARY, prompt_of, tiny_head, tiny_llama
 from torch.overrides import TorchFunctionMode
 
-from hedgespec.config import DecodeConfig
+from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import RAREST, Decoder, Row
 from hedgespec.decoder.batch import Batch
 from hedgespec.decoder.pool import UNSOUND
@@ -245,10 +245,11 @@ class HostReads(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_round_asks_the_device_once(target, monkeypatch, temperature):
+@pytest.mark.parametrize("shape", [{}, {"tree": Tree(3, size=9), "mode": "argmax"}, {"tree": Tree((3, 2, 1))}], ids=str)
+def test_a_round_asks_the_device_once(target, monkeypatch, shape, temperature):
     """What heads draft, verify and evaluate stays where it is: the host waits for the emitted tokens, and for nothing else."""
     heads = [tiny_head(target, 1), other_head(target, 2), tiny_head(target, 3)]
-    decoder = Decoder(target, heads, DecodeConfig(draft_length=3, overlap=True))
+    decoder = Decoder(target, heads, DecodeConfig(draft_length=3, overlap=True, **shape))
     reads, round = HostReads(), Batch.round
 
     def watched(self):
@@ -258,7 +259,8 @@ def test_a_round_asks_the_device_once(target, monkeypatch, temperature):
     monkeypatch.setattr(Batch, "round", watched)
     stats = decoder.generate(**batch_of(3), max_new_tokens=25, temperature=temperature, seed=0).stats
     rounds = max(one.rounds for one in stats)
-    times = reads.lines.pop("found = torch.cat([usable[:, None], verdict.tokens], 1).tolist()")
+    times = reads.lines.pop("found = torch.cat([usable[:, None], verdict.tokens], 1).tolist()", 0)
+    times += reads.lines.pop("found = torch.cat([usable[:, None], verdict.tokens, verdict.path], 1).tolist()", 0)
     assert rounds <= times <= rounds + 3  # a row's last round may have no draft, and is verified apart
     assert set(reads.lines) == {
         "if not logits.is_cpu or not finite.all():",  # on the CPU only

@@ -17,7 +17,7 @@ from test_pool import batch_of
 from test_pool import pool as mixed_pool
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, MistralConfig, Qwen3Config
 
-from hedgespec import Tree, algorithm
+from hedgespec import Tree, algorithm, capture
 from hedgespec.config import MOST_CHILDREN, MOST_NODES, DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.delay import DelayQueue
@@ -437,6 +437,16 @@ def test_temperature_0_is_the_targets_own_text(target, tree, mode, every):
     out = decoder.generate(**batch_of(5), max_new_tokens=30, seed=0)
     assert not any(one.failures for one in out.stats)
     assert all(len(one.losses) > 3 for one in out.stats)
+
+
+def test_a_compiled_target_takes_trees(target, monkeypatch):
+    monkeypatch.setattr(capture, "compiled", lambda graph: graph)  # inductor's code takes seconds to make
+    config = DecodeConfig(draft_length=3, mode="argmax", tree=Tree(3, size=7), compile=True)
+    drafters = [tiny_head(target, 1), NGramDrafter(VOCABULARY)]
+    decoder = Decoder(target, drafters, config)
+    out = decoder.generate(**batch_of(2), max_new_tokens=25)
+    assert out.sequences.tolist() == target.generate(**batch_of(2), max_new_tokens=25, do_sample=False).tolist()
+    assert decoder.captures.count == 8 and decoder.captures.compilations
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "qwen3"])
