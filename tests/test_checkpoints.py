@@ -540,7 +540,17 @@ def test_exports_say_what_engines_ask_for(target, tmp_path):
     assert other["speculators_model_type"] == "eagle3" and other["norm_before_residual"] is False
     assert other["transformer_layer_config"]["model_type"] == "llama"
     assert other["speculators_config"]["proposal_methods"][0]["speculative_tokens"] >= 1
-    assert "name_or_path" in other["speculators_config"]["verifier"]
+    assert other["speculators_config"]["verifier"] == {"name_or_path": None, "architectures": []}
+
+
+@pytest.mark.parametrize(("given", "loaded", "expected"), [(None, "someone/model", "someone/model"), ("a/b", "c/d", "a/b"),
+                                                           (None, ".", None), (None, "", None)])  # fmt: skip
+def test_the_verifier_is_named_by_what_others_can_load(target, tmp_path, monkeypatch, given, loaded, expected):
+    case = CASES["official"]
+    head = load_drafter(write(tmp_path / "head", case, tensors_of(case, target)), target)
+    monkeypatch.setattr(target, "name_or_path", loaded, raising=False)
+    folder = save_drafter(head, tmp_path / "again", "speculators", target=target, verifier=given)
+    assert json.loads((folder / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"] == expected
 
 
 # --- where they lie -------------------------------------------------------------------------------------------------
