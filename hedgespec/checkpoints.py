@@ -159,8 +159,9 @@ def is_head(path: str | Path, *, allow_pickle: bool = False) -> bool:
 
 
 def save_drafter(
-    head: EagleHead, folder: str | Path, layout: str | None = None, *, target=None, dtype: torch.dtype | None = None
-) -> Path:
+    head: EagleHead, folder: str | Path, layout: str | None = None, *, target=None, verifier: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:  # fmt: skip
     """Writes `config.json` and `model.safetensors` that other engines load (`load_drafter` too), and returns the folder.
 
     Args:
@@ -169,6 +170,8 @@ def save_drafter(
         layout: "eagle3" (official), "eagle" (EAGLE-1 and -2), or "speculators" for either; by default the official one.
         target: the head's target, for what a head does not know: its name and its context. What equals the target's is left out
             where engines take it from there: an output matrix over the whole vocabulary.
+        verifier: the target's name in speculators' files, which an engine may load it by; by default the one that `target` was
+            loaded by, unless that is a folder of this machine.
         dtype: of the tensors; the head's by default.
 
     Raises: ValueError for a layout that cannot hold this head, or a head that other engines cannot run.
@@ -192,7 +195,10 @@ def save_drafter(
     tensors = {key: (one.to(dtype) if one.is_floating_point() else one).cpu().contiguous() for key, one in tensors.items()}
     tensors = {key: one.clone() for key, one in tensors.items()}  # views of one stack share memory, which a file may not
     folder.mkdir(parents=True, exist_ok=True)
-    written = _config_of(config, layout, target, str(dtype).removeprefix("torch."))
+    if verifier is None:
+        verifier = getattr(target, "name_or_path", None) or None
+        verifier = None if verifier and Path(verifier).exists() else verifier
+    written = _config_of(config, layout, target, verifier, str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -725,7 +731,7 @@ def _tensors_of(head: EagleHead, layout: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _config_of(config: EagleConfig, layout: str, target, dtype: str) -> dict[str, Any]:
+def _config_of(config: EagleConfig, layout: str, target, verifier: str | None, dtype: str) -> dict[str, Any]:
     """`config.json`, with all that vLLM 0.32, SGLang and we ourselves would otherwise have to assume."""
     about = None if target is None else target.config.get_text_config(decoder=True)
     kind = "qwen3" if "q_norm" in config.norms else "llama"
@@ -760,12 +766,12 @@ def _config_of(config: EagleConfig, layout: str, target, dtype: str) -> dict[str
     if config.version == 1:
         variant |= {"fusion_bias": "fc" in config.biases, "layernorms": "norm" in config.norms}
     method = {"proposal_type": "greedy", "speculative_tokens": 5}
-    verifier = {"name_or_path": getattr(target, "name_or_path", None) or "target", "architectures": []}
-    verifier["architectures"] = list(getattr(getattr(target, "config", None), "architectures", None) or [])
+    architectures = list(getattr(getattr(target, "config", None), "architectures", None) or [])
     return {
         "architectures": ["Eagle3DraftModel" if config.version == 3 else "EagleSpeculator"],
         "speculators_model_type": algorithm, **variant, "dtype": dtype, "transformer_layer_config": layer,
         "speculators_config": {
-            "algorithm": algorithm, "default_proposal_method": "greedy", "proposal_methods": [method], "verifier": verifier,
+            "algorithm": algorithm, "default_proposal_method": "greedy", "proposal_methods": [method],
+            "verifier": {"name_or_path": verifier, "architectures": architectures},
         },
     }  # fmt: skip

@@ -223,9 +223,9 @@ def zoo_export(options: argparse.Namespace) -> None:
     loaded = zoo.load_zoo(options.only or zoo.NAMES)
     for head in loaded.drafters:
         folder = options.folder / head.name
-        hedgespec.save_drafter(
-            head, folder, LAYOUTS[options.layout], target=loaded.target, dtype=getattr(torch, options.dtype)
-        )  # fmt: skip
+        dtype = getattr(torch, options.dtype)
+        layout = LAYOUTS[options.layout]
+        hedgespec.save_drafter(head, folder, layout, target=loaded.target, verifier=options.verifier, dtype=dtype)
         print(folder)
 
 
@@ -570,6 +570,7 @@ def _parser() -> argparse.ArgumentParser:
     add("folder", metavar="FOLDER", type=Path, help="where they go, a folder for each")
     add("--only", metavar="NAME", nargs="+", help="heads to write (default: all)")
     add("--layout", choices=LAYOUTS, default="official", help="(default: %(default)s)")
+    add("--verifier", metavar="NAME", help="the target's name in speculators' files, by which an engine may load it")
     add("--dtype", choices=EXPORTED, default="float32", help="of the tensors (default: %(default)s)")
     add = command("train", zoo_train, "collect the target's texts, train the heads, measure them", zoo).add_argument
     add("--only", metavar="NAME", nargs="+", help="heads to train (default: all)")

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_capture import FakeCuda
+from test_stack import as_on_a_gpu  # noqa: F401  a fixture
 from test_target import tiny
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hedgespec
+from hedgespec.capture import CudaGraphs
 from hedgespec.checkpoints import inspect_drafter, is_head, load_drafter, save_drafter
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
@@ -367,6 +370,26 @@ def test_a_pool_of_them_is_one_stack(case, target, tmp_path, dtype):
                 torch.testing.assert_close(had[number, row], expected, **close)
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("name", ["SpecForge", "speculators", "speculators of Qwen3", "EAGLE-1", "speculators of EAGLE"])
+def test_any_variant_can_be_captured(name, target, tmp_path):
+    """No value on the device decides what a pass runs; the fake raises where one did."""
+    case = CASES[name]
+    count = 1 if case.width != WIDTH else 3
+    heads = [load_drafter(write(tmp_path / str(n), case, tensors_of(case, target, n, own_embedding=False)), target)
+             for n in range(count)]  # fmt: skip
+    stack, graphs = HeadStack(heads), CudaGraphs(FakeCuda())
+    texts, found = [text_of(target, case.layers, 12, seed) for seed in (1, 2)], []
+    for captures in (None, graphs):
+        session = StackSession(stack, 2, graphs=captures)
+        session.score([0, 1], *zip(*[(tokens[:6], states[:6]) for tokens, states in texts]))
+        led = session.lead([0, 1], [count - 1, 0], *zip(*[(tokens[6:8], states[6:8]) for tokens, states in texts]))
+        stepped = session.step([0, 1], torch.tensor([3, 4]))
+        found.append([led, stepped, session.score([0, 1], *zip(*[(tokens[6:], states[6:]) for tokens, states in texts]))])
+        assert session.graphs is captures
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
 def test_the_targets_own_output_lies_in_a_stack_once(target, tmp_path):
     case = CASES["EAGLE-1"]
     heads = [load_drafter(write(tmp_path / str(n), case, tensors_of(case, target, n)), target) for n in range(3)]
@@ -540,7 +563,17 @@ def test_exports_say_what_engines_ask_for(target, tmp_path):
     assert other["speculators_model_type"] == "eagle3" and other["norm_before_residual"] is False
     assert other["transformer_layer_config"]["model_type"] == "llama"
     assert other["speculators_config"]["proposal_methods"][0]["speculative_tokens"] >= 1
-    assert "name_or_path" in other["speculators_config"]["verifier"]
+    assert other["speculators_config"]["verifier"] == {"name_or_path": None, "architectures": []}
+
+
+@pytest.mark.parametrize(("given", "loaded", "expected"), [(None, "someone/model", "someone/model"), ("a/b", "c/d", "a/b"),
+                                                           (None, ".", None), (None, "", None)])  # fmt: skip
+def test_the_verifier_is_named_by_what_others_can_load(target, tmp_path, monkeypatch, given, loaded, expected):
+    case = CASES["official"]
+    head = load_drafter(write(tmp_path / "head", case, tensors_of(case, target)), target)
+    monkeypatch.setattr(target, "name_or_path", loaded, raising=False)
+    folder = save_drafter(head, tmp_path / "again", "speculators", target=target, verifier=given)
+    assert json.loads((folder / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"] == expected
 
 
 # --- where they lie -------------------------------------------------------------------------------------------------

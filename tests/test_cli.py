@@ -677,7 +677,7 @@ def test_zoo_export(heads, place, capsys, monkeypatch, tmp_path, layout):
     for name in ("sql", "math"):
         zoo.head_path(name).unlink()
         save_tiny_head(zoo.head_path(name), place.model, layers=(0, 1))
-    options = ["--only", "sql", "math", "--layout", layout, "--dtype", "bfloat16"]
+    options = ["--only", "sql", "math", "--layout", layout, "--dtype", "bfloat16", "--verifier", "someone/target"]
     assert cli.main(["zoo", "export", str(tmp_path / "out"), *options]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "out" / name) for name in ("sql", "math")]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"sql", "math"}
@@ -686,6 +686,8 @@ def test_zoo_export(heads, place, capsys, monkeypatch, tmp_path, layout):
     assert found.config == head.config
     assert torch.equal(found.draft_to_target, head.draft_to_target)
     torch.testing.assert_close(found.qkv_proj.weight, head.qkv_proj.weight.bfloat16().float())
+    config = json.loads((tmp_path / "out" / "sql" / "config.json").read_text())
+    assert layout == "official" or config["speculators_config"]["verifier"]["name_or_path"] == "someone/target"
     report = inspect_drafter(tmp_path / "out" / "sql")
     assert (report.format, report.dtype) == ("eagle3" if layout == "official" else "speculators eagle3", "bfloat16")
 

@@ -223,7 +223,10 @@ class EagleHead(EagleLayer, nn.Module):
     def rotate(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of `states` [B, heads, T, head_dim] at `positions` [T]."""
         angle = positions[:, None] * self.rope_frequency.to(positions.device)
-        cos, sin = ((part * self.rope_factor).to(states.dtype) for part in (angle.cos(), angle.sin()))
+        cos, sin = angle.cos(), angle.sin()
+        if self.rope_factor != 1:
+            cos, sin = cos * self.rope_factor, sin * self.rope_factor
+        cos, sin = cos.to(states.dtype), sin.to(states.dtype)
         low, high = states.chunk(2, -1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
