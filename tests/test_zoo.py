@@ -119,7 +119,8 @@ def test_demo_returns_what_it_promises(tmp_path):
     assert keys | {"domains"} == set(result)
     assert set(result["domains"]) == set(EXPERTS)
     assert all(keys <= set(domain) for domain in result["domains"].values())
-    assert json.loads(json.dumps(result)) == result
+    written = json.dumps(result)
+    assert json.dumps(json.loads(written)) == written  # as text: a share of no rounds is NaN, which equals nothing
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("weights.png", "time.png"))
 
 
