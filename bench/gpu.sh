@@ -49,8 +49,9 @@ if "$python" -c 'from hedgespec.paths import cache_dir; from hedgespec.zoo impor
   step bench_round "$python" -m pytest -q -s bench/bench_stack.py -k round --device cuda --benchmark-json "$out/round.json"
   step bench_target "$python" bench/bench_target.py --device cuda --dtype bfloat16 --json "$out/target.json"
   step bench_decoder "$python" bench/bench_decoder.py --device cuda --json "$out/decoder.json"
+  step bench_tree "$python" bench/bench_tree.py --device cuda --json "$out/tree.json"
 else
-  echo "bench_round, bench_target, bench_decoder: left out, the zoo's target is not in the cache" | tee -a "$out/summary.txt"
+  echo "bench_round, bench_target, bench_decoder, bench_tree: left out, the zoo's target is not in the cache" | tee -a "$out/summary.txt"
 fi
 {
   date -u +%F

@@ -26,6 +26,7 @@ _HOMES = {
     "expected_accepted_length": "hedgespec.evaluate",
     "multi_draft_acceptance": "hedgespec.evaluate",
     "verify": "hedgespec.verify",
+    "verify_tree": "hedgespec.verify",
     "load_drafter": "hedgespec.checkpoints",
     "load_zoo": "hedgespec.zoo",
     "save_drafter": "hedgespec.checkpoints",

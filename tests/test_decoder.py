@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hedgespec import algorithm
-from hedgespec.config import DecodeConfig
+from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
@@ -147,7 +147,8 @@ def _top_k(target, prompt, k: int = 2, temperature: float = 0.6):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_gpu_emits_what_the_cpu_emits(compile, overlap):
+@pytest.mark.parametrize("shape", [{}, {"tree": Tree(2)}, {"tree": Tree(3, size=12), "mode": "argmax"}], ids=str)
+def test_a_gpu_emits_what_the_cpu_emits(compile, overlap, shape):
     """float64, so that another order of sums does not turn a tie."""
     outputs = []
     prompts, mask = torch.cat([prompt_of(0), prompt_of(1)]), torch.ones(2, 11, dtype=torch.int64)
@@ -155,7 +156,7 @@ def test_a_gpu_emits_what_the_cpu_emits(compile, overlap):
     for device in ("cpu", "cuda"):
         target = tiny_llama(seed=0, layers=4).to(device)
         drafters = [tiny_head(target, 1).to(device), tiny_head(target, 2).to(device), NGramDrafter(VOCABULARY)]
-        config = DecodeConfig(backend="reference", overlap=overlap, compile=compile and device == "cuda")
+        config = DecodeConfig(backend="reference", overlap=overlap, compile=compile and device == "cuda", **shape)
         decoder = Decoder(target, drafters, config)
         options = {"attention_mask": mask.to(device), "max_new_tokens": 30}
         sampled = decoder.generate(prompts.to(device), temperature=0.7, seed=0, **options).sequences
