@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from hedgespec import DecodeConfig, Decoder, load_zoo
+from hedgespec import DecodeConfig, Decoder, Tree, load_zoo
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.zoo import EXPERTS, load_prompts
 
@@ -85,6 +85,12 @@ def test_20_prompts_are_continued_as_plain_generate_does(zoo):
     check(zoo, {"default": Decoder(zoo.target, zoo.drafters)}, 20, new_tokens=12)
 
 
+def test_8_prompts_are_continued_as_plain_generate_does_by_trees(zoo):
+    config = DecodeConfig(mode="argmax", tree=Tree(8, size=16))
+    drafters = [*zoo.drafters, NGramDrafter(zoo.target.config.vocab_size)]
+    check(zoo, {"tree": Decoder(zoo.target, drafters, config)}, 8, new_tokens=12)
+
+
 @pytest.mark.slow
 def test_all_held_out_prompts_are_continued_as_plain_generate_does(zoo):
     """All 240; heads and prompt lookup, and what else may make a difference."""
@@ -92,6 +98,7 @@ def test_all_held_out_prompts_are_continued_as_plain_generate_does(zoo):
     decoders = {
         "sampled": Decoder(zoo.target, drafters, DecodeConfig(evaluate_every=4)),
         "argmax, bandit, short": Decoder(zoo.target, drafters, DecodeConfig(mode="argmax", learner="exp3", draft_length=3)),
+        "tree": Decoder(zoo.target, drafters, DecodeConfig(tree=Tree((3, 2, 1, 1, 1)))),
     }
     count = len(load_prompts())
     assert count >= 200

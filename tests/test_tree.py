@@ -439,6 +439,23 @@ def test_temperature_0_is_the_targets_own_text(target, tree, mode, every):
     assert all(len(one.losses) > 3 for one in out.stats)
 
 
+@pytest.mark.parametrize(("tree", "mode"), [SHAPES[2], SHAPES[4]], ids=str)
+def test_the_drop_in_tells_of_the_path_only(target, tree, mode):
+    """Scores, logits and the cache are those of the emitted tokens, whatever else the tree held."""
+    decoder = Decoder(target, mixed_pool(target, True), DecodeConfig(draft_length=3, tree=tree, mode=mode))
+    request = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.2, "return_dict_in_generate": True}
+    request |= {"output_scores": True, "output_logits": True}
+    plain = target.generate(prompt_of(2), **request)
+    ours = target.generate(prompt_of(2), custom_generate=decoder, **request)
+    assert ours.sequences.tolist() == plain.sequences.tolist()
+    for one, other in ((ours.scores, plain.scores), (ours.logits, plain.logits)):
+        torch.testing.assert_close(torch.stack(one), torch.stack(other), atol=1e-6, rtol=0)
+    for one, other in zip(ours.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        count = min(one.get_seq_length(), other.get_seq_length())
+        torch.testing.assert_close(one.keys[:, :, :count], other.keys[:, :, :count], atol=1e-9, rtol=0)
+        torch.testing.assert_close(one.values[:, :, :count], other.values[:, :, :count], atol=1e-9, rtol=0)
+
+
 def test_a_compiled_target_takes_trees(target, monkeypatch):
     monkeypatch.setattr(capture, "compiled", lambda graph: graph)  # inductor's code takes seconds to make
     config = DecodeConfig(draft_length=3, mode="argmax", tree=Tree(3, size=7), compile=True)
