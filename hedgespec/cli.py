@@ -69,14 +69,17 @@ def generate(options: argparse.Namespace) -> None:
     prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
     if not prompt:
         raise UsageError("PROMPT: expected some text, got none")
-    config = DecodeConfig(
-        draft_length=options.draft_length,
-        mode=options.mode,
-        learner=options.learner,
-        evaluate_every=options.evaluate_every,
-        compile=options.compile,
-        tree=_tree(options),
-    )
+    try:
+        config = DecodeConfig(
+            draft_length=options.draft_length,
+            mode=options.mode,
+            learner=options.learner,
+            evaluate_every=options.evaluate_every,
+            compile=options.compile,
+            tree=_tree(options),
+        )
+    except ValueError as error:  # each option is right by itself, and they do not go together
+        raise UsageError(error) from error
     if isinstance(options.profile, Path):
         import matplotlib  # noqa: F401  missing, it is missed now and not after the text
     target, tokenizer, drafters = _load(options.target, options.drafter, options.allow_pickle)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hedgespec
-from hedgespec import cli, zoo
+from hedgespec import Tree, cli, zoo
 from hedgespec.checkpoints import inspect_drafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.learners import NAMES as LEARNERS
@@ -285,6 +285,26 @@ def test_learner_mode_and_compile_reach_the_decoder(learner, stats, monkeypatch)
     assert found == [(learner, "sampled", False), (learner, "argmax", True)]
 
 
+@pytest.mark.parametrize(
+    ("options", "tree"),
+    [(("--tree", 2), Tree(2)), (("--tree", "3,2"), Tree((3, 2))),
+     (("--tree", 4, "--tree-size", 6, "--mode", "argmax"), Tree(4, 6))],
+)  # fmt: skip
+def test_a_tree_reaches_the_decoder(options, tree, stats, monkeypatch):
+    configs = []
+
+    class Spy(hedgespec.Decoder):
+        def __init__(self, target, drafters, config):
+            configs.append(config)
+            super().__init__(target, drafters, config)
+
+    monkeypatch.setattr(hedgespec, "Decoder", Spy)
+    branched = stats("0", "--draft-length", 2, "--max-new-tokens", 12, *options)
+    chain = stats("0", "--draft-length", 2, "--max-new-tokens", 12)
+    assert branched["text"] == chain["text"]
+    assert [config.tree for config in configs] == [tree, None]
+
+
 def test_the_learner_decides_who_drafts(stats, place):
     drafters = ("ngram", place.twin)
     options = ("0", "--max-new-tokens", 60)
@@ -367,6 +387,11 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["generate", "x", "--mode", "guess"], ["--mode", "sampled", "argmax", "'guess'"]),
         (["generate", "x", "--draft-length", "0"], ["--draft-length", "an integer >= 1", "'0'"]),
         (["generate", "x", "--draft-length", "2.5"], ["--draft-length", "an integer >= 1", "'2.5'"]),
+        (["generate", "x", "--tree", "2,x"], ["--tree", "an integer >= 1", "'x'"]),
+        (["generate", "x", "--tree", "99"], ["branching", "1..32", "99"]),
+        (["generate", "x", "--tree", "2,2"], ["branching", "each of the 5 depths", "2"]),
+        (["generate", "x", "--tree-size", "8"], ["--tree-size", "--tree"]),
+        (["generate", "x", "--tree", "2", "--tree-size", "8"], ["mode", "argmax", "'sampled'"]),
         (["generate", "x", "--temperature", "-1"], ["--temperature", "a number >= 0", "'-1'"]),
         (["generate", "x", "--temperature", "nan"], ["--temperature", "'nan'"]),
         (["generate", "x", "--temperature", "inf"], ["--temperature", "'inf'"]),
