@@ -272,6 +272,22 @@ def test_what_is_rolled_back_is_overwritten(backend):
             assert torch.equal(cache[:, row, :, start + 2 :], old[:, row, :, start + 2 :])
 
 
+@pytest.mark.parametrize("chosen", [False, True], ids=["every head", "which"])
+def test_a_row_may_take_several_tokens_at_slots_of_their_own(backend, chosen):
+    """The nodes of a draft tree: alike in position, each with a slot."""
+    arguments = scene(torch.float32, 3, 5, 1, 4, 2, 8, 2, 12, chosen)
+    arguments[2], arguments[6] = torch.tensor([7, 7, 7, 4, 4]), torch.tensor([1, 1, 1, 0, 0])
+    arguments[3] = torch.tensor([3, 4, 8, 4, 5])
+    queries, keys, values = appended(*arguments)
+    close(run(rotary_append, *arguments, backend=backend), queries, torch.tensor(5.0))
+    close(arguments[4], keys, torch.tensor(5.0))
+    assert torch.equal(arguments[5].double(), values)
+    if not HAS_GPU:
+        arguments[3] = torch.tensor([3, 4, 4, 4, 5])
+        with pytest.raises(ValueError, match="rows: expected distinct rows or slots"):
+            rotary_append(*arguments, backend=backend)
+
+
 def test_caches_may_be_views(backend):
     """Half of a batch and of the slots: strides that are not those of the shape."""
     arguments = scene(torch.float32, 3, 2, 3, 4, 2, 8, 4, 16, True)
