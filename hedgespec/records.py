@@ -36,6 +36,8 @@ class Draft:
     parents: torch.Tensor | None = None
     """Of a tree: each node's parent among the nodes, which precedes it, int64 [B, K]; -1 for the root, the last verified token.
     None: a chain."""
+    widths: torch.Tensor | None = None
+    """Of a dynamic tree: children of the likeliest node at each depth, int64 [K]."""
     origins: torch.Tensor | None = None
     """Of a tree whose children are samples: whose they are, int64 [B, P]; -1 for the root's."""
 

@@ -333,7 +333,7 @@ def naive_decode(target, drafters, branches, prompt, *, max_new_tokens, draft_le
     draws, tests = (0, K + 1) if one_hot else (tree.nodes(K), K * tree.widest + 1)
     queue, regrets = DelayQueue(N, K), np.zeros(N)
     tokens = [*prompt, algorithm.inverse_cdf(algorithm.distribution(target(prompt), temperature), random.random(1)[0])]
-    choices, weights_seen = [], []
+    choices, weights_seen, widths = [], [], []
     while len(tokens) < end:
         uniforms = random.random(1 + draws + tests)
         weights = algorithm.normal_hedge(regrets)
@@ -367,6 +367,16 @@ def naive_decode(target, drafters, branches, prompt, *, max_new_tokens, draft_le
         places = {-1: -1} | {one: place for place, one in enumerate(kept)}
         parents = [places[nodes[one][0]] for one in kept]
         paths = [nodes[one][1] for one in kept]
+        counts = [tree.children(level) for level in range(K)]
+        if depth and tree.size is not None:
+            node, own = -1, []
+            for _ in range(K):
+                children = [one for one, parent in enumerate(parents) if parent == node]
+                own.append(len(children))
+                node = children[0] if children else -2
+            widths.append(own)
+        if widths:
+            counts = np.rint(np.mean(widths, axis=0)).astype(int)
         logits = torch.stack([target(tokens), *(target(tokens + path) for path in paths)])
         draft_logits, origins = None, None
         if not one_hot:
@@ -378,12 +388,11 @@ def naive_decode(target, drafters, branches, prompt, *, max_new_tokens, draft_le
             p = algorithm.distribution(target(tokens + emitted[:place]), temperature)
             for one, drafter in enumerate(drafters):
                 logits = drafter(tokens + emitted[:place], [])
-                for level in range(K):
-                    count = tree.children(level)
+                for level, count in enumerate(counts):
                     prob[level, one, place], ratio[level, one, place] = naive_score(
                         p, logits, token, count, temperature, one_hot
                     )
-                    if not branches[one]:
+                    if count and not branches[one]:
                         ratio[level, one, place] = naive_score(p, logits, token, 1, temperature, one_hot)[1]
         tokens = tokens + emitted
         choices.append(chosen)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
@@ -248,14 +249,17 @@ class Batch:
             draft_logits, origins = stack([one.logits[0] for one in of], 0), stack([one.origins[0] for one in of], -2)
             mapping = self._maps([one.draft_to_target for one in of])
         verdict = self._call_verify_tree(target_logits, tokens, parents, draft_logits, origins, mapping, tests)
-        nobody = tokens.new_zeros(())
-        usable = torch.stack([nobody if one.usable is None else one.usable for one in of])
-        found = torch.cat([usable[:, None], verdict.tokens, verdict.path], 1).tolist()
-        most = verdict.tokens.shape[1]
-        return [
-            (known, [token for token in rest[:most] if token >= 0], [0, *(node + 1 for node in rest[most:] if node >= 0)])
-            for known, *rest in found
-        ]
+        usable, length = torch.stack([one.usable for one in of]), self.config.draft_length
+        told = [usable[:, None], verdict.tokens, verdict.path]
+        if of[0].widths is not None:
+            told.append(torch.stack([one.widths for one in of]))
+        results = []
+        for place, (known, *rest) in zip(places, torch.cat(told, 1).tolist()):  # in one transfer
+            emitted, path, widths = rest[: length + 1], rest[length + 1 : 2 * length + 1], rest[2 * length + 1 :]
+            if widths:
+                self.rows[place].saw_tree(widths)
+            results.append((known, [one for one in emitted if one >= 0], [0, *(node + 1 for node in path if node >= 0)]))
+        return results
 
     def _walk(
         self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray
@@ -286,6 +290,8 @@ class Batch:
         verified: list[torch.Tensor] = []
         node, path, siblings = -1, [], (len(uniforms) - 1) // self.config.draft_length
         parents, tokens = draft.parents[0].tolist(), draft.tokens[0].tolist()
+        if draft.widths is not None:
+            row.saw_tree(draft.widths.tolist())
         for depth in range(self.config.draft_length + 1):
             path.append(node + 1)
             verified.append(row.request.process(row.seen, logits[path[-1] : path[-1] + 1]))
@@ -390,11 +396,11 @@ class Batch:
                     "target_threshold": target_threshold,
                     "drafter_threshold": self.sampling.threshold(logits),
                 }
-                measured = self._measure(part, target_logits, logits, tokens, arguments)
+                measured = self._measure(part, rows, target_logits, logits, tokens, arguments)
                 found = torch.cat([measured.double(), sound[None, :, :, None].expand_as(measured[:1])])
                 self.under_way[-1].parts.append((part.members, self.side.to_host(found)))
 
-    def _measure(self, part: Heads | Singles, target_logits, logits, tokens, arguments: dict) -> torch.Tensor:
+    def _measure(self, part: Heads | Singles, rows, target_logits, logits, tokens, arguments: dict) -> torch.Tensor:
         """acceptance_prob and acceptance_ratio of the part's drafters as they draft, [2, n, R, T]; of trees for the nodes at
         depth 0, 1, ..., [2K, n, R, T]."""
         tree, backend = self.config.tree, self.config.backend
@@ -405,10 +411,13 @@ class Batch:
             scores = evaluate(target_logits, logits, tokens, top_k=tree.widest, backend=backend, **arguments).scores[4:]
         else:
             scores = multi_draft_acceptance(target_logits, logits, tokens, tree.widest, **arguments)
-        # For every number of children a pair of rows. Where only the first child has children, the path has to go there.
-        counts = [min(tree.children(depth), len(scores) // 2) - 1 for depth in range(self.config.draft_length)]
-        rows = [(2 * count, 2 * count + 1 if part.width is None else 1) for count in counts]
-        return scores[to_device([row for pair in rows for row in pair], scores.device)]
+        # For every number of children a pair, and before them one for none. Where only the first child has children, the path
+        # has to go there.
+        scores = functional.pad(scores, (0, 0) * 3 + (2, 0))
+        counts = np.minimum([row.children() for row in rows], len(scores) // 2 - 1).T  # [K, R]
+        followed = counts if part.width is None else np.minimum(counts, 1)
+        pairs = np.stack([2 * counts, 2 * followed + 1], 1).reshape(-1, 1, len(rows), 1)
+        return scores.gather(0, to_device(pairs, scores.device).expand(-1, *scores.shape[1:]))
 
     def _observe(self, later: bool) -> None:
         """Lets the rows learn from evaluations, from the newest at the end of the next round if `later`."""

@@ -115,12 +115,13 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
     if tree.size is not None and tree.size < known:
         tokens, parents = _likeliest(tokens, parents, torch.cat(nodes["scores"], 1), tree.size)
     usable = torch.where(sound, draft_length, 0)
+    widths = [None] * count if tree.size is None else _widths(tokens, parents, draft_length)
     drafts = []
     for row, member in enumerate(members):
-        proposal = {}
+        proposal = {"widths": widths[row]}
         if not one_hot:
             mapping = None if part.maps is None or processed is not None else part.map_of[member]
-            proposal = {"draft_to_target": mapping, "origins": torch.cat(origins, 1)[row, None]}
+            proposal |= {"draft_to_target": mapping, "origins": torch.cat(origins, 1)[row, None]}
         given = None if one_hot else torch.cat([one[row] for one in sources])[None]
         drafts.append(Draft(tokens[row, None], given, usable=usable[row], parents=parents[row, None], **proposal))
     return drafts
@@ -166,3 +167,14 @@ def _likeliest(
     tokens, parents = tokens.gather(1, kept), parents.gather(1, kept)
     parents = torch.where(parents < 0, -1, places.gather(1, parents.clamp(min=0)))
     return tokens, parents.masked_fill(tokens < 0, -1)
+
+
+def _widths(tokens: torch.Tensor, parents: torch.Tensor, depth: int) -> torch.Tensor:
+    """Children of the root, of its first child, of the first child of that and so on, int64 [R, depth]."""
+    here, counts = torch.full_like(tokens[:, :1], -1), []
+    for _ in range(depth):
+        child = (parents == here) & (tokens >= 0)
+        counts.append(child.sum(1))
+        found, first = child.max(1, keepdim=True)
+        here = torch.where(found, first, -2)  # nobody's parent
+    return torch.stack(counts, 1)

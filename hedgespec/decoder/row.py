@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -67,6 +67,8 @@ class Row:
         """Drafter of the last round."""
         self.may_switch = True
         """Whether every drafter may be chosen, or only the same again."""
+        self.trees, self.widths = 0, np.zeros(config.draft_length)
+        """Dynamic trees drafted, and their children of the likeliest node at each depth, summed, [K]."""
         self.unscored: list[torch.Tensor] = []
         """The target's logits, chunks [T, V], of the verified tokens on which the drafters are not scored yet."""
 
@@ -149,6 +151,19 @@ class Row:
             self.stats.record_loss(feedback.losses, self.learner.weights())
             if self.learner.feedback == "full":
                 self.learner.update(feedback.losses)
+
+    def saw_tree(self, widths: Sequence[int]) -> None:
+        """Takes note of a dynamic tree's `Draft.widths`."""
+        self.trees += 1
+        self.widths += widths
+
+    def children(self) -> list[int]:
+        """How many children a node at each depth of a draft tree is taken to have where the drafters are judged, [K]: of a
+        dynamic tree, whose nodes depend on what else is in it, as many as the likeliest had in this text's trees so far."""
+        tree = self.config.tree
+        if tree.size is not None and self.trees:
+            return np.rint(self.widths / self.trees).astype(int).tolist()
+        return [tree.children(depth) for depth in range(self.config.draft_length)]
 
     def reward(self, drafter: int, weights: np.ndarray, emitted: int) -> None:
         """Tells a learner that asks for no more how the drafter of a round fared."""
