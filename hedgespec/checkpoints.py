@@ -41,7 +41,7 @@ IN_LAYER = {"input_layernorm": "input_layernorm", "hidden_norm": "hidden_norm", 
 """The layer's norms, likewise."""
 HARMLESS = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached)$")
 """Buffers that are worked out anew."""
-WRAPPERS = re.compile(r"^((model|module|_orig_mod|drafter|ea_layer)\.)+")
+WRAPPERS = re.compile(r"^((model|module|_orig_mod|drafter|draft_model|ea_layer|eagle_module)\.)+")
 LAYER = re.compile(r"^(midlayer|transformer|layers\.(?P<number>\d+))\.")
 SYNONYMS = {
     "fusion_fc.weight": "fc.weight", "fusion_fc.bias": "fc.bias", "pre_lm_head_layernorm.weight": "norm.weight",
@@ -84,7 +84,8 @@ def load_drafter(
 ) -> EagleHead:
     """Reads an EAGLE head of any known format for a target, in the target's dtype and on its device.
 
-    An embedding or output matrix that the file lacks, or that equals the target's, is the target's own, shared.
+    An embedding or output matrix that the file lacks, or that equals the target's, is the target's own, shared. What had to be
+    assumed stands in the head's `assumed`.
 
     Args:
         path: a folder, a file in it, or a repository of the hub.
@@ -120,7 +121,7 @@ def load_drafter(
     if own is not None:
         weights["embed_tokens.weight"] = own
     head.load_state_dict(weights, assign=True)
-    head.draft_to_target = vocabulary
+    head.draft_to_target, head.assumed = vocabulary, tuple(plan.assumed)
     head.set_rope_frequency()
     return head.requires_grad_(False).to(device=target.device, dtype=target.dtype).eval()
 
@@ -162,7 +163,10 @@ def save_drafter(
     head: EagleHead, folder: str | Path, layout: str | None = None, *, target=None, verifier: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:  # fmt: skip
-    """Writes `config.json` and `model.safetensors` that other engines load (`load_drafter` too), and returns the folder.
+    """Writes `config.json` and `model.safetensors` in a layout of other projects and returns the folder.
+
+    `load_drafter` reads it. vLLM 0.32 runs EAGLE-3 heads in both layouts. Of EAGLE-1 heads it takes, by its source, those of
+    layout "eagle" whose `fc` has no bias.
 
     Args:
         head: what to write.
@@ -174,7 +178,7 @@ def save_drafter(
             loaded by, unless that is a folder of this machine.
         dtype: of the tensors; the head's by default.
 
-    Raises: ValueError for a layout that cannot hold this head, or a head that other engines cannot run.
+    Raises: ValueError for a layout that cannot hold this head, or an EAGLE-3 head that other engines cannot run.
     """
     config, folder = head.config, Path(folder)
     official = "eagle" if config.version == 1 else "eagle3"
@@ -259,8 +263,9 @@ def _download(repository: str, allow_pickle: bool, revision: str | None) -> Path
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, local_files_only=True))
         if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+            _weights_in(folder, allow_pickle)  # all of them
             return folder
-    except (LocalEntryNotFoundError, HFValidationError):
+    except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
         pass
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
@@ -278,7 +283,8 @@ def _weights_in(place: Path, allow_pickle: bool) -> list[Path]:
         found = _shards(place, "model.safetensors") or sorted(place.glob("*.safetensors"))
         found = found or _shards(place, "pytorch_model.bin") or sorted(one for end in PICKLES for one in place.glob(f"*{end}"))
     if not found:
-        raise CheckpointError(f"{place}: expected weights in safetensors, found none")
+        pickled = "" if allow_pickle else "; where there are pickled ones, allow_pickle reads them, restricted to tensors"
+        raise CheckpointError(f"{place}: expected weights in safetensors, found none{pickled}")
     if found[0].suffix in PICKLES and not allow_pickle:
         raise CheckpointError(
             f"{place}: expected weights in safetensors, got the pickle {found[0].name}, which may run code when read: "

@@ -290,6 +290,12 @@ def _load_drafter(spec: str, target, tokenizer, allow_pickle: bool):
     if spec not in zoo.NAMES and (absent or is_head(spec, allow_pickle=allow_pickle)):
         return load_drafter(spec, target, allow_pickle=allow_pickle)
     if spec not in zoo.NAMES and Path(spec).is_dir():
+        pickled = not any(Path(spec).glob("*.safetensors")) and any(Path(spec).glob("*.bin"))
+        if pickled and not allow_pickle:
+            raise CheckpointError(
+                f"--drafter: expected a folder with a causal language model in safetensors, or an EAGLE head, got {spec} with "
+                "pickled weights, which may run code when read: those of a head --allow-pickle reads, restricted to tensors"
+            )
         model = _load_model(Path(spec), target.dtype).to(target.device)
         tokenizers = {}
         if (Path(spec) / "tokenizer_config.json").exists():

@@ -348,11 +348,13 @@ def _log_probs(
     logits: torch.Tensor, temperature: float | torch.Tensor, threshold: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of [..., B, T, V] logits, -inf throughout a row without mass, and its argmax [..., B, T, 1]."""
-    temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).reshape(-1, 1, 1)
     if threshold is not None:
         logits = logits.masked_fill(logits < threshold.to(logits.dtype)[..., None], -math.inf)
     highest, best = logits.max(-1, keepdim=True).values, logits.argmax(-1, keepdim=True)
     # The highest logit goes first, so that no temperature, however small, can overflow.
+    if not isinstance(temperature, torch.Tensor) and temperature > 0:
+        return ((logits - highest) / temperature).log_softmax(-1).masked_fill_(highest == -math.inf, -math.inf), best
+    temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).reshape(-1, 1, 1)
     softmax = ((logits - highest) / temperature.where(temperature > 0, 1)).log_softmax(-1)
     point_mass = torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
     log_probs = softmax.where(temperature > 0, point_mass)

@@ -54,23 +54,25 @@ class Sampling:
             held = logits.topk(min(self.top_k, logits.shape[-1])).values
             lowest = held[..., -1]
         if top_p is not None:
-            ordered, probs = self._likeliest(held, top_p)
-            last = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True) - 1
-            last = last.clamp(min=0)  # a row without any mass is NaN, hence below nothing
-            lowest = ordered.gather(-1, last)[..., 0]
+            lowest = self._nucleus(held, top_p)
         if min_p is not None:
             floor = held.amax(-1) + self.temperature * math.log(min_p)
             lowest = floor if lowest is None else torch.maximum(lowest, floor)
         return lowest
 
-    def _likeliest(self, logits: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The largest of logits [..., n], in order, at least those of mass top_p, and their probabilities among all n."""
+    def _nucleus(self, logits: torch.Tensor, top_p: float) -> torch.Tensor:
+        """The lowest of the largest logits of mass top_p, [...] of logits [..., n]."""
         size = logits.shape[-1]
         log_total = (logits.double() / self.temperature).logsumexp(-1, keepdim=True)
         few = NUCLEUS if logits.is_cpu and size > 4 * NUCLEUS else size  # elsewhere, to ask whether they do is to wait
-        while True:
-            ordered = logits.topk(few).values
-            probs = (ordered.double() / self.temperature - log_total).exp()
-            if few == size or (probs.sum(-1) >= top_p).all():
-                return ordered, probs
-            few = size
+        lowest, mass = self._last(logits.topk(few).values, log_total, top_p)
+        if few < size and (short := mass < top_p).any():
+            lowest[short], _ = self._last(logits[short].topk(size).values, log_total[short], top_p)
+        return lowest
+
+    def _last(self, ordered: torch.Tensor, log_total: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of logits in order [..., n] the one that completes the mass top_p, and the mass of all, [...]."""
+        probs = (ordered.double() / self.temperature - log_total).exp()
+        last = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True) - 1
+        last = last.clamp(min=0)  # a row without any mass is NaN, hence below nothing
+        return ordered.gather(-1, last)[..., 0], probs.sum(-1)

@@ -188,7 +188,7 @@ class TargetSession:
             positions = first + tree[0]
         arguments = {}
         if "position_ids" in self._arguments:
-            arguments["position_ids"] = positions
+            arguments["position_ids"] = self._known(positions)
         if "logits_to_keep" in self._arguments:
             arguments["logits_to_keep"] = logits_to_keep
         if tree is not None:
@@ -241,12 +241,18 @@ class TargetSession:
         self.cache.fixed = slots
         try:
             out = self.model(
-                tokens, position_ids=positions, attention_mask=self._masks(positions, self.cache.capacity, tree),
+                tokens, position_ids=self._known(positions), attention_mask=self._masks(positions, self.cache.capacity, tree),
                 past_key_values=self.cache, use_cache=True, output_hidden_states=bool(self.aux_layers),
             )  # fmt: skip
         finally:
             self.cache.fixed = None
         return [out.logits, *(torch.cat([out.hidden_states[layer] for layer in layers], -1) for layers in self.aux_layers)]
+
+    def _known(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions within the target's context. What fills up a row to the longest may lie past it, and a table of positions
+        has no entry there."""
+        most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return positions if most is None else positions.clamp(max=most - 1)
 
     def keep(self, counts: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
         """Keeps the first `counts[b]` tokens of row b's last forward and forgets the others.
@@ -255,17 +261,18 @@ class TargetSession:
             paths: where that was a tree: of each row the places among its tokens to keep, ascending, at least `counts[b]`.
                 Their keys and values move together.
         """
+        places = [slice(count) for count in counts]
         if paths is not None:
             paths = [list(path[:count]) for path, count in zip(paths, counts)]
             self.cache.gather(paths)
+            places = [to_device(path, device_of(self.model)) for path in paths]
         for row, count in enumerate(counts):
             self.cache.lengths[row] += count
             for layers, chunk in self._chunk.items():
                 buffer = self.features[row][layers]
                 if not len(buffer):
                     buffer.append(chunk.new_zeros(1, chunk.shape[2]))
-                kept = slice(count) if paths is None else to_device(paths[row], chunk.device)
-                buffer.append(chunk[row, kept])
+                buffer.append(chunk[row, places[row]])
 
     def select(self, rows: Sequence[int]) -> None:
         """Goes on with these rows only."""

@@ -143,6 +143,39 @@ def test_tensors_and_rounding_above_one_are_taken():
     np.testing.assert_allclose(feedback.losses, [1 - 2.5 / 3, 1 - 2.25 / 3], rtol=1e-15)
 
 
+@pytest.mark.parametrize("estimator", ["exact", "product"])
+@pytest.mark.parametrize("loss", ["length", "acceptance_rate"])
+def test_losses_by_depth(estimator, loss):
+    """The same at every depth is what is not by depth; otherwise a position counts at its depth in the round."""
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        count, length, positions = (int(random.integers(1, most)) for most in (4, 5, 12))
+        probs, ratios = random.random((2, length, count, positions)) * (random.random((2, length, count, positions)) < 0.6)
+        flat, alike, by_depth = (DelayQueue(count, length, estimator=estimator, loss=loss) for _ in range(3))
+        found, expected, told = [], [], []
+        for start in range(0, positions, 3):
+            here = slice(start, start + 3)
+            expected += flat.push(probs[0][:, here], ratios[0][:, here])
+            same = [np.repeat(one[:1, :, here], length, 0) for one in (probs, ratios)]
+            found += alike.push(*same)
+            told += by_depth.push(probs[:, :, here], ratios[:, :, here])
+        assert [one.position for one in found] == [one.position for one in expected]
+        for one, other in zip(found, expected):
+            np.testing.assert_allclose(one.losses, other.losses, atol=1e-12)
+        followed = ratios if estimator == "exact" else probs
+        for number, one in enumerate(told):
+            assert one.position == number
+            if loss == "acceptance_rate":
+                np.testing.assert_allclose(one.losses, 1 - probs[0, :, number], atol=1e-12)
+                continue
+            emitted, alive = np.ones(count), np.ones(count)
+            for depth in range(min(length, positions - number)):
+                emitted += alive * probs[depth, :, number + depth]
+                alive *= followed[depth, :, number + depth]
+            assert number + length <= positions or not alive.any()
+            np.testing.assert_allclose(one.losses, 1 - emitted / (length + 1), atol=1e-12)
+
+
 def test_wrong_arguments_are_refused():
     queue, good = DelayQueue(2, 3), np.full((2, 2), 0.5)
     for value in (-0.1, 1.1, float("nan"), float("inf")):

@@ -15,7 +15,7 @@ from test_lossless import MIXED, SMALLEST_P_VALUE, V, chain, law_of, p_values, t
 from test_lossless import pool as chain_pool
 from test_pool import batch_of
 from test_pool import pool as mixed_pool
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaForCausalLM, MistralConfig, Qwen3Config
 
 from hedgespec import Tree, algorithm, capture
 from hedgespec.config import MOST_CHILDREN, MOST_NODES, DecodeConfig
@@ -463,6 +463,63 @@ def test_the_drop_in_tells_of_the_path_only(target, tree, mode):
         count = min(one.get_seq_length(), other.get_seq_length())
         torch.testing.assert_close(one.keys[:, :, :count], other.keys[:, :, :count], atol=1e-9, rtol=0)
         torch.testing.assert_close(one.values[:, :, :count], other.values[:, :, :count], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"overlap": True}, {"learner": "exp3"}, {"learner": "ucb", "track_regret": True}], ids=str)
+def test_trees_go_with_the_other_options(target, options):
+    for tree, mode in (SHAPES[2], SHAPES[4]):
+        decoder = Decoder(target, mixed_pool(target, True), DecodeConfig(draft_length=3, tree=tree, mode=mode, **options))
+        out = decoder.generate(**batch_of(3), max_new_tokens=20, seed=0)
+        assert out.sequences.tolist() == target.generate(**batch_of(3), max_new_tokens=20, do_sample=False).tolist()
+        assert not any(one.failures for one in out.stats)
+        decoder.generate(**batch_of(3), max_new_tokens=12, temperature=1.0, seed=0)
+
+
+@pytest.mark.parametrize("fault", ["raises", "nan"])
+@pytest.mark.parametrize("method", ["prefill", "step"])
+def test_a_drafter_that_fails_in_a_tree_leaves_its_row(target, monkeypatch, method, fault):
+    """In the second row, in the midst of the text: the others go on with it, and nothing is emitted because of it."""
+    small = CausalLMDrafter(tiny_llama(seed=7, layers=1), target, name="small")
+    session, begun = small.session, []
+
+    def spoilt():
+        one = session()
+        begun.append(one)
+        if len(begun) == 2:
+            plain = getattr(one, method)
+
+            def fail(*arguments):
+                given = plain(*arguments)
+                if one.verified < 15:
+                    return given
+                return given * math.nan if fault == "nan" else 1 / 0
+
+            setattr(one, method, fail)
+        return one
+
+    monkeypatch.setattr(small, "session", spoilt)
+    decoder = Decoder(target, [small], DecodeConfig(draft_length=3, mode="argmax", tree=Tree(3, size=6)))
+    with pytest.warns(UserWarning, match="small is out of this request"):
+        out = decoder.generate(**batch_of(3), max_new_tokens=25, seed=0)
+    assert out.sequences.tolist() == target.generate(**batch_of(3), max_new_tokens=25, do_sample=False).tolist()
+    assert [len(one.failures) for one in out.stats] == [0, 1, 0]
+    choices = out.stats[1].choices
+    assert choices[-1] == -1 and choices[0] == 0
+
+
+@pytest.mark.parametrize("shape", [{}, {"tree": Tree(2)}, {"tree": Tree((2, 1, 1))}], ids=str)
+def test_rows_at_the_end_of_a_table_of_positions(shape):
+    """What fills up a short row lies past the target's context."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=None, eos_token_id=None,
+        initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    decoder = Decoder(model, [NGramDrafter(VOCABULARY)], DecodeConfig(draft_length=3, **shape))
+    prompts = torch.tensor([[3, 4, 3, 4, 3, 4, 3, 4], [5, 6, 7, 8, 9, 10, 11, 12], [1, 1, 1, 1, 1, 1, 1, 1]])
+    out = decoder.generate(prompts, max_new_tokens=32)
+    assert out.sequences.tolist() == model.generate(prompts, max_new_tokens=32, do_sample=False).tolist()
 
 
 def test_a_compiled_target_takes_trees(target, monkeypatch):

@@ -44,8 +44,9 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
     which = to_device(members, device)[:, None, None]
     limits = to_device([choice.draft_length for choice in choices], device)[:, None]
     drafting, given = part.lead(rows, members)
+    nothing, begun = Draft(which.new_empty(1, 0), None), set(drafting)
     if not drafting:
-        return [Draft(which.new_empty(1, 0), None)] * count
+        return [nothing] * count
     # The nodes that get children next, F of each row, at first the root: their numbers among all nodes and among those that
     # the drafter took in, their logarithmic likelihoods, whether they are any, and their logits.
     numbers = torch.full((count, 1), -1, device=device)
@@ -66,8 +67,9 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
             logits = _process(processed, rows, choices, logits, alive, paths)
             finite = logits.amax(-1).isfinite()  # not where nothing that the drafter can name is allowed
             logits, alive = torch.where(finite[..., None], logits, 0.0), alive & finite
-        children, threshold = min(tree.children(depth), logits.shape[2]), sampling.threshold(logits)
+        children, threshold = tree.children(depth), sampling.threshold(logits)
         if one_hot:
+            children = min(children, logits.shape[2])
             values, picks = logits.topk(children, dim=-1)
             valid = values.isfinite() if threshold is None else values.isfinite() & (values >= threshold[..., None])
         else:
@@ -81,7 +83,7 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
         valid = (valid & (alive & (depth < limits))[..., None]).flatten(1)
         if tree.size is not None:
             # By the drafter's own likelihoods; at temperature 0, which has none, by those of temperature 1.
-            log_probs = (logits / (sampling.temperature or 1.0)).log_softmax(-1).gather(-1, picks).clamp(max=0)
+            log_probs = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1).gather(-1, picks).clamp(max=0)
             scores = (scores[..., None] + log_probs).flatten(1).masked_fill(~valid, -torch.inf)
             nodes["scores"].append(scores)
         if part.maps is not None and processed is None:
@@ -118,6 +120,9 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
     widths = [None] * count if tree.size is None else _widths(tokens, parents, draft_length)
     drafts = []
     for row, member in enumerate(members):
+        if row not in begun:
+            drafts.append(nothing)
+            continue
         proposal = {"widths": widths[row]}
         if not one_hot:
             mapping = None if part.maps is None or processed is not None else part.map_of[member]

@@ -162,6 +162,8 @@ class EagleHead(EagleLayer, nn.Module):
                  name: str = "eagle", *, owns_embedding: bool = False):  # fmt: skip
         super().__init__()
         self.config, self.name = config, name
+        self.assumed: tuple[str, ...] = ()
+        """What a reader of its file had to make up."""
         self.vocab_size, self.aux_layers = config.vocab_size, config.aux_layers
         self._shared = (embed,)  # in a tuple: not registered, so neither saved nor moved with the head
         for name, shape in config.shapes.items():
@@ -195,6 +197,7 @@ class EagleHead(EagleLayer, nn.Module):
         like = LlamaConfig(
             hidden_size=width, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
             num_key_value_heads=config.num_key_value_heads, rope_parameters=scaling,
+            max_position_embeddings=int(scaling["factor"] * scaling.get("original_max_position_embeddings", 2048)),
         )  # fmt: skip
         with torch.device("cpu"):
             frequency, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](like, torch.device("cpu"))
