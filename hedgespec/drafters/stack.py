@@ -394,7 +394,7 @@ class StackSession:
         slots, count = now.positions - self.base[now.places], tokens.shape[1]
         asked = None if some is None else some[1]
         now.ends = slots + (count if some is None else np.minimum(some[0] + asked, count))
-        captured = self.graphs is not None and count <= MOST_CAPTURED
+        captured = self.graphs is not None and count <= MOST_CAPTURED and asked in (None, 1)
         spare = (1 << (count - 1).bit_length()) - count if captured else 0  # few shapes, few captures
         self._make_room(int(slots.max()) + count + spare)
         inputs = [tokens, features, now.index, *(to_device(one, tokens.device) for one in (now.positions, slots))]
@@ -410,7 +410,7 @@ class StackSession:
             bucket = self.keys.shape[1], self.keys.shape[3]
             self.keys, self.values = self.graphs.held(bucket, (self.keys, self.values))
             try:
-                states = self.graphs((*bucket, fused, *names, asked, *inputs[0].shape), run, *inputs)
+                states = self.graphs((*bucket, fused, *names, *inputs[0].shape), run, *inputs)
                 return tuple(one[..., :count, :].clone() for one in states)  # the next run may write where they are
             except NotCapturable as error:
                 warnings.warn(f"the heads run as they are, not captured: {error}", stacklevel=1)
