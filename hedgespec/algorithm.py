@@ -1,5 +1,5 @@
 """HedgeSpec on one page: no cache, no batch, loops, any dtype. `hedgespec/decoder/` must equal it token for token where all
-drafters are scored after every round, `evaluate_every=1`.
+drafters are scored after every round, `evaluate_every=1`, and the learner hears nothing of the prompt, `warm_start=0`.
 
 Models here are functions. `target(tokens)` is the target's logits [V] for the token after `tokens`. `drafter(verified,
 drafted)` is a drafter's logits [V] for the token after both; a head reads true features over `verified` and its own over

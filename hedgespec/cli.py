@@ -75,6 +75,7 @@ def generate(options: argparse.Namespace) -> None:
             mode=options.mode,
             learner=options.learner,
             evaluate_every=options.evaluate_every,
+            warm_start=options.warm_start,
             compile=options.compile,
             tree=_tree(options),
         )
@@ -609,6 +610,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_compile(add)
     add("--evaluate-every", metavar="m", type=_cadence, default=DecodeConfig.evaluate_every,
         help='rounds from one scoring of all drafters to the next, or "adaptive" (default: %(default)s)')  # fmt: skip
+    add("--warm-start", metavar="M", type=_number(int, 0), default=DecodeConfig.warm_start,
+        help="compare all drafters over the prompt's last M positions, before they draft (default: %(default)s)")  # fmt: skip
     _add_temperature(add)
     add("--top-k", metavar="k", type=_number(int, 1), help="keep the k likeliest tokens")
     add("--top-p", metavar="p", type=_number(float, 0, 1, above=True), help="keep the likeliest tokens of mass p")

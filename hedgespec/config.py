@@ -105,6 +105,13 @@ class DecodeConfig:
             sees the same losses later, which its delay queue allows. A learner that hears of all drafters switches only
             after one. "adaptive" begins with 1, doubles it up to 8 while the same drafter is drawn again, and goes back to
             1 when another one is.
+        warm_start: M, most of a prompt's last positions on which the learner hears of all drafters before the first round,
+            >= 0; 0 is the paper's. Target and drafters read the prompt anyway. Its tokens were not drawn from the target, so
+            what becomes of them says nothing: the loss of a position is 1 - acceptance_prob of sampled proposals at temperature
+            1, whatever the request's own, where a position tells most; each is an update like any other. Left out where a
+            `learner_state` is given, which holds a belief already, where a caller processes the target's logits, since a
+            processor's state must not see the prompt, and with a learner that does not hear of all drafters. A loss of its own
+            kind: regret and `DecodeStats.losses` are of the text alone. The text's distribution does not depend on it.
         drafter_window: most verified tokens of a request that each EAGLE head keeps in its cache, >= 16, which bounds its
             memory; the head then drafts as if the text began later. None keeps all.
         overlap: lets the next round begin while the drafters are being scored; the learner hears of it one round later,
@@ -131,6 +138,7 @@ class DecodeConfig:
     loss: str = "length"
     selection: str = "sample"
     evaluate_every: int | Literal["adaptive"] = "adaptive"
+    warm_start: int = 32
     drafter_window: int | None = None
     overlap: bool | None = None
     track_regret: bool = False
@@ -142,6 +150,7 @@ class DecodeConfig:
         if self.evaluate_every != "adaptive":
             _check_int("evaluate_every", self.evaluate_every, 1, ' or "adaptive"')
         _check_int("draft_length", self.draft_length, 1)
+        _check_int("warm_start", self.warm_start, 0)
         if self.drafter_window is not None:
             _check_int("drafter_window", self.drafter_window, 16, " or None")
         if self.overlap is not None and not isinstance(self.overlap, bool):

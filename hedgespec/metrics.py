@@ -41,6 +41,9 @@ class DecodeStats:
     """Completed losses in the order the learner took them, [F] of float64 [N]."""
     played: list[float] = field(default_factory=list)
     """Expected loss under the weights that the learner held when it took each of them, [F]."""
+    prompt_losses: list[np.ndarray] = field(default_factory=list)
+    """What the learner took from the prompt before the first round, see `DecodeConfig.warm_start`: one entry a position, of
+    float64 [N]. They are no part of `losses`, `played` and `regret`."""
     began: float = field(default_factory=time.perf_counter, repr=False)
     """When the request did, by `time.perf_counter`."""
     spans: list[tuple[str, float, float]] = field(default_factory=list, repr=False)
@@ -125,6 +128,7 @@ class DecodeStats:
             "seconds": self.seconds,
             "seconds_by_stage": self.seconds_by_stage,
             "drafter_cache_bytes": self.drafter_cache_bytes,
+            "prompt_losses": len(self.prompt_losses),
             "failures": self.failures,
         }
 

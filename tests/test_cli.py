@@ -268,6 +268,12 @@ def test_the_default_draft_length_is_five(stats, place):
     assert stats("0", "--max-new-tokens", 7, drafters=[place.twin])["stats"]["rounds"] == 1
 
 
+def test_warm_start(stats):
+    """Five positions of a prompt of six tokens: four of its own and the first emitted token's."""
+    for options, heard in (((), 5), (("--warm-start", 3), 3), (("--warm-start", 0), 0)):
+        assert stats("012345", "--max-new-tokens", 3, *options)["stats"]["prompt_losses"] == heard
+
+
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_learner_mode_and_compile_reach_the_decoder(learner, stats, monkeypatch):
     configs = []

@@ -240,9 +240,12 @@ def test_a_learner_goes_on_from_a_state(ours):
     asked = dict(max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
     stats = ours[0](**prompts(4), **asked).hedgespec
     states = [one.learner_state for one in stats]
+    learner = shared()[1].new_learner()
+    learner.load_state_dict(states[0])
     for given in (states[0], states):
         following = ours[0](**prompts(4), learner_state=given, **asked).hedgespec
-        assert (following[0].weights[0] != stats[0].weights[0]).any()
+        assert (following[0].weights[0] == learner.weights()).all()
+        assert len(stats[0].prompt_losses) > len(following[0].prompt_losses) == 0
     with pytest.raises(ValueError, match="learner_state: expected one for each of 4 rows, got 2"):
         ours[0](**prompts(4), learner_state=states[:2], **asked)
 

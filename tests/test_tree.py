@@ -418,7 +418,7 @@ def naive_score(p, logits, token, count, temperature, one_hot) -> tuple[float, f
 def test_the_decoder_equals_the_naive_one(target, tree, mode):
     small = CausalLMDrafter(tiny_llama(seed=7, layers=1), target, name="small")
     drafters = [tiny_head(target, 1), tiny_head(target, 2), small]
-    config = DecodeConfig(draft_length=3, mode=mode, tree=tree, evaluate_every=1, backend="reference")
+    config = DecodeConfig(draft_length=3, mode=mode, tree=tree, evaluate_every=1, warm_start=0, backend="reference")
     for seed, temperature in enumerate((0.8, 0.0)):
         prompt = prompt_of(seed)
         out = Decoder(target, drafters, config).generate(prompt, max_new_tokens=16, temperature=temperature, seed=seed)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from hedgespec.decoder import Decoder
 
 
+WARM = Sampling(temperature=1.0)
+"""At which drafters are compared with the target over a prompt, whatever the request's."""
 MOST_MAPS = 64
 """Stacked maps of drafters that drafted together, kept by a batch."""
 
@@ -45,9 +47,11 @@ class _Scores:
     rows: list[Row]
     counts: list[int]
     """Tokens of each row."""
+    of_prompt: bool
+    """Whether it is the warm start's."""
     parts: list[tuple[list[int], Callable[[], np.ndarray]]]
-    """Drafters, and what brings acceptance_prob, acceptance_ratio, of trees by depth, and last whether the drafter's logits of
-    the row were sound, float64 [3 or 2K + 1, n, R, T]."""
+    """Drafters, and what brings acceptance_prob, acceptance_ratio, of trees by depth, of a prompt the former alone, and last
+    whether the drafter's logits of the row were sound, float64 [3, 2K + 1 or 2, n, R, T]."""
 
 
 class Batch:
@@ -94,7 +98,11 @@ class Batch:
             emitted, _, _ = self._verify(logits, nothing, [NOBODY] * len(self.rows), [row.uniforms(1) for row in self.rows])
             going_on = [row for row in self.rows if row.scores_all and not row.finished]
             if going_on:
-                self.pool.score(going_on, [0] * len(going_on))
+                counts = [row.unscored_tokens for row in going_on]
+                scored = self.pool.score(going_on, counts)
+                if max(counts):
+                    self._evaluate(going_on, scored, of_prompt=True)
+                    self._observe(False)
         self._hand_out(emitted)
 
     def round(self) -> None:
@@ -153,17 +161,24 @@ class Batch:
         )
 
     def _read_prompts(self) -> torch.Tensor:
-        """The target's logits [B, 1, V] after each prompt."""
+        """The target's logits [B, 1, V] after each prompt. Those for the tokens of a row's warm start become its `unscored`."""
         new = [row.tokens[row.cached : row.length] for row in self.rows]
         counts = [len(tokens) for tokens in new]
+        warm = [row.warm_positions for row in self.rows]
+        most = max(1, *warm)
+        ends = [min(count, most) for count in counts]  # of a row's own logits
         if min(counts) < max(counts):
-            # The last tokens of all rows stand in one column only when they are read by themselves.
-            self.target.forward(stack(new, 0)[:, :-1], 1)
-            self.target.keep([count - 1 for count in counts])
-            new, counts = [tokens[-1:] for tokens in new], [1] * len(new)
-        logits = self.target.forward(torch.stack(new), 1)
+            # The last tokens of all rows stand in few columns only when they are read by themselves.
+            rest = [count - end for count, end in zip(counts, ends)]
+            self.target.forward(stack([tokens[:count] for tokens, count in zip(new, rest)], 0), 1)
+            self.target.keep(rest)
+            new, counts = [tokens[count:] for tokens, count in zip(new, rest)], ends
+        logits = self.target.forward(stack(new, 0), most)
         self.target.keep(counts)
-        return logits
+        for row, one, end, count in zip(self.rows, logits, ends, warm):
+            if row.scores_all:
+                row.unscored.append(one[end - count : end])
+        return torch.stack([one[end - 1 : end] for one, end in zip(logits, ends)])
 
     def _verify(
         self, logits: torch.Tensor, drafts: list[Draft], choices: Sequence[Choice], uniforms: Sequence[np.ndarray]
@@ -366,9 +381,11 @@ class Batch:
             backend=self.config.backend,
         )
 
-    def _evaluate(self, rows: list[Row], scored: Sequence[tuple[Heads | Singles, torch.Tensor]]) -> None:
+    def _evaluate(self, rows: list[Row], scored: Sequence[tuple[Heads | Singles, torch.Tensor]],
+                  of_prompt: bool = False) -> None:  # fmt: skip
         """Compares what all drafters had for the rows' unscored tokens, as `Pool.score` gives it, with the target; `_observe`
-        sees what comes of it."""
+        sees what comes of it. What is `of_prompt` is compared as `DecodeConfig.warm_start` says."""
+        sampling = WARM if of_prompt else self.sampling
         counts = [row.unscored_tokens for row in rows]
         target_logits = stack([torch.cat(row.unscored) for row in rows], 0)
         for row in rows:
@@ -376,9 +393,9 @@ class Batch:
         tokens = stack([row.tokens[row.length - count : row.length] for row, count in zip(rows, counts)], 0)
         lengths = None if min(counts) == max(counts) else to_device(counts, self.device)
         lifted = rows[0].request.process_drafts is not None
-        self.under_way.append(_Scores(rows, counts, []))
+        self.under_way.append(_Scores(rows, counts, of_prompt, []))
         with self.side.work(target_logits, tokens, lengths, *(logits for _, logits in scored)):
-            target_threshold = self.sampling.threshold(target_logits)
+            target_threshold = sampling.threshold(target_logits)
             for part, logits in scored:
                 finite = logits.amax(-1).isfinite()  # [n, R, T]
                 if not logits.is_cpu or not finite.all():
@@ -391,12 +408,15 @@ class Batch:
                 arguments = {
                     "lengths": lengths,
                     "draft_to_target": None if lifted else part.maps,
-                    "target_temperature": self.sampling.temperature,
-                    "drafter_temperature": self.sampling.temperature,
+                    "target_temperature": sampling.temperature,
+                    "drafter_temperature": sampling.temperature,
                     "target_threshold": target_threshold,
-                    "drafter_threshold": self.sampling.threshold(logits),
+                    "drafter_threshold": sampling.threshold(logits),
                 }
-                measured = self._measure(part, rows, target_logits, logits, tokens, arguments)
+                if of_prompt:  # the first of all scores: the overlap of distributions
+                    measured = evaluate(target_logits, logits, tokens, backend=self.config.backend, **arguments).scores[:1]
+                else:
+                    measured = self._measure(part, rows, target_logits, logits, tokens, arguments)
                 found = torch.cat([measured.double(), sound[None, :, :, None].expand_as(measured[:1])])
                 self.under_way[-1].parts.append((part.members, self.side.to_host(found)))
 
@@ -424,7 +444,8 @@ class Batch:
         while len(self.under_way) > later:
             one = self.under_way.pop(0)
             depths = 1 if self.config.tree is None else self.config.draft_length
-            scores = [np.zeros((2 * depths, len(row.drafters), count)) for row, count in zip(one.rows, one.counts)]
+            kinds = 1 if one.of_prompt else 2 * depths
+            scores = [np.zeros((kinds, len(row.drafters), count)) for row, count in zip(one.rows, one.counts)]
             for members, bring in one.parts:
                 *measured, sound = bring()
                 for place, (row, count) in enumerate(zip(one.rows, one.counts)):
@@ -434,6 +455,9 @@ class Batch:
                         if row.alive[drafter]:  # what a lost drafter is said to have scored is 0
                             scores[place][:, drafter] = [values[member, place, :count] for values in measured]
             for row, known in zip(one.rows, scores):
+                if one.of_prompt:
+                    row.warm_up(known[0])
+                    continue
                 row.observe(*(known if depths == 1 else (known[::2], known[1::2])))
                 row.may_switch = True
 

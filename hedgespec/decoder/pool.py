@@ -57,9 +57,9 @@ class Heads:
 
     def score(self, rows: Sequence[Row], counts: Sequence[int]) -> torch.Tensor:
         """Logits [n, R, T, Vd] that the members had for each row's last `counts` tokens, T of the longest; they take in all
-        that is verified. Nothing ([n, R, 0, Vd]) if the rows are at their prompts."""
+        that is verified. Of what was verified before, the counts have to be those of the tokens not yet scored."""
         places = [row.place for row in rows]
-        return self.session.score(places, *self._since(rows, self.session.scored[places]))
+        return self.session.score(places, *self._since(rows, self.session.scored[places]), counts)
 
     def lead(self, rows: Sequence[Row], members: Sequence[int]) -> tuple[list[int], torch.Tensor]:
         """Which of the rows draft, as places among them, and the logits [R', Vd] for their first tokens."""

@@ -144,6 +144,23 @@ class Row:
         """At the end, too: what is known by then is learned, for a next request to go on from."""
         return self.scores_all and (self.finished or (self.stats.rounds + 1) % self.every == 0)
 
+    @property
+    def warm_positions(self) -> int:
+        """Of the warm start, those before the first emitted token and the prompt's last ones. A head says nothing of its first
+        two tokens, nor of what lies behind its window."""
+        fresh = self.request.learner_state is None and self.request.process is None
+        if not fresh or self.learner.feedback != "full":
+            return 0
+        window = self.config.drafter_window
+        most = self.config.warm_start if window is None else min(self.config.warm_start, window - 1)
+        return min(most, self.prompt_length - self.cached - 1)
+
+    def warm_up(self, acceptance_prob: np.ndarray) -> None:
+        """Lets the learner hear how every drafter fared at the warm start's positions, float64 [N, T]."""
+        for losses in 1.0 - acceptance_prob.clip(max=1.0).T:
+            self.stats.prompt_losses.append(losses)
+            self.learner.update(losses)
+
     def observe(self, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray) -> None:
         """Hands the learner every drafter's completed losses. Both: float64 [N, T] of the tokens that come next; of draft trees
         [K, N, T], by depth."""

@@ -239,24 +239,30 @@ class StackSession:
             setattr(self, name, getattr(self, name).index_select(1, index))
         self.scored, self.taken, self.base = self.scored[rows], self.taken[:, rows], self.base[rows]
 
-    def score(self, rows: Sequence[int], tokens: Sequence[torch.Tensor], features: Sequence[torch.Tensor]) -> torch.Tensor:
+    def score(self, rows: Sequence[int], tokens: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
+              wanted: Sequence[int] | None = None) -> torch.Tensor:  # fmt: skip
         """All heads take in what they have not yet taken in together.
 
         Args:
             rows: R distinct rows of the batch, all of them at their first tokens or none.
             tokens: of each row int64 [T_r], from its token `scored` on, T_r >= 1 (at first 2).
             features: of each row [T_r, W], the target's hidden states before each token.
-        Returns: [N, R, max T_r, Vd]: the logits that each head had for each of these tokens, given what precedes it;
-            anything past a row's end. [N, R, 0, Vd] where the rows' first tokens are among them.
+            wanted: where the rows are at their first tokens: of how many of each row's last ones to return the logits, at most
+                T_r - 2, and less than the window; None: of none. Ignored elsewhere.
+        Returns: [N, R, T, Vd]: the logits that each head had for each of these tokens (at first the last `wanted` of them),
+            given what precedes it, T of the longest; anything past a row's end.
         """
         known, counts = self.scored[rows], np.array([len(one) for one in tokens])
-        fresh = bool(known[0] == 0)
         now = _Rows.at(rows, None, known, self.keys.device)
-        hidden, logits = self._take_in(now, tokens, features, last_only=fresh)
-        had = logits[:, :, :0]
-        if not fresh:
-            had = torch.cat([self.given[:, now.index, None], logits[:, :, :-1]], 2)
-            last = to_device(counts - 1, hidden.device)
+        if known[0] == 0:
+            asked = np.ones(len(rows), dtype=np.int64) if wanted is None else 1 + np.asarray(wanted)
+            hidden, logits = self._take_in(now, tokens, features, asked)
+            had, last = logits[:, :, :-1], asked - 1
+        else:
+            hidden, logits = self._take_in(now, tokens, features)
+            had, last = torch.cat([self.given[:, now.index, None], logits[:, :, :-1]], 2), counts - 1
+        if logits.shape[2] > 1:
+            last = to_device(last, hidden.device)
             hidden, logits = _at(hidden, last), _at(logits, last)
         self.given[:, now.index], self.features[:, now.index] = logits[:, :, 0], hidden[:, :, 0]
         self.scored[rows] += counts
@@ -281,7 +287,7 @@ class StackSession:
         if lacking:
             behind = now.some(lacking)
             news = [tokens[i] for i in lacking], [features[i] for i in lacking]
-            found, given = (states[:, 0] for states in self._take_in(behind, *news, last_only=True))
+            found, given = (states[:, 0] for states in self._take_in(behind, *news, np.ones(len(lacking), np.int64)))
             if behind is now:
                 logits, hidden = given, found
             else:
@@ -362,38 +368,41 @@ class StackSession:
         return attended.transpose(1, 2).flatten(0, 1)[:, :, None]
 
     def _take_in(self, now: _Rows, tokens: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
-                 last_only: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """`_forward` over verified tokens that follow `now.positions` of them, given by row."""
+                 asked: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """`_forward` over verified tokens that follow `now.positions` of them, given by row, of each of which the last `asked`
+        positions, int64 [R], are wanted; None: all."""
         skipped = (now.positions == 0).astype(np.int64)  # no feature precedes a row's first token
         if self.window is not None:
             wanted = zip(now.places.tolist(), now.positions.tolist(), map(len, tokens))
-            skipped = np.maximum(skipped, [self._forget(*one, last_only) for one in wanted])
+            skipped = np.maximum(skipped, [self._forget(*one, asked is not None) for one in wanted])
         now.positions = now.positions + skipped - 1
         tokens, features = ([one[skip:] for one, skip in zip(each, skipped)] for each in (tokens, features))
-        last = np.array([len(one) - 1 for one in tokens]) if last_only else None
+        some = None if asked is None else (np.array([len(one) for one in tokens]) - asked, int(asked.max()))
         tokens, features = pad_sequence(tokens, batch_first=True), pad_sequence(features, batch_first=True)
-        return self._forward(now, tokens, features, last, fused=False)
+        return self._forward(now, tokens, features, some, fused=False)
 
-    def _forward(self, now: _Rows, tokens: torch.Tensor, features: torch.Tensor, last: np.ndarray | None, *,
+    def _forward(self, now: _Rows, tokens: torch.Tensor, features: torch.Tensor, some: tuple[np.ndarray, int] | None, *,
                  fused: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The heads over tokens [R, T] that come at `now.positions`.
 
         Args:
             features: [R, T, W], the target's hidden states; where they are `fused` the heads' own, [R, T, H].
-            last: int64 [R], the one position of each row that is asked for; None asks for all.
-        Returns: hidden states [(N,) R, T or 1, H] and logits [(N,) R, T or 1, Vd]; no N where a row has one head.
+            some: from which position int64 [R] of each row on how many S are asked for; past a row's end comes anything. None
+                asks for all T.
+        Returns: hidden states [(N,) R, T or S, H] and logits [(N,) R, T or S, Vd]; no N where a row has one head.
         """
         slots, count = now.positions - self.base[now.places], tokens.shape[1]
-        now.ends = slots + (count if last is None else last + 1)
-        captured = self.graphs is not None and count <= MOST_CAPTURED
+        asked = None if some is None else some[1]
+        now.ends = slots + (count if some is None else np.minimum(some[0] + asked, count))
+        captured = self.graphs is not None and count <= MOST_CAPTURED and asked in (None, 1)
         spare = (1 << (count - 1).bit_length()) - count if captured else 0  # few shapes, few captures
         self._make_room(int(slots.max()) + count + spare)
         inputs = [tokens, features, now.index, *(to_device(one, tokens.device) for one in (now.positions, slots))]
-        optional = {"which": now.which, "last": None if last is None else to_device(last, tokens.device)}
+        optional = {"which": now.which, "first": None if some is None else to_device(some[0], tokens.device)}
         names = [name for name, one in optional.items() if one is not None]
 
         def run(*inputs: torch.Tensor, now: _Rows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-            return self._layer(*inputs[:5], **dict(zip(names, inputs[5:])), fused=fused, now=now)
+            return self._layer(*inputs[:5], **dict(zip(names, inputs[5:])), asked=asked, fused=fused, now=now)
 
         inputs += [optional[name] for name in names]
         if captured:
@@ -409,8 +418,9 @@ class StackSession:
         return run(*inputs, now=now)
 
     def _layer(self, tokens: torch.Tensor, features: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor,
-               slots: torch.Tensor, which: torch.Tensor | None = None, last: torch.Tensor | None = None, *, fused: bool,
-               now: _Rows | None = None, attend: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+               slots: torch.Tensor, which: torch.Tensor | None = None, first: torch.Tensor | None = None, *, fused: bool,
+               asked: int | None = None, now: _Rows | None = None,
+               attend: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """`_forward` on the device; without `now` its shapes are those of its arguments and the capacity, and no value decides
         what runs.
 
@@ -429,11 +439,12 @@ class StackSession:
         queries = rotary_append(qkv, stack.frequency, positions, slots, self.keys, self.values, rows, which)
         if stack.query_scale != 1:
             queries = queries * stack.query_scale
-        if last is not None and shape[1] > 1:
-            asked = _at(queries.transpose(-3, -2).flatten(-2), last)
-            queries = asked.unflatten(-1, queries.shape[-3::2]).transpose(-3, -2)
-            residual = _at(residual.unflatten(-2, shape), last).flatten(-3, -2)
-            slots, layer, shape = slots + last, stack.at(which), (shape[0], 1)
+        if asked is not None and shape[1] > 1:
+            wanted = _at(queries.transpose(-3, -2).flatten(-2), first, asked)
+            queries = wanted.unflatten(-1, queries.shape[-3::2]).transpose(-3, -2)
+            residual = _at(residual.unflatten(-2, shape), first, asked).flatten(-3, -2)
+            each = None if which is None else which.repeat_interleave(asked)
+            slots, layer, shape = slots + first, stack.at(each), (shape[0], asked)
         attended = (attend or self._attend)(queries, rows, slots, which, now).transpose(-3, -2).flatten(-2).flatten(-3, -2)
         own, logits = layer.answer(layer.leave(residual, attended))
         return own.unflatten(-2, shape), logits.unflatten(-2, shape)
@@ -488,9 +499,11 @@ class StackSession:
         return skipped
 
 
-def _at(states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """States [..., R, T, X] of each row at one position [R], [..., R, 1, X]."""
-    return states[..., torch.arange(len(position), device=states.device), position, :][..., None, :]
+def _at(states: torch.Tensor, first: torch.Tensor, count: int = 1) -> torch.Tensor:
+    """States [..., R, T, X] of each row from one position [R] on, [..., R, count, X]; past the last one that one again."""
+    positions = first[:, None] + torch.arange(count, device=states.device)
+    rows = torch.arange(len(first), device=states.device)[:, None]
+    return states[..., rows, positions.clamp(max=states.shape[-2] - 1), :]
 
 
 def _attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None):
