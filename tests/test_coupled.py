@@ -369,21 +369,43 @@ def test_temperature_0_is_greedy(target, config):
     assert [one.choices for one in out.stats] == [one.choices for one in argmax.stats]
 
 
-def test_losses_are_what_the_rounds_were_worth(target):
-    """Where heads are as good teacher-forced as drafting, a round emits what its first position's loss says: no chance is
-    left. Language models are."""
-    drafters = [CausalLMDrafter(tiny_llama(seed=7, layers=1), target, name="small"),
-                CausalLMDrafter(target, target, name="itself"), NGramDrafter(VOCABULARY)]  # fmt: skip
-    config = DecodeConfig(draft_length=3, mode="coupled", learner="uniform", track_regret=True, evaluate_every=1)
-    one = Decoder(target, drafters, config).generate(prompt_of(2), max_new_tokens=60, temperature=0.6, seed=1).stats[0]
-    starts = np.cumsum([0, *one.emitted_by_round])
-    told = 0
-    for start, chosen, emitted in zip(starts, one.choices, one.emitted_by_round):
-        if start < len(one.losses) and start + 4 < 59:  # the last rounds draft less
-            assert (1 - one.losses[start][chosen]) * 4 == pytest.approx(emitted)
-            told += 1
-    assert told > 10
-    assert len(set(one.emitted_by_round)) > 1
+@pytest.mark.parametrize("processed", [False, True])
+@pytest.mark.parametrize("tree", [None, Tree((3, 2, 2))])
+def test_losses_are_what_the_rounds_were_worth(tree, processed):
+    """These drafters are as good drafting as teacher-forced, so a round emits what its first position's loss says: no chance
+    is left. One has a vocabulary of its own."""
+    model = markov(seed=0)
+    config = DecodeConfig(draft_length=3, mode="coupled", learner="uniform", track_regret=True, evaluate_every=2, tree=tree)
+    decoder, names = Decoder(model, markov_pool(model, *MIXED), config), set()
+    prompt = torch.randint(3, (4, 6), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    biased = {"logits_processor": LogitsProcessorList([Bias(stateless=True)])} if processed else {}
+    out = model.generate(
+        prompt, do_sample=True, max_new_tokens=50, temperature=0.9, top_k=5, return_dict_in_generate=True,
+        custom_generate=decoder, **biased,
+    )  # fmt: skip
+    for one in out.hedgespec:
+        assert not one.failures
+        starts = np.cumsum([0, *one.emitted_by_round])
+        for start, chosen, emitted in zip(starts, one.choices, one.emitted_by_round):
+            if start < len(one.losses) and start + 4 < 49:  # the last rounds draft less
+                assert (1 - one.losses[start][chosen]) * 4 == pytest.approx(emitted)
+                names.add((chosen, emitted > 1))
+    assert names >= {(drafter, True) for drafter in range(4)} | {(1, False), (3, False)}
+
+
+@pytest.mark.parametrize("processed", [False, True])
+@pytest.mark.parametrize("tree", [None, Tree((2, 2, 1)), Tree(2, size=5)])
+def test_the_targets_own_law_is_accepted_throughout(tree, processed):
+    model = markov(seed=0)
+    config = DecodeConfig(draft_length=3, mode="coupled", learner="fixed", tree=tree)
+    decoder = Decoder(model, [CausalLMDrafter(model, model, name="itself")], config)
+    biased = {"logits_processor": LogitsProcessorList([Bias(stateless=True)])} if processed else {}
+    out = model.generate(
+        torch.tensor([[0, 1]]), do_sample=True, max_new_tokens=33, temperature=0.9, return_dict_in_generate=True,
+        top_k=0, custom_generate=decoder, **biased,
+    )  # fmt: skip
+    assert out.hedgespec[0].emitted_by_round == [4] * 8
 
 
 # Laws.
