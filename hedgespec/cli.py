@@ -602,11 +602,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_allow_pickle(add)
     add("--learner", choices=hedgespec.learners.NAMES, default=DecodeConfig.learner, help="(default: %(default)s)")
     add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
-        help="draft from the drafter's distribution or its argmax (default: %(default)s)")  # fmt: skip
+        help="draft from the drafter's distribution, its argmax, or coupled to the target by shared noise, with which a "
+        "seed's text is the same whatever the drafters (default: %(default)s)")  # fmt: skip
     _add_draft_length(add)
     add("--tree", metavar="C", type=_children,
         help="draft a tree in which every node has C children, or C,C,... by depth (default: a chain)")  # fmt: skip
-    add("--tree-size", metavar="M", type=_number(int, 1), help="keep the M likeliest nodes of the tree; needs --mode argmax")
+    add("--tree-size", metavar="M", type=_number(int, 1),
+        help="keep the M likeliest nodes of the tree; needs --mode argmax or coupled")  # fmt: skip
     _add_compile(add)
     add("--evaluate-every", metavar="m", type=_cadence, default=DecodeConfig.evaluate_every,
         help='rounds from one scoring of all drafters to the next, or "adaptive" (default: %(default)s)')  # fmt: skip

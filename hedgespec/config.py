@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 CHOICES = {
-    "mode": ("sampled", "argmax"),
+    "mode": ("sampled", "argmax", "coupled"),
     "estimator": ("exact", "product"),
     "loss": ("length", "acceptance_rate"),
     "selection": ("sample", "argmax"),
@@ -91,10 +91,12 @@ class DecodeConfig:
 
     Args:
         draft_length: K, most tokens drafted a round, >= 1.
-        mode: how the drafter proposes: "sampled" from its distribution, or its "argmax". Children in a tree are in the one case
-            independent samples, in the other the likeliest tokens, as they are at temperature 0 in both.
-        tree: a `hedgespec.Tree` of drafts, `draft_length` deep; None drafts a chain. A dynamic one takes mode "argmax". The
-            target needs an attention that takes a mask of its own ("sdpa" or "eager").
+        mode: how the drafter proposes: "sampled" from its distribution, its "argmax", or "coupled" to the target by noise that
+            both share. Coupled, a seed's text is the same whatever the drafters, the learner and the other options here, while
+            somewhat fewer drafted tokens are accepted than sampled. Children in a tree are independent samples, the likeliest
+            tokens, or the likeliest with the noise on top; at temperature 0 the likeliest in every mode.
+        tree: a `hedgespec.Tree` of drafts, `draft_length` deep; None drafts a chain. A dynamic one takes mode "argmax" or
+            "coupled". The target needs an attention that takes a mask of its own ("sdpa" or "eager").
         learner: a name from `hedgespec.learners.NAMES`.
         learner_options: keyword options of that learner.
         prior: belief in each drafter before the first loss, [N]; None is uniform.
@@ -164,8 +166,10 @@ class DecodeConfig:
             if not isinstance(self.tree, Tree):
                 raise TypeError(f"tree: expected a hedgespec.Tree or None, got {self.tree!r}")
             self.tree.check(self.draft_length)
-            if self.tree.size is not None and self.mode != "argmax":
-                raise ValueError(f'mode: expected "argmax" with a dynamic tree, whose nodes are ranked, got {self.mode!r}')
+            if self.tree.size is not None and self.mode == "sampled":
+                raise ValueError(
+                    f'mode: expected "argmax" or "coupled" with a dynamic tree, whose nodes are ranked, got {self.mode!r}'
+                )
         object.__setattr__(self, "learner_options", dict(self.learner_options))
         if self.prior is not None:
             object.__setattr__(self, "prior", tuple(float(value) for value in self.prior))

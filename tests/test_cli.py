@@ -284,17 +284,18 @@ def test_learner_mode_and_compile_reach_the_decoder(learner, stats, monkeypatch)
             super().__init__(target, drafters, config)
 
     monkeypatch.setattr(hedgespec, "Decoder", Spy)
-    for mode in ("sampled", "argmax"):
+    for mode in ("sampled", "argmax", "coupled"):
         # One token comes from the prompt's forward, and there is nothing yet to compile for.
         stats("0", "--learner", learner, "--mode", mode, "--max-new-tokens", 1, *["--compile"] * (mode == "argmax"))
     found = [(config.learner, config.mode, config.compile) for config in configs]
-    assert found == [(learner, "sampled", False), (learner, "argmax", True)]
+    assert found == [(learner, "sampled", False), (learner, "argmax", True), (learner, "coupled", False)]
 
 
 @pytest.mark.parametrize(
     ("options", "tree"),
     [(("--tree", 2), Tree(2)), (("--tree", "3,2"), Tree((3, 2))),
-     (("--tree", 4, "--tree-size", 6, "--mode", "argmax"), Tree(4, 6))],
+     (("--tree", 4, "--tree-size", 6, "--mode", "argmax"), Tree(4, 6)),
+     (("--tree", 4, "--tree-size", 6, "--mode", "coupled"), Tree(4, 6))],
 )  # fmt: skip
 def test_a_tree_reaches_the_decoder(options, tree, stats, monkeypatch):
     configs = []
@@ -390,7 +391,7 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["generate", "x", "--drafter", "klingon"], ["--drafter", "generalist", "ngram", "safetensors", "'klingon'"]),
         (["generate", "x", "--drafter", "ngram", "--drafter", "ngram"], ["--drafter", "once", "ngram"]),
         (["generate", "x", "--learner", "oracle"], ["--learner", "normal_hedge", "'oracle'"]),
-        (["generate", "x", "--mode", "guess"], ["--mode", "sampled", "argmax", "'guess'"]),
+        (["generate", "x", "--mode", "guess"], ["--mode", "sampled", "argmax", "coupled", "'guess'"]),
         (["generate", "x", "--draft-length", "0"], ["--draft-length", "an integer >= 1", "'0'"]),
         (["generate", "x", "--draft-length", "2.5"], ["--draft-length", "an integer >= 1", "'2.5'"]),
         (["generate", "x", "--tree", "2,x"], ["--tree", "an integer >= 1", "'x'"]),

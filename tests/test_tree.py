@@ -65,7 +65,7 @@ def test_what_a_tree_refuses():
         DecodeConfig(draft_length=4, tree=Tree(5))
     with pytest.raises(TypeError, match="tree: expected a hedgespec.Tree or None, got 4"):
         DecodeConfig(tree=4)
-    with pytest.raises(ValueError, match='mode: expected "argmax" with a dynamic tree'):
+    with pytest.raises(ValueError, match='mode: expected "argmax" or "coupled" with a dynamic tree'):
         DecodeConfig(tree=Tree(2, size=4))
 
 

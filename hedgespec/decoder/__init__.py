@@ -137,7 +137,7 @@ class Decoder:
             attention_mask: [B, P], 0 for the padding on the left of a row and 1 for its tokens; None: there is no padding.
             max_new_tokens: most tokens to emit for a row, >= 1.
             temperature, top_k, top_p, min_p: see `hedgespec.sampling.Sampling`; temperature 0 is greedy.
-            seed: of the uniforms that select, draft and verify; None draws a fresh one.
+            seed: of the uniforms that select, draft and verify, and of the noise in mode "coupled"; None draws a fresh one.
             eos_token_id: ids that end the text; the one that did is its last token. None takes those of the target's
                 generation config, an empty sequence takes none.
             pad_token_id: what fills up rows that end early; None takes that of the target's generation config, or else 0.

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from hedgespec.coupled import gumbel, perturb
 from hedgespec.decoder.pool import UNSOUND, Heads, Pool, Singles, no_draft
 from hedgespec.decoder.request import Request
 from hedgespec.decoder.row import NOBODY, Row
@@ -62,7 +63,10 @@ class Batch:
                  on_tokens: Callable[[int, list[int]], None] | None, warned: set[str]):  # fmt: skip
         drafters, self.config = decoder.drafters, decoder.config
         self.device, self.sampling, self.on_tokens = device_of(decoder.target), sampling, on_tokens
-        self.one_hot = self.config.mode == "argmax" or sampling.temperature == 0
+        self.coupled = self.config.mode == "coupled" and sampling.temperature > 0
+        self.one_hot = self.config.mode != "sampled" or sampling.temperature == 0
+        self.rule = Sampling() if self.coupled else sampling
+        """How tokens are drawn from logits as verification and evaluation see them: coupled, they hold the noise already."""
         # A view of the target as it is now: adapters and hooks may have come and gone since the last request.
         view = few_row_view(decoder.target)
         layers = (drafter.aux_layers for drafter in drafters)
@@ -71,6 +75,9 @@ class Batch:
             Row(index, request, drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
         ]
+        if self.coupled:  # before the uniforms, of which there are as many as rounds
+            for row in self.rows:
+                row.noise_key = int(row.uniforms(1)[0] * 2**53)
         self._place()
         self.pool = Pool(drafters, decoder.stacks(), self.rows, self.config)
         tree, length = self.config.tree, self.config.draft_length
@@ -95,7 +102,9 @@ class Batch:
                 self._load(past)
             logits = self._read_prompts()
             nothing = [no_draft(row) for row in self.rows]
-            emitted, _, _ = self._verify(logits, nothing, [NOBODY] * len(self.rows), [row.uniforms(1) for row in self.rows])
+            uniforms = [row.uniforms(1) for row in self.rows]
+            emitted, _, _ = self._verify(logits, nothing, [NOBODY] * len(self.rows), uniforms, self._noise(1))
+            self._spend_noise(emitted)
             going_on = [row for row in self.rows if row.scores_all and not row.finished]
             if going_on:
                 counts = [row.unscored_tokens for row in going_on]
@@ -114,7 +123,8 @@ class Batch:
             choices = [row.select(held, one) for row, held, one in zip(rows, weights, uniforms[:, 0].tolist())]
         with timed(stats, "draft"):
             to_draft = to_device(uniforms[:, 1 : 1 + self.draws], self.device)
-            drafts = self.pool.draft(choices, to_draft, self.sampling, self.one_hot)
+            noise = self._noise(1 + max(choice.draft_length for choice in choices))
+            drafts = self.pool.draft(choices, to_draft, self.sampling, self.one_hot, noise)
         with timed(stats, "verify"):
             last = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens[0]]) for row, draft in zip(rows, drafts)]
             tokens = stack(last, 0)
@@ -124,11 +134,16 @@ class Batch:
                 parents = stack([draft.tokens[0] if draft.parents is None else draft.parents[0] for draft in drafts], -1)
                 shape = ancestry(parents, self.config.draft_length)
                 logits = self.target.forward(tokens.clamp(min=0), tokens.shape[1], shape)
-            emitted, verified, paths = self._verify(logits, drafts, choices, uniforms[:, 1 + self.draws :])
+                if noise is not None:
+                    noise = noise[torch.arange(len(rows), device=self.device)[:, None], shape[0]]
+            emitted, verified, paths = self._verify(logits, drafts, choices, uniforms[:, 1 + self.draws :], noise)
             self.target.keep([len(tokens) for tokens in emitted], paths if self.config.tree is not None else None)
         for row, chunk in zip(rows, verified):
             if row.scores_all:
                 row.unscored.append(chunk)
+                if self.coupled:
+                    row.unscored_noise.append(row.noise[: len(chunk)])
+        self._spend_noise(emitted)
         if due := [row for row in rows if row.evaluation_is_due()]:
             with timed(stats, "prefill"):
                 scored = self.pool.score(due, [row.unscored_tokens for row in due])
@@ -147,6 +162,30 @@ class Batch:
     def _place(self) -> None:
         for place, row in enumerate(self.rows):
             row.place = place
+
+    def _noise(self, count: int) -> torch.Tensor | None:
+        """In mode "coupled" the noise [B, count, V] for every row's next tokens; else None. It is made once a position."""
+        if not self.coupled:
+            return None
+        lacks = [max(count - len(row.noise), 0) for row in self.rows]
+        known = [row.length + len(row.noise) for row in self.rows]
+        if any(lacks):
+            keys = [row.noise_key for row, lack in zip(self.rows, lacks) for _ in range(lack)]
+            positions = [first + number for first, lack in zip(known, lacks) for number in range(lack)]
+            made = gumbel(keys, positions, self.rows[0].vocabulary, self.device).split(lacks)
+            for row, new in zip(self.rows, made):
+                row.noise = torch.cat([row.noise, new])
+        return stack([row.noise[:count] for row in self.rows], 0)
+
+    def _spend_noise(self, emitted: Sequence[Sequence[int]]) -> None:
+        """The noise of what is emitted belongs to no token that comes."""
+        for row, tokens in zip(self.rows, emitted):
+            row.noise = row.noise[len(tokens) :]
+
+    def _perturb(self, logits: torch.Tensor, noise: torch.Tensor, maps: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits with the noise on top, as `rule` takes them."""
+        threshold = self.sampling.threshold(logits)
+        return perturb(logits, noise, temperature=self.sampling.temperature, threshold=threshold, draft_to_target=maps)
 
     def _load(self, past: DynamicCache) -> None:
         """Takes over what a cache holds of the padded prompts; the last token of each is left to be read."""
@@ -181,8 +220,9 @@ class Batch:
         return torch.stack([one[end - 1 : end] for one, end in zip(logits, ends)])
 
     def _verify(
-        self, logits: torch.Tensor, drafts: list[Draft], choices: Sequence[Choice], uniforms: Sequence[np.ndarray]
-    ) -> tuple[list[list[int]], list[torch.Tensor], list[list[int]]]:
+        self, logits: torch.Tensor, drafts: list[Draft], choices: Sequence[Choice], uniforms: Sequence[np.ndarray],
+        noise: torch.Tensor | None = None,
+    ) -> tuple[list[list[int]], list[torch.Tensor], list[list[int]]]:  # fmt: skip
         """Emits what the target makes of every row's draft.
 
         Args:
@@ -191,19 +231,25 @@ class Batch:
             choices: who drafted, by row.
             uniforms: by row, at least one for each drafted token, and the last one draws the token that follows; of a tree
                 those of `verify_tree`.
-        Returns: by row, the emitted tokens, the target's processed logits [emitted, V] at their positions, and these among
-            those of `logits`.
+            noise: in mode "coupled", of the token that each of `logits` scores, [B, at least K+1, V].
+        Returns: by row, the emitted tokens, the target's processed logits [emitted, V] at their positions, with the noise, and
+            these among those of `logits`.
         """
         emitted: list[list[int]] = [[]] * len(self.rows)
         verified: list[torch.Tensor] = [logits[0, :0]] * len(self.rows)
         paths: list[list[int]] = [[]] * len(self.rows)
         together: dict[tuple | None, list[int]] = {}
+        given = logits
+        if noise is not None and any(row.request.process is None for row in self.rows):
+            logits = self._perturb(given, noise[:, : given.shape[1]])
         for place, (row, draft) in enumerate(zip(self.rows, drafts)):
             if row.request.process is not None:
                 usable = draft.tokens.shape[1] if draft.usable is None else int(draft.usable)
                 self._lose_the_unsound(row, choices[place], draft, usable)
                 walk = self._walk if draft.parents is None else self._walk_tree
-                emitted[place], verified[place], paths[place] = walk(row, logits[place], draft, usable, uniforms[place])
+                emitted[place], verified[place], paths[place] = walk(
+                    row, given[place], draft, usable, uniforms[place], None if noise is None else noise[place]
+                )
             else:
                 alike = (draft.parents is not None,)
                 if draft.logits is not None:
@@ -277,7 +323,7 @@ class Batch:
         return results
 
     def _walk(
-        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray
+        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray, noise: torch.Tensor | None
     ) -> tuple[list[int], torch.Tensor, list[int]]:
         """Verifies one draft token by token, so that the row's processors see every emitted token once, and no other."""
         emitted: list[int] = []
@@ -285,7 +331,7 @@ class Batch:
         drafted = min(draft.tokens.shape[1], usable)
         for position in range(drafted + 1):
             here = slice(position, min(position + 1, drafted))  # nothing at the bonus position
-            verified.append(row.request.process(row.seen, logits[position : position + 1]))
+            verified.append(self._processed(row, logits, position, noise))
             # A chain of one token asks for a bonus position too, which is not looked at: the walk goes on there.
             target_logits = verified[-1].expand(1 + here.stop - here.start, -1)[None]
             draft_logits = None if draft.logits is None or position == drafted else draft.logits[:, here]
@@ -298,7 +344,7 @@ class Batch:
         return emitted, torch.cat(verified), list(range(len(emitted)))
 
     def _walk_tree(
-        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray
+        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray, noise: torch.Tensor | None
     ) -> tuple[list[int], torch.Tensor, list[int]]:
         """`_walk` of a tree, of which at each node only its children are looked at."""
         emitted: list[int] = []
@@ -309,7 +355,7 @@ class Batch:
             row.saw_tree(draft.widths.tolist())
         for depth in range(self.config.draft_length + 1):
             path.append(node + 1)
-            verified.append(row.request.process(row.seen, logits[path[-1] : path[-1] + 1]))
+            verified.append(self._processed(row, logits, path[-1], noise))
             children = [place for place, parent in enumerate(parents) if parent == node and tokens[place] >= 0]
             index = to_device(children, self.device).long()
             target_logits = verified[-1].expand(1 + len(children), -1)[None]
@@ -331,6 +377,12 @@ class Batch:
             node = children[int(verdict.path[0, 0])]
         return emitted, torch.cat(verified), path
 
+    def _processed(self, row: Row, logits: torch.Tensor, place: int, noise: torch.Tensor | None) -> torch.Tensor:
+        """One of the target's logits as the row's processors leave them, with its noise, [1, V]."""
+        here = slice(place, place + 1)
+        logits = row.request.process(row.seen, logits[here])
+        return logits if noise is None else self._perturb(logits, noise[here])
+
     def _maps(self, maps: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The maps of alike drafts, [B, Vd], or [Vd] where all have the same, or None.
 
@@ -351,13 +403,13 @@ class Batch:
             draft_tokens,
             draft_logits,
             to_device(uniforms, self.device),
-            mode=self.config.mode,
+            mode="sampled" if self.config.mode == "sampled" else "argmax",
             lengths=lengths,
             draft_to_target=mapping,
-            target_temperature=self.sampling.temperature,
-            draft_temperature=self.sampling.temperature,
-            target_threshold=self.sampling.threshold(target_logits),
-            draft_threshold=None if draft_logits is None else self.sampling.threshold(draft_logits),
+            target_temperature=self.rule.temperature,
+            draft_temperature=self.rule.temperature,
+            target_threshold=self.rule.threshold(target_logits),
+            draft_threshold=None if draft_logits is None else self.rule.threshold(draft_logits),
             backend=self.config.backend,
         )
 
@@ -374,10 +426,10 @@ class Batch:
             mode="argmax" if draft_logits is None else "sampled",
             origins=origins,
             draft_to_target=mapping,
-            target_temperature=self.sampling.temperature,
-            draft_temperature=self.sampling.temperature,
-            target_threshold=self.sampling.threshold(target_logits),
-            draft_threshold=None if draft_logits is None else self.sampling.threshold(draft_logits),
+            target_temperature=self.rule.temperature,
+            draft_temperature=self.rule.temperature,
+            target_threshold=self.rule.threshold(target_logits),
+            draft_threshold=None if draft_logits is None else self.rule.threshold(draft_logits),
             backend=self.config.backend,
         )
 
@@ -385,17 +437,19 @@ class Batch:
                   of_prompt: bool = False) -> None:  # fmt: skip
         """Compares what all drafters had for the rows' unscored tokens, as `Pool.score` gives it, with the target; `_observe`
         sees what comes of it. What is `of_prompt` is compared as `DecodeConfig.warm_start` says."""
-        sampling = WARM if of_prompt else self.sampling
+        rule = WARM if of_prompt else self.rule
         counts = [row.unscored_tokens for row in rows]
         target_logits = stack([torch.cat(row.unscored) for row in rows], 0)
+        noise = None if of_prompt or not self.coupled else stack([torch.cat(row.unscored_noise) for row in rows], 0)
         for row in rows:
             row.unscored.clear()
+            row.unscored_noise.clear()
         tokens = stack([row.tokens[row.length - count : row.length] for row, count in zip(rows, counts)], 0)
         lengths = None if min(counts) == max(counts) else to_device(counts, self.device)
         lifted = rows[0].request.process_drafts is not None
         self.under_way.append(_Scores(rows, counts, of_prompt, []))
-        with self.side.work(target_logits, tokens, lengths, *(logits for _, logits in scored)):
-            target_threshold = sampling.threshold(target_logits)
+        with self.side.work(target_logits, tokens, lengths, noise, *(logits for _, logits in scored)):
+            target_threshold = rule.threshold(target_logits)
             for part, logits in scored:
                 finite = logits.amax(-1).isfinite()  # [n, R, T]
                 if not logits.is_cpu or not finite.all():
@@ -405,13 +459,16 @@ class Batch:
                 sound = finite.all(-1)
                 if lifted:
                     logits = self._process(rows, counts, part.members, logits)
+                maps = None if lifted else part.maps
+                if noise is not None:
+                    logits = self._perturb(logits, noise, None if maps is None else maps[:, None, None])
                 arguments = {
                     "lengths": lengths,
-                    "draft_to_target": None if lifted else part.maps,
-                    "target_temperature": sampling.temperature,
-                    "drafter_temperature": sampling.temperature,
+                    "draft_to_target": maps,
+                    "target_temperature": rule.temperature,
+                    "drafter_temperature": rule.temperature,
                     "target_threshold": target_threshold,
-                    "drafter_threshold": sampling.threshold(logits),
+                    "drafter_threshold": rule.threshold(logits),
                 }
                 if of_prompt:  # the first of all scores: the overlap of distributions
                     measured = evaluate(target_logits, logits, tokens, backend=self.config.backend, **arguments).scores[:1]
@@ -426,7 +483,7 @@ class Batch:
         tree, backend = self.config.tree, self.config.backend
         if tree is None:
             scores = evaluate(target_logits, logits, tokens, backend=backend, **arguments).scores
-            return scores[slice(2, 4) if self.config.mode == "argmax" else slice(2)]
+            return scores[slice(2) if self.config.mode == "sampled" else slice(2, 4)]
         if self.one_hot:
             scores = evaluate(target_logits, logits, tokens, top_k=tree.widest, backend=backend, **arguments).scores[4:]
         else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hedgespec.config import Tree
+from hedgespec.coupled import perturb
 from hedgespec.decoder.row import Row
 from hedgespec.records import Choice, Draft
 from hedgespec.sampling import Sampling
@@ -25,7 +26,8 @@ Processed = Callable[[Row, int, torch.Tensor, Sequence[torch.Tensor]], torch.Ten
 
 
 def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], uniforms: torch.Tensor, sampling: Sampling,
-         one_hot: bool, tree: Tree, draft_length: int, processed: Processed | None) -> list[Draft]:  # fmt: skip
+         one_hot: bool, tree: Tree, draft_length: int, processed: Processed | None,
+         noise: torch.Tensor | None = None) -> list[Draft]:  # fmt: skip
     """A draft tree for each row.
 
     Args:
@@ -38,11 +40,14 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
         tree: its shape.
         draft_length: K, most that any row drafts.
         processed: what the target's processors make of a drafter's logits; None where there are none.
+        noise: float32 [R, at least K, V] that comes on top of logits, by depth, see `perturb`; None: nothing does.
     """
     device, count, depths = uniforms.device, len(rows), max(choice.draft_length for choice in choices)
     members = [part.members.index(choice.drafter) for choice in choices]
     which = to_device(members, device)[:, None, None]
     limits = to_device([choice.draft_length for choice in choices], device)[:, None]
+    maps = None if part.maps is None or processed is not None else part.maps[which[:, :, 0]]  # [R, 1, Vd]
+    rule = sampling if noise is None else Sampling()
     drafting, given = part.lead(rows, members)
     nothing, begun = Draft(which.new_empty(1, 0), None), set(drafting)
     if not drafting:
@@ -67,7 +72,12 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
             logits = _process(processed, rows, choices, logits, alive, paths)
             finite = logits.amax(-1).isfinite()  # not where nothing that the drafter can name is allowed
             logits, alive = torch.where(finite[..., None], logits, 0.0), alive & finite
-        children, threshold = tree.children(depth), sampling.threshold(logits)
+        if noise is not None:
+            logits = perturb(
+                logits, noise[:, depth, None], temperature=sampling.temperature, threshold=sampling.threshold(logits),
+                draft_to_target=maps,
+            )  # fmt: skip
+        children, threshold = tree.children(depth), rule.threshold(logits)
         if one_hot:
             children = min(children, logits.shape[2])
             values, picks = logits.topk(children, dim=-1)
@@ -76,14 +86,15 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
             own = uniforms[:, drawn : drawn + logits.shape[1] * children]
             drawn += own.shape[1]
             own = own.view(count, -1, children)
-            picks = sample(logits, own, temperature=sampling.temperature, threshold=threshold)
+            picks = sample(logits, own, temperature=rule.temperature, threshold=threshold)
             valid = torch.ones_like(picks, dtype=torch.bool)
             sources.append(logits)
             origins.append(numbers.masked_fill(~alive, -2))
         valid = (valid & (alive & (depth < limits))[..., None]).flatten(1)
         if tree.size is not None:
-            # By the drafter's own likelihoods; at temperature 0, which has none, by those of temperature 1.
-            log_probs = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1).gather(-1, picks).clamp(max=0)
+            # By the drafter's own likelihoods; at temperature 0, which has none, by those of temperature 1. With noise it is as
+            # at temperature 0: what leads by more is the likelier to lead under the target as well.
+            log_probs = (logits.float() / (rule.temperature or 1.0)).log_softmax(-1).gather(-1, picks).clamp(max=0)
             scores = (scores[..., None] + log_probs).flatten(1).masked_fill(~valid, -torch.inf)
             nodes["scores"].append(scores)
         if part.maps is not None and processed is None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from hedgespec.config import DecodeConfig
+from hedgespec.coupled import perturb
 from hedgespec.decoder.grow import grow
 from hedgespec.decoder.row import Row, draft_width
 from hedgespec.drafters import Drafter, DrafterSession
@@ -245,7 +246,8 @@ class Pool:
         scored = [self._or_apart(number, _score, rows, counts) for number in range(len(self.parts))]
         return list(zip(self.parts, scored))
 
-    def draft(self, choices: Sequence[Choice], uniforms: torch.Tensor, sampling: Sampling, one_hot: bool) -> list[Draft]:
+    def draft(self, choices: Sequence[Choice], uniforms: torch.Tensor, sampling: Sampling, one_hot: bool,
+              noise: torch.Tensor | None = None) -> list[Draft]:  # fmt: skip
         """What each row's chosen drafter proposes; nothing where none is chosen or it fails.
 
         Args:
@@ -253,16 +255,18 @@ class Pool:
             uniforms: floating [B, K]: row b's k-th draws its k-th token; of a tree see `grow`.
             sampling: of all rows.
             one_hot: proposals are the drafters' likeliest tokens.
+            noise: float32 [B, at least K, V] that comes on top of their logits first, see `perturb`; None: nothing does.
         """
         draft_with = self._draft_with if self.config.tree is None else self._grow_with
         drafts = [no_draft(row) for row in self.rows]
         for number, part in enumerate(self.parts):
             places = [place for place, choice in enumerate(choices) if choice.drafter in part.members]
             if places:
-                own = uniforms[_places(places, self.rows, uniforms.device)]
+                at = _places(places, self.rows, uniforms.device)
+                own, own_noise = uniforms[at], None if noise is None else noise[at]
                 chosen = [choices[place] for place in places]
                 rows = [self.rows[place] for place in places]
-                found = self._or_apart(number, draft_with, rows, chosen, own, sampling, one_hot)
+                found = self._or_apart(number, draft_with, rows, chosen, own, sampling, one_hot, own_noise)
                 for place, draft in zip(places, found):
                     drafts[place] = draft
         return drafts
@@ -281,15 +285,15 @@ class Pool:
         return call(self.parts[number], *arguments)
 
     def _grow_with(self, part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], uniforms: torch.Tensor,
-                   sampling: Sampling, one_hot: bool) -> list[Draft]:  # fmt: skip
+                   sampling: Sampling, one_hot: bool, noise: torch.Tensor | None) -> list[Draft]:  # fmt: skip
         """Trees for rows that all draft with the same part."""
         processed = None if rows[0].request.process_drafts is None else _processed
         return grow(
-            part, rows, choices, uniforms, sampling, one_hot, self.config.tree, self.config.draft_length, processed
+            part, rows, choices, uniforms, sampling, one_hot, self.config.tree, self.config.draft_length, processed, noise
         )  # fmt: skip
 
     def _draft_with(self, part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], uniforms: torch.Tensor,
-                    sampling: Sampling, one_hot: bool) -> list[Draft]:  # fmt: skip
+                    sampling: Sampling, one_hot: bool, noise: torch.Tensor | None) -> list[Draft]:  # fmt: skip
         """`draft` for rows that all draft with the same part."""
         processed, device = rows[0].request.process_drafts is not None, uniforms.device
         members = [part.members.index(choice.drafter) for choice in choices]
@@ -316,6 +320,13 @@ class Pool:
                 given = torch.cat([given[place] for place in there])
                 drafting, likeliest = [drafting[place] for place in there], given.argmax(-1)
             own = _places(drafting, rows, device)
+            if noise is not None:
+                maps = None if part.maps is None or processed else part.maps[which[own]]
+                given = perturb(
+                    given, noise[own, position], temperature=sampling.temperature, threshold=sampling.threshold(given),
+                    draft_to_target=maps,
+                )  # fmt: skip
+                likeliest = given.argmax(-1)
             if one_hot:
                 drawn = likeliest
             else:

@@ -71,6 +71,12 @@ class Row:
         """Dynamic trees drafted, and their children of the likeliest node at each depth, summed, [K]."""
         self.unscored: list[torch.Tensor] = []
         """The target's logits, chunks [T, V], of the verified tokens on which the drafters are not scored yet."""
+        self.unscored_noise: list[torch.Tensor] = []
+        """In mode "coupled": their noise, likewise."""
+        self.noise_key = 0
+        """In mode "coupled": what the row's noise depends on beside position and token."""
+        self.noise = self.padded.new_empty(0, vocabulary, dtype=torch.float32)
+        """What is known of the noise for the tokens that come next, [k, V]."""
 
     @property
     def sequence(self) -> torch.Tensor:
@@ -194,7 +200,7 @@ class Row:
         self.stats.emitted_tokens = self.length - self.prompt_length
         self.stats.learner_state = self.learner.state_dict()
         self.stats.seconds, self.stats.drafter_cache_bytes = seconds, drafter_cache_bytes
-        self.features, self.unscored = {}, []
+        self.features, self.unscored, self.unscored_noise, self.noise = {}, [], [], self.noise[:0].clone()
 
     @contextmanager
     def quarantine(self, drafter: int) -> Iterator[None]:
