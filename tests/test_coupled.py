@@ -333,7 +333,7 @@ def test_a_text_goes_on_as_it_would_have(target):
 
 def test_a_state_and_a_failure_leave_the_text_alone(target):
     arguments = {"max_new_tokens": 30, "temperature": 1.0, "seed": 2}
-    config = DecodeConfig(mode="coupled")
+    config = DecodeConfig(mode="coupled", warm_start=0)
     first = Decoder(target, pool(target), config).generate(prompt_of(3), **arguments)
     state = first.stats[0].learner_state
     again = Decoder(target, pool(target), config).generate(prompt_of(3), learner_state=state, **arguments)
