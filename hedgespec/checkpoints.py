@@ -23,6 +23,9 @@ from hedgespec.errors import CheckpointError
 
 LAYOUTS = ("eagle3", "eagle", "speculators")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
+WEIGHTS = (".safetensors", *PICKLES)
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+"""Of the hub."""
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64", "BOOL": "bool"}
 """Of safetensors, as torch calls them."""
 SCALINGS = ("linear", "llama3", "yarn")
@@ -235,7 +238,7 @@ def _find(path: str | Path, allow_pickle: bool, revision: str | None, *, local: 
     place = Path(path)
     name = place.resolve().name if place.is_dir() else place.resolve().parent.name if place.is_file() else str(path)
     if not place.exists():
-        if local or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        if local or not REPOSITORY.fullmatch(str(path)):
             raise CheckpointError(f"path: expected a folder, a file or a repository of the hub, found none at {path}")
         place, name = _download(str(path), allow_pickle, revision), str(path).rpartition("/")[2]
     folder = place if place.is_dir() else place.parent

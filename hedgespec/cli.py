@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -247,17 +246,11 @@ def doctor(options: argparse.Namespace) -> None:
 
 # Models
 
-WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".pkl", ".pickle")
-"""Endings of names that are meant as a file even where there is none."""
-
-
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-"""Of the hub."""
-
 
 def _load(target_folder: Path | None, specs: Sequence[str] | None, allow_pickle: bool) -> tuple[Any, Any, list]:
     """The target, its tokenizer and the drafters; names are checked before anything is read."""
     from hedgespec import zoo
+    from hedgespec.checkpoints import REPOSITORY, WEIGHTS
     from hedgespec.zoo.target import load_target
 
     specs = specs or zoo.NAMES
@@ -280,7 +273,7 @@ def _load(target_folder: Path | None, specs: Sequence[str] | None, allow_pickle:
 
 def _load_drafter(spec: str, target, tokenizer, allow_pickle: bool):
     from hedgespec import zoo
-    from hedgespec.checkpoints import is_head, load_drafter
+    from hedgespec.checkpoints import PICKLES, WEIGHTS, is_head, load_drafter
     from hedgespec.drafters.causal_lm import CausalLMDrafter
     from hedgespec.drafters.ngram import NGramDrafter
     from hedgespec.zoo.storage import load_head
@@ -291,8 +284,8 @@ def _load_drafter(spec: str, target, tokenizer, allow_pickle: bool):
     if spec not in zoo.NAMES and (absent or is_head(spec, allow_pickle=allow_pickle)):
         return load_drafter(spec, target, allow_pickle=allow_pickle)
     if spec not in zoo.NAMES and Path(spec).is_dir():
-        pickled = not any(Path(spec).glob("*.safetensors")) and any(Path(spec).glob("*.bin"))
-        if pickled and not allow_pickle:
+        endings = {file.suffix for file in Path(spec).iterdir()}
+        if not allow_pickle and ".safetensors" not in endings and not endings.isdisjoint(PICKLES):
             raise CheckpointError(
                 f"--drafter: expected a folder with a causal language model in safetensors, or an EAGLE head, got {spec} with "
                 "pickled weights, which may run code when read: those of a head --allow-pickle reads, restricted to tensors"

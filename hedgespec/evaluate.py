@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from hedgespec.backends import register_kernels, resolve
+from hedgespec.backends import register, register_kernels, resolve
 from hedgespec.checks import (
     FLOATING,
     check_ids,
@@ -244,6 +244,7 @@ def multi_draft_acceptance(
     drafter_temperature: float | torch.Tensor = 1.0,
     target_threshold: torch.Tensor | None = None,
     drafter_threshold: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Acceptance of a node whose children are samples of the drafter, verified one after another by recursive rejection.
 
@@ -259,7 +260,7 @@ def multi_draft_acceptance(
 
     Args:
         samples: m >= 1, most children of a node.
-        The rest: see `evaluate`; where a definition is needed it is the one there.
+        The rest: see `evaluate`; where a definition is needed it is the one there. There is the reference backend only.
 
     Returns:
         [2m, N, B, T] on the logits' device, in float64 if any logits are float64, else in float32: row 2(j-1) is the
@@ -268,6 +269,7 @@ def multi_draft_acceptance(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value.
+        BackendUnavailableError: a backend asked for by name that there is not.
 
     Source: SpecInfer, arXiv 2305.09781, for the verification; the closed form is ours.
     """
@@ -276,10 +278,17 @@ def multi_draft_acceptance(
         target_threshold, drafter_threshold,
     )  # fmt: skip
     _check_count("samples", samples)
+    dtype = rarer(target_logits.dtype, drafter_logits.dtype)
+    run = resolve("multi_draft_acceptance", backend, target_logits.device.type, dtype)
     laws = _laws(
         target_logits, drafter_logits, tokens, lengths, draft_to_target, target_temperature, drafter_temperature,
         target_threshold, drafter_threshold,
     )  # fmt: skip
+    return run(laws, samples)
+
+
+def _multi_draft_acceptance(laws: _Laws, samples: int) -> torch.Tensor:
+    """`multi_draft_acceptance` in plain torch."""
     draft_probs, scores = laws.draft.exp(), []
     proposed, rejected = torch.zeros_like(laws.log_ratio), torch.ones_like(laws.log_ratio)  # a_i, c_i
     for _ in range(samples):
@@ -467,3 +476,4 @@ def _check_count(name: str, count: int, most: int | None = None) -> None:
 
 
 register_kernels("evaluate", evaluate_reference)
+register("multi_draft_acceptance", "reference", lambda: _multi_draft_acceptance)

@@ -40,6 +40,11 @@ def check_target(model) -> None:
         raise ValueError(f"target: expected a model that takes past_key_values, got {type(model).__name__}")
 
 
+def context_of(model) -> int | None:
+    """Positions that the model knows; None where it does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def device_of(model) -> torch.device:
     """Where the model reads its tokens, which `model.device` cannot tell while accelerate keeps the embeddings elsewhere."""
     if model.device.type != "meta":
@@ -212,7 +217,7 @@ class TargetSession:
         """Whether a captured forward can read them: behind a prompt, and within the positions that the model knows."""
         if self.captured is None or count > self.captures.count or not self.cache.layers:
             return False
-        most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        most = context_of(self.model)
         return most is None or max(self.cache.lengths) + self.captures.count <= most
 
     def _forward_fixed(self, tokens: torch.Tensor, tree: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
@@ -251,7 +256,7 @@ class TargetSession:
     def _known(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions within the target's context. What fills up a row to the longest may lie past it, and a table of positions
         has no entry there."""
-        most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        most = context_of(self.model)
         return positions if most is None else positions.clamp(max=most - 1)
 
     def keep(self, counts: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:

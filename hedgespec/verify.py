@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hedgespec.backends import register_kernels, resolve
+from hedgespec.backends import register, register_kernels, resolve
 from hedgespec.checks import (
     FLOATING,
     WIDE,
@@ -125,9 +125,7 @@ def verify(
         if draft_to_target is None:
             draft_vocabulary = vocabulary
         else:
-            per_row = isinstance(draft_to_target, Tensor) and draft_to_target.dim() == 2
-            shape = (batch, draft_vocabulary) if per_row else (draft_vocabulary,)
-            draft_to_target = check_map("draft_to_target", draft_to_target, shape, device, vocabulary, distinct=False)
+            draft_to_target = _check_draft_map(draft_to_target, batch, draft_vocabulary, device, vocabulary)
         check_tensor("draft_logits", draft_logits, FLOATING, (batch, draft_length, draft_vocabulary), device)
     elif mode == "sampled" and draft_length > 0 and not _is_zero(target_temperature):
         raise wrong("draft_logits", 'a tensor in mode "sampled" with a target temperature above 0', None)
@@ -224,8 +222,8 @@ def verify_tree(
         depth: of the deepest node, D >= 1.
         mode: how children were proposed, "argmax" (the likeliest, or any distinct tokens) or "sampled".
         origins: int64 [B, P], the nodes whose children were drawn from `draft_logits`, -1 for the root, -2 for none.
-        draft_to_target, target_temperature, draft_temperature, draft_threshold, backend: as in `verify`; the backend is that
-            of the draws of mode "argmax".
+        draft_to_target, target_temperature, draft_temperature, draft_threshold, backend: as in `verify`. Mode "argmax" runs on
+            the backends of `verify`, mode "sampled" has the reference only.
         target_threshold: floating [B, M+1].
 
     Returns:
@@ -266,19 +264,25 @@ def verify_tree(
     check_tensor("draft_logits", draft_logits, FLOATING, (batch, rows, draft_vocabulary), device)
     check_tensor("origins", origins, (torch.int64,), (batch, rows), device)
     if draft_to_target is not None:
-        per_row = isinstance(draft_to_target, Tensor) and draft_to_target.dim() == 2
-        shape = (batch, draft_vocabulary) if per_row else (draft_vocabulary,)
-        check_map("draft_to_target", draft_to_target, shape, device, vocabulary, distinct=False)
+        draft_to_target = _check_draft_map(draft_to_target, batch, draft_vocabulary, device, vocabulary)
         draft_to_target = draft_to_target.long().expand(batch, draft_vocabulary)
     elif draft_vocabulary != vocabulary:
         raise wrong("draft_logits", f"a vocabulary of {vocabulary}, the target's, or a draft_to_target map", draft_vocabulary)
     draft_temperature = check_temperature("draft_temperature", draft_temperature, (batch,), device)
     if draft_threshold is not None:
         check_tensor("draft_threshold", draft_threshold, FLOATING, (batch, rows), device)
-    return _verify_sampled(
+    run = resolve("verify_tree", backend, device.type, rarer(target_logits.dtype, draft_logits.dtype))
+    return run(
         target_logits, draft_tokens, parents, draft_logits, uniforms, depth, origins, draft_to_target,
         target_temperature, draft_temperature, target_threshold, draft_threshold,
     )  # fmt: skip
+
+
+def _check_draft_map(draft_to_target: Tensor, batch: int, draft_vocabulary: int, device, vocabulary: int) -> Tensor:
+    """`check_map` of a map that all rows share, or of one for each."""
+    per_row = isinstance(draft_to_target, Tensor) and draft_to_target.dim() == 2
+    shape = (batch, draft_vocabulary) if per_row else (draft_vocabulary,)
+    return check_map("draft_to_target", draft_to_target, shape, device, vocabulary, distinct=False)
 
 
 def _verify_chosen(target_logits, draft_tokens, parents, uniforms, depth, temperature, threshold, backend) -> Verdict:
@@ -499,3 +503,4 @@ def _is_zero(temperature: float | Tensor) -> bool:
 
 
 register_kernels("verify", verify_reference)
+register("verify_tree", "reference", lambda: _verify_sampled)

@@ -24,6 +24,7 @@ from hedgespec.delay import DelayQueue
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
+from hedgespec.errors import BackendUnavailableError
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.target import TargetSession
 from hedgespec.tree import ancestry
@@ -259,6 +260,17 @@ def test_what_verification_refuses():
     ]:
         with pytest.raises(error, match=match):
             verify_tree(**wrong)
+
+
+def test_a_backend_that_samples_do_not_have_is_refused():
+    """Asked for by name it raises, and never becomes another one."""
+    config = DecodeConfig(draft_length=2, tree=Tree(2), backend="cpu")
+    decoder = Decoder(tiny_llama(seed=0, layers=2).float(), [NGramDrafter(VOCABULARY)], config)
+    with pytest.raises(BackendUnavailableError, match="verify_tree has no cpu backend; it has reference"):
+        decoder.generate(prompt_of(0), max_new_tokens=20, temperature=1.0, seed=0)
+    logits = torch.randn(1, 2, 5)
+    with pytest.raises(BackendUnavailableError, match="multi_draft_acceptance has no triton backend; it has reference"):
+        multi_draft_acceptance(logits, logits[None], torch.zeros(1, 2, dtype=torch.int64), 2, backend="triton")
 
 
 # The target's forward.

@@ -487,7 +487,7 @@ class Batch:
         if self.one_hot:
             scores = evaluate(target_logits, logits, tokens, top_k=tree.widest, backend=backend, **arguments).scores[4:]
         else:
-            scores = multi_draft_acceptance(target_logits, logits, tokens, tree.widest, **arguments)
+            scores = multi_draft_acceptance(target_logits, logits, tokens, tree.widest, backend=backend, **arguments)
         # For every number of children a pair, and before them one for none. Where only the first child has children, the path
         # has to go there.
         scores = functional.pad(scores, (0, 0) * 3 + (2, 0))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hedgespec.target import device_of
+from hedgespec.target import context_of, device_of
 
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens int64 [1, L], logits [n, V] for the token after them) -> processed logits [n, V]."""
@@ -39,7 +39,7 @@ class Request:
 
     def check_context(self, target) -> None:
         """Raises ValueError where prompt and continuation do not fit the target's context."""
-        context = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = context_of(target)
         length = len(self.prompt) - self.padding
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hedgespec.checkpoints import PICKLES
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError
 
@@ -56,7 +57,7 @@ def load_head(path: str | Path, target) -> EagleHead:
     Raises: CheckpointError if the file is missing, corrupt, a pickle, of another format, or made for another target.
     """
     path = Path(path)
-    if path.suffix in {".pt", ".pth", ".bin", ".pkl", ".pickle"}:
+    if path.suffix in PICKLES:
         raise CheckpointError(f"path: expected a safetensors file, got the pickle {path.name}, which may run code when read")
     try:
         with safe_open(path, "pt") as file:
