@@ -15,22 +15,16 @@ bench/bench_decoder.py: the run fails if one differs by more than a tie of logit
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
-import torch
-from bench_decoder import DRAFT_LENGTH, TIE, batches_of, cadence, circumstances, gap_between, positive
+from bench_decoder import DRAFT_LENGTH, batches_of, cadence
+from in_turns import add_temperature, add_times_first, gaps_of, in_turns, parsed, parser_of, told
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from hedgespec.config import DecodeConfig
-from hedgespec.decoder import Decoder
-from hedgespec.metrics import DecodeStats, profiled
+from hedgespec.metrics import DecodeStats
 from hedgespec.zoo import load_prompts, load_zoo
 
 SCORING = ("evaluate", "prefill")
@@ -76,56 +70,30 @@ def show(rows: list[dict], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--evaluate-every", type=cadence, nargs="+", default=[1, 2, 4, 8, 16], metavar="m", help="default 1 2 4 8 16"
     )
-    parser.add_argument("--prompts", type=positive, default=24, help="default 24")
-    parser.add_argument("--max-new-tokens", type=positive, default=80, help="of each text, default 80")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy and compares the texts")
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; a GPU is waited for after every stage")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where raw figures go")
-    options = parser.parse_args()
-    if options.max_new_tokens < 2:
-        parser.error("--max-new-tokens: expected at least 2, without a round there is nothing to report")
+    add_temperature(parser)
+    options = parsed(parser)
     try:
         configs = {every: DecodeConfig(draft_length=DRAFT_LENGTH, evaluate_every=every) for every in options.evaluate_every}
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    console = Console()
-    zoo = load_zoo(device=options.device)
-    decoders = {every: Decoder(zoo.target, zoo.drafters, config) for every, config in configs.items()}
+    console, zoo = Console(), load_zoo(device=options.device)
     works = batches_of(zoo, load_prompts()[: options.prompts], 1, options.seed)
-    requests: dict[int | str, list[dict]] = {every: [] for every in decoders}
-    order, gaps = list(decoders), []
-
-    with torch.inference_mode(), profiled(zoo.target.device):
-        for decoder in decoders.values():
-            decoder.generate(works[0].ids, max_new_tokens=8)  # what is compiled or allocated once is not measured
-        for number, work in enumerate(track(works, "prompts", console=console, transient=True)):
-            prompt, texts = work.ids[0], {}
-            for every in order[number % len(order) :] + order[: number % len(order)]:
-                out = decoders[every].generate(
-                    work.ids, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=work.seed
-                )
-                texts[every] = out.sequences[0, len(prompt) :].tolist()
-                requests[every].append(record(work.prompts[0].domain, out.stats[0]))
-            if options.temperature == 0:
-                first = texts[order[0]]
-                gaps += [gap_between(zoo.target, prompt, first, text) for text in texts.values() if text != first]
-    rows = [summary(every, requests[every]) for every in order]
-    for row in rows:
-        row["times_first"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+    requests: dict[int | str, list[dict]] = {every: [] for every in configs}
+    gaps: list[float] = []
+    arguments = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+    for work, outputs in in_turns(zoo, configs, works, console, **arguments):
+        for every, out in outputs.items():
+            requests[every].append(record(work.prompts[0].domain, out.stats[0]))
+        if options.temperature == 0:
+            gaps += gaps_of(zoo, work, outputs)
+    rows = [summary(every, of) for every, of in requests.items()]
+    add_times_first(rows)
     show(rows, console)
-    if options.json is not None:
-        figures = {**circumstances(zoo.target), "gaps_of_texts_that_differ": gaps, "cadences": rows}
-        options.json.write_text(json.dumps(figures, indent=1))
-    if gaps:
-        console.print(f"texts that differ from the first cadence's: {len(gaps)}, logits apart by at most {max(gaps):.0e}")
-    return 1 if any(gap > TIE for gap in gaps) else 0
+    return told(options, zoo, console, gaps, {"cadences": rows})
 
 
 if __name__ == "__main__":

@@ -15,22 +15,18 @@ if a text differs from the whole pool's.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from bench_cadence import record
-from bench_decoder import DRAFT_LENGTH, Work, batches_of, circumstances, positive
+from bench_decoder import DRAFT_LENGTH, Work, batches_of, positive
+from in_turns import add_times_first, in_turns, parsed, parser_of, told
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from hedgespec.config import CHOICES, DecodeConfig
 from hedgespec.decoder import Decoder
-from hedgespec.metrics import profiled
 from hedgespec.zoo import NAMES, load_prompts, load_zoo
 
 
@@ -68,6 +64,7 @@ def show(rows: list[dict], console: Console) -> None:
     console.print(table)
 
 
+@torch.inference_mode()
 def check(zoo, work: Work, config: DecodeConfig, options: argparse.Namespace) -> None:
     """Raises where the coupled text is not the same for every drafter."""
     arguments = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": work.seed}
@@ -83,52 +80,31 @@ def check(zoo, work: Work, config: DecodeConfig, options: argparse.Namespace) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, prompts=12, max_new_tokens=48)
     parser.add_argument("--modes", nargs="+", default=list(CHOICES["mode"]), choices=CHOICES["mode"], help="default all")
     parser.add_argument("--drafters", nargs="+", default=list(NAMES), choices=NAMES, metavar="HEAD", help="default all")
-    parser.add_argument("--prompts", type=positive, default=12, help="default 12")
-    parser.add_argument("--max-new-tokens", type=positive, default=48, help="of each text, default 48")
     parser.add_argument("--temperature", type=float, default=1.0, help="default 1")
     parser.add_argument("--seeds", type=positive, default=3, help="texts of each prompt, default 3")
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; a GPU is waited for after every stage")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where raw figures go")
-    options = parser.parse_args()
-    if options.max_new_tokens < 2:
-        parser.error("--max-new-tokens: expected at least 2, without a round there is nothing to report")
+    options = parsed(parser)
     if options.prompts * options.seeds < 2:
         parser.error("--prompts: expected at least 2 requests, one has no standard error")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    console = Console()
-    zoo = load_zoo(options.drafters, device=options.device)
+    console, zoo = Console(), load_zoo(options.drafters, device=options.device)
     configs = {mode: DecodeConfig(draft_length=DRAFT_LENGTH, mode=mode) for mode in options.modes}
-    decoders = {mode: Decoder(zoo.target, zoo.drafters, config) for mode, config in configs.items()}
     some = load_prompts()[: options.prompts]
     works = [work for turn in range(options.seeds) for work in batches_of(zoo, some, 1, options.seed + turn * len(some))]
-    requests: dict[str, list[dict]] = {mode: [] for mode in decoders}
-    order = list(decoders)
-
-    with torch.inference_mode(), profiled(zoo.target.device):
-        check(zoo, works[0], DecodeConfig(draft_length=DRAFT_LENGTH, mode="coupled"), options)
-        for decoder in decoders.values():
-            decoder.generate(works[0].ids, max_new_tokens=8)  # what is compiled or allocated once is not measured
-        for number, work in enumerate(track(works, "requests", console=console, transient=True)):
-            for mode in order[number % len(order) :] + order[: number % len(order)]:
-                out = decoders[mode].generate(
-                    work.ids, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=work.seed
-                )
-                requests[mode].append(record(work.prompts[0].domain, out.stats[0]))
+    requests: dict[str, list[dict]] = {mode: [] for mode in configs}
+    check(zoo, works[0], DecodeConfig(draft_length=DRAFT_LENGTH, mode="coupled"), options)
+    arguments = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+    for work, outputs in in_turns(zoo, configs, works, console, **arguments):
+        for mode, out in outputs.items():
+            requests[mode].append(record(work.prompts[0].domain, out.stats[0]))
     # A text that ends with its first token has no round.
     whole = [number for number in range(len(works)) if all(of[number]["rounds"] for of in requests.values())]
     requests = {mode: [of[number] for number in whole] for mode, of in requests.items()}
-    rows = [summary(mode, requests[mode], requests[order[0]]) for mode in order]
-    for row in rows:
-        row["times_first"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+    rows = [summary(mode, of, requests[options.modes[0]]) for mode, of in requests.items()]
+    add_times_first(rows)
     show(rows, console)
-    if options.json is not None:
-        options.json.write_text(json.dumps({**circumstances(zoo.target), "modes": rows}, indent=1))
-    return 0
+    return told(options, zoo, console, [], {"modes": rows})
 
 
 if __name__ == "__main__":

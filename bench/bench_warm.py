@@ -14,22 +14,17 @@ The texts are compared, as in bench/bench_decoder.py: the run fails if one diffe
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-from bench_decoder import DRAFT_LENGTH, TIE, batches_of, circumstances, gap_between, positive
+from bench_decoder import DRAFT_LENGTH, batches_of
+from in_turns import gaps_of, in_turns, parsed, parser_of, told
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from hedgespec.config import CHOICES, DecodeConfig
-from hedgespec.decoder import Decoder
-from hedgespec.metrics import DecodeStats, profiled
+from hedgespec.metrics import DecodeStats
 from hedgespec.zoo import NAMES, load_prompts, load_zoo
 from hedgespec.zoo.replay import fixed_rounds, read
 
@@ -100,19 +95,12 @@ def show(rows: list[dict], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, max_new_tokens=41)
     parser.add_argument(
         "--warm-start", type=int, nargs="+", default=[0, 8, 16, 32, 64], metavar="M", help="default 0 8 16 32 64"
     )
     parser.add_argument("--selection", choices=CHOICES["selection"], default="sample", help="default sample")
-    parser.add_argument("--prompts", type=positive, default=24, help="default 24")
-    parser.add_argument("--max-new-tokens", type=positive, default=41, help="of each text, default 41")
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; a GPU is waited for after every stage")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where raw figures go")
-    options = parser.parse_args()
-    if options.max_new_tokens < 3:
-        parser.error("--max-new-tokens: expected at least 3, without a draft there is nothing to report")
+    options = parsed(parser, fewest=3)
     try:
         configs = {
             most: DecodeConfig(draft_length=DRAFT_LENGTH, selection=options.selection, warm_start=most)
@@ -120,41 +108,21 @@ def main() -> int:
         }
     except ValueError as error:
         parser.error(str(error))
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    console = Console()
-    zoo = load_zoo(device=options.device)
-    decoders = {most: Decoder(zoo.target, zoo.drafters, config) for most, config in configs.items()}
+    console, zoo = Console(), load_zoo(device=options.device)
     works = batches_of(zoo, load_prompts()[: options.prompts], 1, options.seed)
-    requests: dict[int, list[dict]] = {most: [] for most in decoders}
-    order, gaps = list(decoders), []
-
-    with torch.inference_mode(), profiled(zoo.target.device):
-        for decoder in decoders.values():
-            decoder.generate(works[0].ids, max_new_tokens=8)  # what is compiled or allocated once is not measured
-        for number, work in enumerate(track(works, "prompts", console=console, transient=True)):
-            prompt = work.ids[0]
-            outputs = {
-                most: decoders[most].generate(work.ids, max_new_tokens=options.max_new_tokens, seed=work.seed)
-                for most in order[number % len(order) :] + order[: number % len(order)]
-            }
-            text = outputs[order[0]].sequences[0]
-            if len(text) < len(prompt) + 3:
-                continue  # it ended at once
-            alone = hindsight(zoo, text, len(prompt))
-            for most, out in outputs.items():
-                requests[most].append(record(work.prompts[0].domain, out.stats[0], alone))
-                first, own = (one[len(prompt) :].tolist() for one in (text, out.sequences[0]))
-                if own != first:
-                    gaps.append(gap_between(zoo.target, prompt, first, own))
-    rows = [summary(most, requests[most]) for most in order]
+    requests: dict[int, list[dict]] = {most: [] for most in configs}
+    gaps: list[float] = []
+    for work, outputs in in_turns(zoo, configs, works, console, max_new_tokens=options.max_new_tokens):
+        text, prompt_length = next(iter(outputs.values())).sequences[0], work.ids.shape[1]
+        if len(text) < prompt_length + 3:
+            continue  # it ended at once
+        alone = hindsight(zoo, text, prompt_length)
+        for most, out in outputs.items():
+            requests[most].append(record(work.prompts[0].domain, out.stats[0], alone))
+        gaps += gaps_of(zoo, work, outputs)
+    rows = [summary(most, of) for most, of in requests.items()]
     show(rows, console)
-    if options.json is not None:
-        figures = {**circumstances(zoo.target), "gaps_of_texts_that_differ": gaps, "warm_starts": rows}
-        options.json.write_text(json.dumps(figures, indent=1))
-    if gaps:
-        console.print(f"texts that differ from the first M's: {len(gaps)}, logits apart by at most {max(gaps):.0e}")
-    return 1 if any(gap > TIE for gap in gaps) else 0
+    return told(options, zoo, console, gaps, {"warm_starts": rows})
 
 
 if __name__ == "__main__":
