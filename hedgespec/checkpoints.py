@@ -418,8 +418,7 @@ class _Plan:
             raise CheckpointError(f"{files.path}: expected an EAGLE head, got speculators' {kind}")
         self.format = ("speculators " if self.speculators else "") + ("eagle3" if self.version == 3 else "eagle")
         layer = files.config.get("transformer_layer_config") or {}
-        self.settings = {**layer, **{key: value for key, value in files.config.items() if value is not None}}
-        self.settings = {key: value for key, value in self.settings.items() if value is not None}
+        self.settings = {key: value for of in (layer, files.config) for key, value in of.items() if value is not None}
         self._name_tensors()
         self._configure(aux_layers)
         self._compare()
