@@ -17,9 +17,10 @@ from test_decoder import VOCABULARY, prompt_of, tiny_head, tiny_llama
 from torch.overrides import TorchFunctionMode
 
 from hedgespec.config import DecodeConfig, Tree
-from hedgespec.decoder import RAREST, Decoder, Row
+from hedgespec.decoder import RAREST, Decoder
 from hedgespec.decoder.batch import Batch
 from hedgespec.decoder.pool import UNSOUND
+from hedgespec.decoder.selector import Selector
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleHead, EagleSession
 from hedgespec.drafters.ngram import NGramDrafter
@@ -194,12 +195,12 @@ def test_a_window_changes_drafts_and_no_text(target):
 def test_losses_arrive_a_round_later_where_evaluation_overlaps(target, monkeypatch, overlap, every):
     seen = []
 
-    def observe(row, prob, ratio):
-        seen.append((row.stats.rounds, prob.shape[1]))
-        original(row, prob, ratio)
+    def observe(selector, prob, ratio):
+        seen.append((selector.stats.rounds, prob.shape[1]))
+        original(selector, prob, ratio)
 
-    original = Row.observe
-    monkeypatch.setattr(Row, "observe", observe)
+    original = Selector.observe
+    monkeypatch.setattr(Selector, "observe", observe)
     config = DecodeConfig(draft_length=3, evaluate_every=every, overlap=overlap)
     out = Decoder(target, pool(target, True), config).generate(prompt_of(1), max_new_tokens=30, seed=0)
     stats = out.stats[0]

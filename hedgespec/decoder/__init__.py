@@ -1,4 +1,5 @@
-"""The production decoder: `Decoder`, what it is asked (`request.py`), a request under way (`row.py`) and a round (`batch.py`).
+"""The production decoder: `Decoder`, what it is asked (`request.py`), a request under way (`row.py`), what decides
+who drafts in it (`selector.py`) and a round (`batch.py`).
 
 With the default configuration every request emits what `hedgespec/algorithm.py` says, token for token and weight for weight.
 """
@@ -16,7 +17,8 @@ from hedgespec.config import DecodeConfig
 from hedgespec.decoder.batch import Batch, stack
 from hedgespec.decoder.pool import stacks_of
 from hedgespec.decoder.request import Request, eos_of, generator, rows_of, states_of
-from hedgespec.decoder.row import RAREST, Row
+from hedgespec.decoder.row import Row
+from hedgespec.decoder.selector import RAREST
 from hedgespec.drafters import Drafter
 from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError

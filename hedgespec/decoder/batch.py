@@ -20,7 +20,8 @@ from transformers import DynamicCache
 from hedgespec.coupled import gumbel, perturb
 from hedgespec.decoder.pool import UNSOUND, Heads, Pool, Singles, no_draft
 from hedgespec.decoder.request import Request
-from hedgespec.decoder.row import NOBODY, Row
+from hedgespec.decoder.row import Row
+from hedgespec.decoder.selector import NOBODY
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
@@ -105,7 +106,7 @@ class Batch:
             uniforms = [row.uniforms(1) for row in self.rows]
             emitted, _, _ = self._verify(logits, nothing, [NOBODY] * len(self.rows), uniforms, self._noise(1))
             self._spend_noise(emitted)
-            going_on = [row for row in self.rows if row.scores_all and not row.finished]
+            going_on = [row for row in self.rows if row.selector.scores_all and not row.finished]
             if going_on:
                 counts = [row.unscored_tokens for row in going_on]
                 scored = self.pool.score(going_on, counts)
@@ -119,8 +120,9 @@ class Batch:
         rows, stats = self.rows, [row.stats for row in self.rows]
         uniforms = np.stack([row.uniforms(1 + self.draws + self.tests) for row in rows])  # of a chain 1 + K + (K + 1)
         with timed(stats, "select"):
-            weights = [row.weights() for row in rows]
-            choices = [row.select(held, one) for row, held, one in zip(rows, weights, uniforms[:, 0].tolist())]
+            weights = [row.selector.weights() for row in rows]
+            first = uniforms[:, 0].tolist()
+            choices = [row.selector.select(held, one, row.room) for row, held, one in zip(rows, weights, first)]
         with timed(stats, "draft"):
             to_draft = to_device(uniforms[:, 1 : 1 + self.draws], self.device)
             noise = self._noise(1 + max(choice.draft_length for choice in choices))
@@ -139,12 +141,12 @@ class Batch:
             emitted, verified, paths = self._verify(logits, drafts, choices, uniforms[:, 1 + self.draws :], noise)
             self.target.keep([len(tokens) for tokens in emitted], paths if self.config.tree is not None else None)
         for row, chunk in zip(rows, verified):
-            if row.scores_all:
+            if row.selector.scores_all:
                 row.unscored.append(chunk)
                 if self.coupled:
                     row.unscored_noise.append(row.noise[: len(chunk)])
         self._spend_noise(emitted)
-        if due := [row for row in rows if row.evaluation_is_due()]:
+        if due := [row for row in rows if row.selector.evaluation_is_due(row.finished)]:
             with timed(stats, "prefill"):
                 scored = self.pool.score(due, [row.unscored_tokens for row in due])
             with timed(stats, "evaluate"):
@@ -153,10 +155,7 @@ class Batch:
         with timed(stats, "learn"):
             self._observe(later)
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
-                drafted = draft.tokens.shape[1] > 0
-                if drafted:
-                    row.reward(choice.drafter, held, len(tokens))
-                row.stats.record_round(choice.drafter if drafted else None, held, len(tokens))
+                row.selector.end_round(choice.drafter if draft.tokens.shape[1] else None, held, len(tokens))
         self._hand_out(emitted)
 
     def _place(self) -> None:
@@ -215,7 +214,7 @@ class Batch:
         logits = self.target.forward(stack(new, 0), most)
         self.target.keep(counts)
         for row, one, end, count in zip(self.rows, logits, ends, warm):
-            if row.scores_all:
+            if row.selector.scores_all:
                 row.unscored.append(one[end - count : end])
         return torch.stack([one[end - 1 : end] for one, end in zip(logits, ends)])
 
@@ -513,10 +512,9 @@ class Batch:
                             scores[place][:, drafter] = [values[member, place, :count] for values in measured]
             for row, known in zip(one.rows, scores):
                 if one.of_prompt:
-                    row.warm_up(known[0])
+                    row.selector.warm_up(known[0])
                     continue
-                row.observe(*(known if depths == 1 else (known[::2], known[1::2])))
-                row.may_switch = True
+                row.selector.observe(*(known if depths == 1 else (known[::2], known[1::2])))
 
     def _process(
         self, rows: Sequence[Row], counts: Sequence[int], members: Sequence[int], logits: torch.Tensor

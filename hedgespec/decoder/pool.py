@@ -187,7 +187,7 @@ class Singles:
         if len(tokens):
             keep = len(tokens) if session.verified else unscored + 1
             logits = self._checked(member, session.prefill(tokens, features, keep), keep)
-            if not row.scores_all:
+            if not row.selector.scores_all:
                 chunks.clear()  # nobody will ask for what lies behind
             chunks.append(logits)
         return chunks[-1]
