@@ -54,6 +54,7 @@ from transformers.utils import logging as transformers_logging
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder, eos_of
 from hedgespec.drafters.ngram import NGramDrafter
+from hedgespec.experiments.recordings import first_layers
 from hedgespec.learners import make
 from hedgespec.metrics import STAGES
 from hedgespec.zoo import GENERALIST, NAMES, Prompt, Zoo, load_prompts, load_zoo
@@ -209,18 +210,6 @@ def hedgespec_ways(zoo: Zoo, temperature: float, evaluate_every: int | str) -> l
         way("HedgeSpec", zoo.drafters, learned, lambda work: None, f"{len(NAMES)} drafters"),
         way("HedgeSpec + lookup", [*zoo.drafters, lookup], learned, lambda work: None, f"{len(NAMES) + 1} drafters"),
     ]
-
-
-def first_layers(target, depth: int):
-    """The target's first layers under its own norm and head, as a model that shares its weights."""
-    config = target.config.__class__.from_dict(target.config.to_dict() | {"num_hidden_layers": depth})
-    with torch.device("meta"):
-        small = type(target)(config)
-    for name in ("embed_tokens", "norm", "rotary_emb"):
-        setattr(small.model, name, getattr(target.model, name))
-    small.model.layers, small.lm_head = target.model.layers[:depth], target.lm_head
-    small.generation_config = target.generation_config.__class__.from_dict(target.generation_config.to_dict())
-    return small.eval()
 
 
 @contextmanager
