@@ -6,16 +6,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hedgespec.records import NOBODY, Choice
 
 WINDOW = 31
 """Measurements of a kind that are kept, the newest."""
 FEWEST = 3
 """Measurements of a kind that tell something. The very first, in which memory is allocated and kernels are compiled, is none of
 them."""
+AGAIN = 128
+"""Rounds after which all is measured once more, and then after twice as many, and so on: what nobody chooses may have been
+measured while the machine was busy."""
 SHORTEST = 1e-9
 """Seconds of a round on a clock too coarse to see it."""
 
@@ -26,9 +32,9 @@ _MEASURING = threading.Lock()
 class Costs:
     """Seconds to draft a token, by drafter, and to verify a round, by drafted length, for every size of the batch.
 
-    A cost is the median of its last `WINDOW` measurements, and where there are fewer than five the largest with two above it:
-    a clock is disturbed upwards only, and an arm that looks dear by accident would not be measured again. Sizes share with
-    those up to the next power of two, or else a batch whose rows end one by one would never be done with measuring.
+    A cost is the lower quartile of its last `WINDOW` measurements: a clock is disturbed upwards only, by bursts that fill half
+    a window while it is short, and what looks dear by accident is not chosen and hardly measured again. Sizes share with those
+    up to the next power of two, or else a batch whose rows end one by one would never be done with measuring.
 
     Of rows that draft together each drafter is charged what all of them took, over the longest draft: as if all rows did the
     same. Threads may share one; a copy, pickled or deep, begins anew, since it may be meant for another device.
@@ -47,8 +53,8 @@ class Costs:
         """Seconds a token by size of the batch and drafter."""
         self._verified: dict[tuple[int, int], deque[float]] = {}
         """Seconds by size of the batch and drafted length."""
-        self._asked: dict[int, list[int]] = {}
-        """By size of the batch: how often `length_to_measure` said each length, [K+1]."""
+        self._plans: dict[int, _Plan] = {}
+        """By size of the batch."""
 
     def __reduce__(self):
         return Costs, (self.num_drafters, self.draft_length, self.clock)
@@ -61,16 +67,25 @@ class Costs:
         """Takes note of a verification in a batch whose longest draft had `length` tokens, 0..K."""
         _note(self._verified, (_size(rows), length), seconds)
 
-    def length_to_measure(self, rows: int, most: int) -> int | None:
-        """A length 0..`most` that a batch of so many rows is to draft next, since it has not been measured often enough; None:
-        any. Each is asked for `FEWEST` + 1 times in the life of a decoder, in turns."""
+    def to_measure(self, rows: int, most: int) -> Choice | None:
+        """What the next round in a batch of so many rows, which may draft up to `most` tokens, is to draft only to be measured;
+        None: nothing. To be asked once a round. Every length 0..K, and every drafter, is measured `FEWEST` + 1 times in turns
+        at first, and once more after `AGAIN` rounds, twice as many, and so on."""
         with _MEASURING:
-            asked = self._asked.setdefault(_size(rows), [0] * (self.draft_length + 1))
-            length = min(range(min(most, self.draft_length) + 1), key=asked.__getitem__)
-            if asked[length] > FEWEST:
-                return None
-            asked[length] += 1
-            return length
+            plan = self._plans.setdefault(_size(rows), _Plan([0] * (self.draft_length + 1), [0] * self.num_drafters))
+            plan.rounds += 1
+            often = FEWEST + 1 + (plan.rounds // AGAIN).bit_length()
+            length = _least(plan.lengths[: most + 1])
+            if plan.lengths[length] >= often:
+                if most < 1 or min(plan.drafters) >= often:
+                    return None
+                length = 1 + _least(plan.lengths[1 : most + 1])
+            plan.lengths[length] += 1
+            if length == 0:
+                return NOBODY
+            drafter = _least(plan.drafters)
+            plan.drafters[drafter] += 1
+            return Choice(drafter, length)
 
     def of(self, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         """Seconds to draft a token [N] and to verify a round by drafted length [K+1] in a batch of so many rows; None while
@@ -94,6 +109,23 @@ class Costs:
         return np.where(np.isnan(draft), usual, draft), np.maximum(verify, SHORTEST)
 
 
+@dataclass
+class _Plan:
+    """What was measured on purpose."""
+
+    lengths: list[int]
+    """How often, by length, [K+1]."""
+    drafters: list[int]
+    """How often, by drafter, [N]."""
+    rounds: int = 0
+    """In all."""
+
+
+def _least(counts: list[int]) -> int:
+    """The first place of the smallest."""
+    return counts.index(min(counts))
+
+
 def _size(rows: int) -> int:
     """The next power of two."""
     return 1 << (rows - 1).bit_length()
@@ -111,4 +143,4 @@ def _typical(window: deque[float] | None) -> float:
     """NaN where nothing is told yet."""
     if window is None or (count := len(window)) < FEWEST:
         return np.nan
-    return sorted(window)[min((count - 1) // 2, count - FEWEST)]
+    return sorted(window)[(count - 1) // 4]

@@ -18,6 +18,9 @@ class Choice:
     """Tokens to draft this round; 0 where none drafts."""
 
 
+NOBODY = Choice(drafter=-1, draft_length=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """What the chosen drafter proposes."""

@@ -9,7 +9,8 @@ import threading
 import numpy as np
 import pytest
 
-from hedgespec.costs import FEWEST, WINDOW, Costs
+from hedgespec.costs import AGAIN, FEWEST, WINDOW, Costs
+from hedgespec.records import NOBODY, Choice
 
 DRAFT, VERIFY = np.array([0.5, 2.0, 1.0]), 10.0 + np.arange(4)
 
@@ -46,9 +47,10 @@ def test_outliers_do_not_show(rounds, outliers):
     np.testing.assert_array_equal(verify, VERIFY)
 
 
-def test_two_outliers_of_the_first_three_do_not_show():
+@pytest.mark.parametrize("burst", [2, 3])
+def test_a_burst_at_the_beginning_does_not_show(burst):
     costs = Costs(1, 1)
-    for seconds in (0.0, 50.0, 50.0, 1.0):
+    for seconds in (0.0, *[50.0] * burst, 1.0):
         costs.verified(1, 0, seconds)
         costs.verified(1, 1, 1.5 * seconds)
         costs.drafted(1, 0, seconds)
@@ -57,11 +59,13 @@ def test_two_outliers_of_the_first_three_do_not_show():
 
 
 def test_a_window_slides():
-    """After more than half a window of new costs they are what is told."""
+    """Higher costs are told once three quarters of a window are new, lower ones after one."""
     costs = measured(100)
-    for count in range(1, WINDOW + 1):
-        costs.drafted(1, 0, 7.0)
-        assert costs.of(1)[0][0] == (7.0 if count > WINDOW // 2 else 0.5)
+    for after, seconds in ((24, 7.0), (8, 0.5)):
+        before = costs.of(1)[0][0]
+        for count in range(1, WINDOW + 1):
+            costs.drafted(1, 0, seconds)
+            assert costs.of(1)[0][0] == (seconds if count >= after else before)
 
 
 def test_a_drafter_that_is_not_measured_gets_the_median_of_those_that_are():
@@ -107,31 +111,40 @@ def test_sizes_of_batches_are_apart_and_share_up_to_a_power_of_two():
     costs = measured(rows=5)
     for rows in (5, 6, 7, 8):
         assert costs.of(rows) is not None
-        assert costs.length_to_measure(rows, 0) == (0 if rows < 5 + FEWEST + 1 else None)
+        assert (costs.to_measure(rows, 0) == NOBODY) == (rows < 5 + FEWEST + 1)
     assert all(costs.of(rows) is None for rows in (1, 2, 3, 4, 9, 16))
 
 
-def test_every_length_is_asked_for_a_few_times_in_turns_and_never_again():
+def test_every_length_and_drafter_is_measured_a_few_times_in_turns_then_ever_more_rarely():
     costs = Costs(2, 3)
-    turns = [costs.length_to_measure(1, 9) for _ in range(4 * (FEWEST + 1))]
-    assert turns == [0, 1, 2, 3] * (FEWEST + 1)
-    assert [costs.length_to_measure(1, most) for most in (0, 1, 3, 9)] == [None] * 4
-    assert costs.length_to_measure(2, 3) == 0
+    turns = [costs.to_measure(1, 3) for _ in range(1100)]
+    first = [NOBODY, Choice(0, 1), Choice(1, 2), Choice(0, 3), NOBODY, Choice(1, 1), Choice(0, 2), Choice(1, 3)]
+    assert turns[:16] == first * 2 and FEWEST + 1 == 4
+    asked = [round for round, choice in enumerate(turns, 1) if choice is not None]
+    assert asked == [*range(1, 17), *(AGAIN * 2**j + number for j in range(4) for number in range(4))]
+    assert costs.to_measure(2, 3) == NOBODY
 
 
-def test_no_more_is_asked_for_than_there_is_room():
-    costs = Costs(2, 3)
-    assert [costs.length_to_measure(1, 1) for _ in range(2 * (FEWEST + 1))] == [0, 1] * (FEWEST + 1)
-    assert costs.length_to_measure(1, 1) is None
-    assert [costs.length_to_measure(1, 2), costs.length_to_measure(1, 3)] == [2, 3]
+def test_more_drafters_than_lengths_are_all_measured():
+    costs = Costs(5, 2)
+    turns = [costs.to_measure(1, 2) for _ in range(60)]
+    assert all(sum(choice is not None and choice.drafter == drafter for choice in turns) == FEWEST + 1 for drafter in range(5))
+    assert turns.count(NOBODY) == FEWEST + 1 and turns[24:] == [None] * 36
+
+
+def test_no_more_is_drafted_than_there_is_room():
+    costs = Costs(1, 3)
+    assert [costs.to_measure(1, 1) for _ in range(2 * (FEWEST + 1))] == [NOBODY, Choice(0, 1)] * (FEWEST + 1)
+    assert costs.to_measure(1, 1) is None and costs.to_measure(1, 0) is None
+    assert [costs.to_measure(1, 2), costs.to_measure(1, 3)] == [Choice(0, 2), Choice(0, 3)]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_a_copy_begins_anew(copied):
     costs = measured()
-    costs.length_to_measure(1, 3)
+    costs.to_measure(1, 3)
     twin = copied(costs)
-    assert twin.of(1) is None and twin.length_to_measure(1, 3) == 0
+    assert twin.of(1) is None and twin.to_measure(1, 3) == NOBODY
     assert (twin.num_drafters, twin.draft_length, twin.clock) == (3, 3, costs.clock)
     twin.verified(1, 0, 1.0)
     np.testing.assert_array_equal(costs.of(1)[1], VERIFY)
@@ -143,7 +156,7 @@ def test_threads_may_share_one():
     def work():
         try:
             for turn in range(300):
-                asked.append(costs.length_to_measure(1, 3))
+                asked.append(costs.to_measure(1, 3))
                 costs.verified(1, turn % 4, VERIFY[turn % 4])
                 costs.drafted(1, turn % 3, DRAFT[turn % 3])
                 costs.of(1)
@@ -156,5 +169,5 @@ def test_threads_may_share_one():
     for thread in threads:
         thread.join()
     assert not errors
-    assert [asked.count(length) for length in range(4)] == [FEWEST + 1] * 4
+    assert len(asked) == 2400 and asked.count(NOBODY) == FEWEST + 1 + (2400 // AGAIN).bit_length()
     np.testing.assert_array_equal(costs.of(1)[0], DRAFT)

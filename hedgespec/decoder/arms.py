@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hedgespec.records import Choice, Feedback
-
-NOBODY = Choice(drafter=-1, draft_length=0)
+from hedgespec.records import NOBODY, Choice, Feedback
 
 Seconds = tuple[NDArray[np.float64], NDArray[np.float64]]
 """To draft a token, by drafter [N], and to verify a round, by drafted length [K+1]."""

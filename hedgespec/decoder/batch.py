@@ -18,14 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from hedgespec.coupled import gumbel, perturb
-from hedgespec.decoder.arms import NOBODY
 from hedgespec.decoder.pool import UNSOUND, Heads, Pool, Singles, no_draft
 from hedgespec.decoder.request import Request
 from hedgespec.decoder.row import Row
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
-from hedgespec.records import Choice, Draft, Verdict
+from hedgespec.records import NOBODY, Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
 from hedgespec.target import TargetSession, device_of
 from hedgespec.transfer import SideStream, to_device
@@ -123,7 +122,7 @@ class Batch:
         uniforms = np.stack([row.uniforms(1 + self.draws + self.tests) for row in rows])  # of a chain 1 + K + (K + 1)
         with timed(stats, "select"):
             weights = [row.selector.weights() for row in rows]
-            measure = self.costs and self.costs.length_to_measure(len(rows), max(row.room for row in rows) - 1)
+            measure = self.costs and self.costs.to_measure(len(rows), max(row.room for row in rows) - 1)
             first = uniforms[:, 0].tolist()
             choices = [row.selector.select(held, one, row.room, measure) for row, held, one in zip(rows, weights, first)]
         with timed(stats, "draft"):

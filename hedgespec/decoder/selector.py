@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from hedgespec.config import DecodeConfig
-from hedgespec.decoder.arms import ARMS, NOBODY, Seconds
+from hedgespec.decoder.arms import ARMS, Seconds
 from hedgespec.delay import DelayQueue
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
-from hedgespec.records import Choice, Feedback
+from hedgespec.records import NOBODY, Choice, Feedback
 from hedgespec.selection import draw
 
 RAREST = 8
@@ -77,14 +77,14 @@ class Selector:
             weights = weights / weights.sum() if weights.any() else alive / max(alive.sum(), 1)
         return weights
 
-    def select(self, weights: np.ndarray, uniform: float, room: int, measure: int | None = None) -> Choice:
+    def select(self, weights: np.ndarray, uniform: float, room: int, measure: Choice | None = None) -> Choice:
         """Who drafts how many tokens in the next round, which may emit `room`. With a learner that hears of all drafters this
         changes only after an evaluation, when all of them are up to date; while one stays, evaluations grow rarer if the
-        configuration lets them. `measure` is a length of which only the cost is of interest this time."""
+        configuration lets them. `measure` is what is drafted instead where its cost is wanted."""
         if room <= 1 or not weights.any():  # the recovered or bonus token comes on top of the draft
             return NOBODY
         if measure is not None:
-            return self._to_measure(weights, uniform, min(measure, room - 1))
+            return self._to_measure(measure, weights, uniform, room)
         gone = self.chosen.drafter >= 0 and not self.alive[self.chosen.drafter]
         if self.may_switch or gone:
             chosen = self.arms.choice(draw(weights, uniform, self.config.selection))
@@ -94,13 +94,16 @@ class Selector:
             self.chosen, self.may_switch = chosen, not self.hears_all
         return Choice(self.chosen.drafter, min(self.chosen.draft_length, room - 1))
 
-    def _to_measure(self, weights: np.ndarray, uniform: float, length: int) -> Choice:
-        """A draft of this length by any drafter, the likelier the more weight its lengths have together."""
-        if length == 0 or not self.alive.any():
+    def _to_measure(self, measure: Choice, weights: np.ndarray, uniform: float, room: int) -> Choice:
+        """That, or where its drafter has failed as much by another one."""
+        if measure == NOBODY or not self.alive.any():
             return NOBODY
-        by_drafter = self.arms.by_drafter(weights)
-        by_drafter = by_drafter if by_drafter.sum() > 0 else self.alive
-        return Choice(draw(by_drafter / by_drafter.sum(), uniform), length)
+        drafter = measure.drafter
+        if not self.alive[drafter]:
+            by_drafter = self.arms.by_drafter(weights)
+            by_drafter = by_drafter if by_drafter.sum() > 0 else self.alive
+            drafter = draw(by_drafter / by_drafter.sum(), uniform)
+        return Choice(drafter, min(measure.draft_length, room - 1))
 
     def evaluation_is_due(self, finished: bool) -> bool:
         """After the round that is under way. At the end of the request, too: what is known by then is learned, for a next
