@@ -1,9 +1,9 @@
 """Tokens a round against tokens a second as the objective: `python bench/bench_objective.py --json FILE`.
 
 The same held-out prompts of the zoo's mixed stream, decoded plainly (transformers' `generate`) and with each objective, in
-turns, each prompt starting with another one, by three pools: the zoo's heads; these and prompt lookup; and one head whose output
-is shuffled, which is right by accident only. At temperature 0 the texts are compared, as in bench/bench_decoder.py: the run fails
-if one differs by more than a tie of logits.
+turns, each prompt starting with another one, by three pools: the zoo's heads; these and prompt lookup; and one head whose
+output is shuffled, which is right by accident only. At temperature 0 the texts are compared, as in bench/bench_decoder.py: the
+run fails if one differs by more than a tie of logits.
 
     tokens/s           by the time of the requests together, their prompts included
     x plain            these over plain decoding's
