@@ -73,6 +73,7 @@ def generate(options: argparse.Namespace) -> None:
             draft_length=options.draft_length,
             mode=options.mode,
             learner=options.learner,
+            objective=options.objective,
             evaluate_every=options.evaluate_every,
             warm_start=options.warm_start,
             compile=options.compile,
@@ -389,9 +390,12 @@ def _stats(stats) -> Group:
     final = stats.weights[-1] if stats.weights else [math.nan] * len(stats.drafters)
     for name, picks, weight in zip(stats.drafters, stats.picks, final, strict=True):
         table.add_row(escape(name), str(picks), f"{weight:.3f}")
+    drafted = f"{sum(stats.lengths) / stats.rounds:.2f} tokens drafted a round, " if stats.rounds else ""
+    plain = f"{stats.lengths.count(0)} of {stats.rounds} rounds plain"
     return Group(
         f"MAT {stats.mean_accepted_tokens:.2f}, {stats.emitted_tokens / stats.seconds:.1f} tokens/s "
         f"({stats.emitted_tokens} tokens, {stats.rounds} rounds, {stats.seconds:.2f} s)",
+        drafted + plain,
         table,
         "seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in stats.seconds_by_stage.items()),
     )
@@ -597,6 +601,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
         help="draft from the drafter's distribution, its argmax, or coupled to the target by shared noise, with which a "
         "seed's text is the same whatever the drafters (default: %(default)s)")  # fmt: skip
+    add("--objective", choices=CHOICES["objective"], default=DecodeConfig.objective,
+        help="what to have most of: tokens a round, or tokens a second, for which drafts are as long as pays, from none to K, "
+        "by costs measured on the way (default: %(default)s)")  # fmt: skip
     _add_draft_length(add)
     add("--tree", metavar="C", type=_children,
         help="draft a tree in which every node has C children, or C,C,... by depth (default: a chain)")  # fmt: skip

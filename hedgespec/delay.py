@@ -33,6 +33,8 @@ class DelayQueue:
         estimator: exact is unbiased for the emitted length; product replaces the emitted tokens' own ratios by their
             mean, with less variance and a bias where acceptance is correlated along the draft.
         loss: length, as above, or acceptance_rate, 1 - acceptance_prob, which needs no waiting (nor the estimator).
+        lengths: also hand out the sums of the first 1..K terms, `Feedback.lengths`: what shorter drafts would emit. Takes the
+            loss "length", and positions that are not by depth.
 
     Raises:
         ValueError: a value outside its range or choices.
@@ -55,6 +57,7 @@ class DelayQueue:
         *,
         estimator: Literal["exact", "product"] = "exact",
         loss: Literal["length", "acceptance_rate"] = "length",
+        lengths: bool = False,
     ) -> None:
         if num_drafters < 1:
             raise ValueError(f"num_drafters: expected at least 1, got {num_drafters}")
@@ -65,7 +68,9 @@ class DelayQueue:
         if loss not in ("length", "acceptance_rate"):
             raise ValueError(f"loss: expected 'length' or 'acceptance_rate', got {loss!r}")
         self.num_drafters, self.draft_length = num_drafters, draft_length
-        self.estimator, self.loss = estimator, loss
+        if lengths and loss != "length":
+            raise ValueError(f"loss: expected 'length' where lengths are asked for, got {loss!r}")
+        self.estimator, self.loss, self.lengths = estimator, loss, lengths
         self._reset()
 
     def _reset(self) -> None:
@@ -116,13 +121,15 @@ class DelayQueue:
             raise ValueError(_out_of_range(probs, ratios))
         if highest > 1:
             np.minimum(seen, 1.0, out=seen)
+        lengths = None
         if self.loss == "length":
-            losses = self._complete(seen, lowest) if seen.ndim == 3 else self._complete_by_depth(seen)
+            losses, lengths = self._complete(seen, lowest) if seen.ndim == 3 else (self._complete_by_depth(seen), None)
         else:
             losses = 1.0 - (seen[0] if seen.ndim == 3 else seen[0, :, 0])
         first, complete = self._position, len(losses)
         self._seen, self._position = seen[:, complete:], first + complete
-        return [Feedback(row, position) for position, row in enumerate(losses, first)]
+        told = [None] * complete if lengths is None else lengths
+        return [Feedback(row, position, sums) for position, (row, sums) in enumerate(zip(losses, told), first)]
 
     def close(self) -> int:
         """End the request: drop what is pending, never guessed, and say how many that was. Position 0 comes next."""
@@ -130,8 +137,9 @@ class DelayQueue:
         self._reset()
         return dropped
 
-    def _complete(self, seen: NDArray[np.float64], lowest: float) -> NDArray[np.float64]:
-        """The losses [complete, N] of the oldest positions in `seen` [2, positions, N], whose smallest entry is `lowest`."""
+    def _complete(self, seen: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """The losses [complete, N] of the oldest positions in `seen` [2, positions, N], whose smallest entry is `lowest`, and
+        the lengths [complete, K, N] if they are asked for."""
         probs, ratios = seen[0], seen[1 if self.estimator == "exact" else 0]
         last, positions = self.draft_length - 1, len(probs)
         complete = max(positions - last, 0)
@@ -151,7 +159,18 @@ class DelayQueue:
         for k in range(last - 1, -1, -1):
             accepted = accepted * ratios[k : k + complete]
             accepted += probs[k : k + complete]
-        return (self.draft_length - accepted) / (self.draft_length + 1)
+        lengths = self._lengths(probs, ratios, complete) if self.lengths else None
+        return (self.draft_length - accepted) / (self.draft_length + 1), lengths
+
+    def _lengths(self, probs: NDArray[np.float64], ratios: NDArray[np.float64], complete: int) -> NDArray[np.float64]:
+        """1 + the sums of the first 1..K terms, [complete, K, N], of positions [at least complete + K - 1, N]."""
+        lengths = np.empty((complete, self.draft_length, self.num_drafters))
+        emitted, survival = np.ones((complete, self.num_drafters)), np.ones((complete, self.num_drafters))
+        for k in range(self.draft_length):
+            emitted += survival * probs[k : k + complete]
+            survival *= ratios[k : k + complete]
+            lengths[:, k] = emitted
+        return lengths
 
     def _complete_by_depth(self, seen: NDArray[np.float64]) -> NDArray[np.float64]:
         """`_complete` of `seen` [2, positions, K, N]: a loss reads the position j after its own at depth j."""
@@ -176,6 +195,8 @@ class DelayQueue:
         count = self.num_drafters
         if values.shape[:-1] not in ((count,), (self.draft_length, count)):
             raise ValueError(f"{name}: expected shape ({count}, T) or ({self.draft_length}, {count}, T), got {values.shape}")
+        if self.lengths and values.ndim != 2:
+            raise ValueError(f"{name}: expected shape ({count}, T) where lengths are asked for, got {values.shape}")
         return values
 
 

@@ -312,6 +312,26 @@ def test_a_tree_reaches_the_decoder(options, tree, stats, monkeypatch):
     assert [config.tree for config in configs] == [tree, None]
 
 
+def test_the_objective_reaches_the_decoder(run, stats):
+    """The first rounds draft 0..K in turns, so that their costs are known."""
+    found = stats("0", "--draft-length", 2, "--max-new-tokens", 60, "--objective", "throughput")
+    assert found["stats"]["lengths"][:6] == [0, 1, 2, 0, 1, 2]
+    same = stats("0", "--draft-length", 2, "--max-new-tokens", 60, "--objective", "tokens")
+    assert same["text"] == found["text"]
+    assert same["stats"]["lengths"] == stats("0", "--draft-length", 2, "--max-new-tokens", 60)["stats"]["lengths"]
+    assert set(same["stats"]["lengths"][:-2]) == {2}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--tree", 2), ("tree", "throughput")), (("--learner", "ucb"), ("hears of all drafters", "ucb"))],
+)
+def test_what_does_not_go_with_the_objective_is_told(options, words, run, capsys):
+    outcome = run("0", "--objective", "throughput", *options)
+    fails(capsys, outcome[0], *words, outcome=outcome)
+    assert outcome[0] == (2 if "--tree" in options else 1)
+
+
 def test_the_learner_decides_who_drafts(stats, place):
     drafters = ("ngram", place.twin)
     options = ("0", "--max-new-tokens", 60)
@@ -336,6 +356,7 @@ def test_each_filter_alone_leaves_the_likeliest_token(option, stats):
 
 def test_stats_are_a_table_on_stderr(run, place):
     code, out, err = run("0", "--max-new-tokens", 13, "--stats", drafters=[place.twin, "ngram"])
+    assert "5.00 tokens drafted a round, 0 of 2 rounds plain" in err
     assert (code, out) == (0, "1234567890123\n")
     for word in ("MAT", "tokens/s", "13 tokens", "twin", "ngram", "picks", "final weight", "prefill", "learn"):
         assert word in err
