@@ -106,7 +106,7 @@ class DecodeConfig:
             weights are read once an evaluation, however many tokens it covers, so its cost falls as 1/m, and the learner
             sees the same losses later, which its delay queue allows. A learner that hears of all drafters switches only
             after one. "adaptive" begins with 1, doubles it up to 8 while the same drafter is drawn again, and goes back to
-            1 when another one is.
+            1 when another one is; it stays 1 with a bandit that reads the scores, "meta_sd".
         warm_start: M, most of a prompt's last positions on which the learner hears of all drafters before the first round,
             >= 0; 0 is the paper's. Target and drafters read the prompt anyway. Its tokens were not drawn from the target, so
             what becomes of them says nothing: the loss of a position is 1 - acceptance_prob of sampled proposals at temperature

@@ -5,7 +5,9 @@ A request under way (`row.py`) holds one, and so does a replay of recorded accep
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,16 @@ from hedgespec.selection import select
 RAREST = 8
 """Most rounds from one evaluation to the next where they adapt; a power of two, so that the rows of a batch meet."""
 NOBODY = Choice(drafter=-1, draft_length=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """A round whose tokens are not scored yet."""
+
+    drafter: int | None
+    weight: float
+    """Probability of its draw."""
+    emitted: int
 
 
 class Selector:
@@ -41,7 +53,7 @@ class Selector:
         self.queue = DelayQueue(len(drafters), config.draft_length, estimator=config.estimator, loss=config.loss)
         self.stats = DecodeStats(tuple(drafters), config.draft_length)
         self.hears_all = learner.feedback == "full"
-        self.scores_all = self.hears_all or config.track_regret
+        self.scores_all = self.hears_all or learner.hears_scores or config.track_regret
         """Whether all drafters are scored."""
         self.alive = np.ones(len(drafters), dtype=bool)
         """Which drafters have not failed, [N]."""
@@ -51,6 +63,9 @@ class Selector:
         """Drafter of the last round."""
         self.may_switch = True
         """Whether every drafter may be chosen, or only the same again."""
+        self.unscored: deque[_Round] = deque()
+        self.scored: deque[np.ndarray] = deque()
+        """acceptance_prob [N] of the tokens of these rounds as far as they are known; of draft trees [K, N]."""
 
     def weights(self) -> np.ndarray:
         """The learner's weights [N], what failed drafters hold shared out among the others; all 0 if all failed."""
@@ -68,7 +83,7 @@ class Selector:
             return NOBODY
         if self.may_switch or not self.alive[self.chosen]:
             chosen = select(weights, uniform, draft_length=self.config.draft_length, rule=self.config.selection).drafter
-            if self.config.evaluate_every == "adaptive":
+            if self.config.evaluate_every == "adaptive" and not self.learner.hears_scores:
                 self.every = min(2 * self.every, RAREST) if chosen == self.chosen else 1
             self.chosen, self.may_switch = chosen, not self.hears_all
         return Choice(self.chosen, min(self.config.draft_length, room - 1))
@@ -91,16 +106,37 @@ class Selector:
             self.stats.record_loss(feedback.losses, self.learner.weights())
             if self.hears_all:
                 self.learner.update(feedback.losses)
+        self.scored.extend(np.moveaxis(acceptance_prob, -1, 0))
         self.may_switch = True
 
     def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int) -> None:
         """Records a round: who drafted (None: nobody), the weights at its beginning, and the tokens it emitted. A learner that
-        asks for no more hears how the drafter fared."""
-        if drafter is not None and self.learner.feedback == "bandit":
-            losses = np.full(len(self.alive), np.nan)
-            losses[drafter] = 1 - emitted / (self.config.draft_length + 1)
-            self.learner.update(losses, chosen=drafter, chosen_weight=float(weights[drafter]))
+        asks for no more hears how the drafter fared, or of an earlier one what its tokens scored."""
+        weight = 0.0 if drafter is None else float(weights[drafter])
+        if drafter is not None and self.learner.feedback == "bandit" and not self.learner.hears_scores:
+            self._tell(drafter, weight, 1 - emitted / (self.config.draft_length + 1))
         self.stats.record_round(drafter, weights, emitted)
+        if self.scores_all:
+            self.unscored.append(_Round(drafter, weight, emitted))
+            while self.unscored and self.unscored[0].emitted <= len(self.scored):
+                self._look_back(self.unscored.popleft())
+
+    def _look_back(self, past: _Round) -> None:
+        """At a round whose tokens are scored by now."""
+        scores = [self.scored.popleft() for _ in range(past.emitted)]
+        if past.drafter is None:
+            return
+        deepest = self.config.draft_length - 1
+        by_depth = [one[..., past.drafter] for one in scores]
+        block = [float(one if one.ndim == 0 else one[min(depth, deepest)]) for depth, one in enumerate(by_depth)]
+        if self.learner.hears_scores:
+            self._tell(past.drafter, past.weight, 1 - min(float(np.mean(block)), 1.0))
+
+    def _tell(self, drafter: int, weight: float, loss: float) -> None:
+        """Lets a bandit hear what the drafter that it drew with this probability lost."""
+        losses = np.full(len(self.alive), np.nan)
+        losses[drafter] = loss
+        self.learner.update(losses, chosen=drafter, chosen_weight=weight)
 
     def lose(self, drafter: int, cause: str) -> bool:
         """Goes on without a drafter; whether it was there."""

@@ -30,6 +30,8 @@ class Learner(ABC):
     feedback: ClassVar[Literal["full", "bandit", "none"]]
     """full: the loss of every drafter, as the delay queue completes it. bandit: the chosen drafter's alone, each round,
     1 - emitted / (draft_length + 1). none: nothing is learned."""
+    hears_scores: ClassVar[bool] = False
+    """Of a bandit whose loss is 1 - mean acceptance_prob of the chosen drafter over the tokens of the round, once scored."""
     needs_positive_prior: ClassVar[bool] = True
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     """Constructor options past the prior, each an attribute; a state loads only where they are the same."""
