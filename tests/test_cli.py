@@ -332,7 +332,7 @@ def test_a_learners_state_goes_on_from_call_to_call(stats, place, tmp_path):
     second = stats(*call, "--max-new-tokens", 2, drafters=drafters)["stats"]
     assert second["rounds"] == 1 and second["prompt_losses"] == 0
     assert second["final_weights"] == learner.weights().tolist()
-    assert second["final_weights"][1] > 0.9
+    assert second["final_weights"][1] > 0.8
     assert json.loads(file.read_text())["state"] != left["state"]
 
 

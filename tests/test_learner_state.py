@@ -124,7 +124,7 @@ def with_state(**fields) -> dict:
         *(({field: value for field, value in GOOD.items() if field != left}, f"none called {left}")
           for left in ("version", "drafters", "state")),
         ({**GOOD, "state": {}}, "'regrets'.* missing"),
-        ({**GOOD, "state": state_after(Pool("hedge"), [])}, "missing|expected name"),
+        ({**GOOD, "state": state_after(Pool("hedge"), [])}, "expected name 'normal_hedge', got 'hedge'"),
         (with_state(name="ucb"), "expected name 'normal_hedge', got 'ucb'"),
         (with_state(num_drafters=2), "expected num_drafters 3, got 2"),
         (with_state(regrets=[0.0, 0.0]), "expected regrets finite, of shape"),

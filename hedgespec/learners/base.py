@@ -100,11 +100,11 @@ class Learner(ABC):
                 range.
         """
         identity = ("name", "num_drafters", *self.OPTIONS)
+        for field in identity:
+            if field in state and state[field] != (expected := getattr(self, field)):
+                raise ValueError(f"state: expected {field} {expected!r}, got {state[field]!r}")
         if missing := {*identity, "prior", *self.STATE} - state.keys():
             raise ValueError(f"state: {sorted(missing)} missing, got {sorted(state)}")
-        for field in identity:
-            if state[field] != (expected := getattr(self, field)):
-                raise ValueError(f"state: expected {field} {expected!r}, got {state[field]!r}")
         loaded = {"prior": self._read_prior(_numbers(state, "prior"))}
         for field in self.STATE:
             shape, value = np.shape(getattr(self, field)), _numbers(state, field)
