@@ -87,7 +87,7 @@ class DelayQueue:
 
         Args:
             acceptance_prob: [N, T] for T >= 0 positions in order, floating, in [0, 1], on the CPU. [K, N, T] where it depends
-                on the depth at which a draft tree has the position.
+                on the depth at which a draft, or a draft tree, has the position.
             acceptance_ratio: the same, given the tokens that were emitted.
 
         Raises:
@@ -163,8 +163,10 @@ class DelayQueue:
             ratio = ratios[position + at, at]
             if known < self.draft_length and np.count_nonzero(ratio.prod(axis=0)):
                 break
-            survival = np.concatenate([np.ones((1, self.num_drafters)), ratio[:-1].cumprod(axis=0)])
-            accepted = (survival * probs[position + at, at]).sum(axis=0)
+            prob = probs[position + at, at]
+            accepted = prob[-1]
+            for k in range(known - 2, -1, -1):  # in the order of `_complete`, so that one acceptance has one loss
+                accepted = accepted * ratio[k] + prob[k]
             losses.append((self.draft_length - accepted) / (self.draft_length + 1))
         return np.array(losses).reshape(-1, self.num_drafters)
 

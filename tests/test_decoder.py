@@ -378,6 +378,11 @@ def test_bad_pools_and_configurations_are_refused(target):
         DecodeConfig(overlap=1)
     with pytest.raises(TypeError, match="compile: expected a bool, got str"):
         DecodeConfig(compile="yes")
+    with pytest.raises(TypeError, match="depth_correction: expected a bool, got int"):
+        DecodeConfig(depth_correction=1)
+    for option in ({"tree": Tree(2)}, {"loss": "acceptance_rate"}):
+        with pytest.raises(ValueError, match='depth_correction: expected False, or no tree and loss "length", got tree'):
+            DecodeConfig(depth_correction=True, **option)
 
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 4 * NUCLEUS + 1])

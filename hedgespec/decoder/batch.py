@@ -155,7 +155,10 @@ class Batch:
         with timed(stats, "learn"):
             self._observe(later)
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
-                row.selector.end_round(choice.drafter if draft.tokens.shape[1] else None, held, len(tokens))
+                drafted = draft.tokens.shape[1]
+                # Whether a token that ends the text within a draft was accepted or recovered is not known here.
+                tested = min(drafted, len(tokens) - row.finished)
+                row.selector.end_round(choice.drafter if drafted else None, held, len(tokens), tested)
         self._hand_out(emitted)
 
     def _place(self) -> None:

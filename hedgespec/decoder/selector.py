@@ -14,6 +14,7 @@ import numpy as np
 
 from hedgespec.config import DecodeConfig
 from hedgespec.delay import DelayQueue
+from hedgespec.depth import DepthCorrection
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
 from hedgespec.records import Choice
@@ -32,6 +33,8 @@ class _Round:
     weight: float
     """Probability of its draw."""
     emitted: int
+    tested: int
+    """Drafted tokens, from the first, each of which is known to have been accepted or not."""
 
 
 class Selector:
@@ -42,15 +45,20 @@ class Selector:
         config: the decoder's.
         learner: a fresh one.
         state: a `Learner.state_dict()` to go on from.
+        own_features: whether each drafter drafts on features of its own, [N], see `hedgespec.depth`; None: none does.
     """
 
     def __init__(
-        self, drafters: Sequence[str], config: DecodeConfig, learner: Learner, state: Mapping[str, Any] | None = None
-    ) -> None:
+        self, drafters: Sequence[str], config: DecodeConfig, learner: Learner, state: Mapping[str, Any] | None = None,
+        own_features: Sequence[bool] | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.learner = config, learner
         if state is not None:
             learner.load_state_dict(state)
         self.queue = DelayQueue(len(drafters), config.draft_length, estimator=config.estimator, loss=config.loss)
+        self.depths = None
+        if config.depth_correction:
+            self.depths = DepthCorrection(own_features or [False] * len(drafters), config.draft_length)
         self.stats = DecodeStats(tuple(drafters), config.draft_length)
         self.hears_all = learner.feedback == "full"
         self.scores_all = self.hears_all or learner.hears_scores or config.track_regret
@@ -102,22 +110,25 @@ class Selector:
     def observe(self, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray) -> None:
         """Hands the learner every drafter's completed losses. Both: float64 [N, T] of the tokens that come next; of draft trees
         [K, N, T], by depth."""
+        self.scored.extend(np.moveaxis(acceptance_prob, -1, 0))
+        if self.depths is not None:
+            acceptance_prob, acceptance_ratio = map(self.depths.correct, (acceptance_prob, acceptance_ratio))
         for feedback in self.queue.push(acceptance_prob, acceptance_ratio):
             self.stats.record_loss(feedback.losses, self.learner.weights())
             if self.hears_all:
                 self.learner.update(feedback.losses)
-        self.scored.extend(np.moveaxis(acceptance_prob, -1, 0))
         self.may_switch = True
 
-    def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int) -> None:
-        """Records a round: who drafted (None: nobody), the weights at its beginning, and the tokens it emitted. A learner that
-        asks for no more hears how the drafter fared, or of an earlier one what its tokens scored."""
+    def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int, tested: int) -> None:
+        """Records a round: who drafted (None: nobody), the weights at its beginning, the tokens it emitted, and how many
+        drafted ones, from the first, are known to have been accepted or not. A learner that asks for no more hears how the
+        drafter fared. Rounds all of whose tokens are scored by now are looked back at."""
         weight = 0.0 if drafter is None else float(weights[drafter])
         if drafter is not None and self.learner.feedback == "bandit" and not self.learner.hears_scores:
             self._tell(drafter, weight, 1 - emitted / (self.config.draft_length + 1))
         self.stats.record_round(drafter, weights, emitted)
         if self.scores_all:
-            self.unscored.append(_Round(drafter, weight, emitted))
+            self.unscored.append(_Round(drafter, weight, emitted, tested))
             while self.unscored and self.unscored[0].emitted <= len(self.scored):
                 self._look_back(self.unscored.popleft())
 
@@ -126,9 +137,15 @@ class Selector:
         scores = [self.scored.popleft() for _ in range(past.emitted)]
         if past.drafter is None:
             return
-        deepest = self.config.draft_length - 1
-        by_depth = [one[..., past.drafter] for one in scores]
-        block = [float(one if one.ndim == 0 else one[min(depth, deepest)]) for depth, one in enumerate(by_depth)]
+        chain, deepest = self.config.tree is None, self.config.draft_length - 1
+        block = [one[past.drafter] if chain else one[min(depth, deepest), past.drafter] for depth, one in enumerate(scores)]
+        if chain and self.alive[past.drafter]:
+            predicted, accepted = np.array(block[: past.tested]), min(past.emitted - 1, past.tested)
+            corrected = predicted
+            if self.depths is not None:
+                corrected = predicted * self.depths.factors[: past.tested, past.drafter]
+                self.depths.learn(past.drafter, predicted, accepted)
+            self.stats.record_depths(predicted, corrected, accepted)
         if self.learner.hears_scores:
             self._tell(past.drafter, past.weight, 1 - min(float(np.mean(block)), 1.0))
 
