@@ -85,6 +85,9 @@ def generate(options: argparse.Namespace) -> None:
         import matplotlib  # noqa: F401  missing, it is missed now and not after the text
     target, tokenizer, drafters = _load(options.target, options.drafter, options.allow_pickle)
     decoder = hedgespec.Decoder(target, drafters, config)
+    state = None
+    if options.learner_state and options.learner_state.exists():
+        state = hedgespec.load_learner_state(options.learner_state, decoder)
     prompt_ids = _encode(tokenizer, prompt, options.chat)
     stream = TextStream(tokenizer, prompt_ids)
     pieces: list[str] = []
@@ -108,6 +111,7 @@ def generate(options: argparse.Namespace) -> None:
             top_p=options.top_p,
             min_p=options.min_p,
             seed=options.seed,
+            learner_state=state,
             on_tokens=lambda _, tokens: show(stream.push(tokens)),
         )
     show(stream.end())
@@ -116,6 +120,8 @@ def generate(options: argparse.Namespace) -> None:
         _print_json({"text": "".join(pieces), "tokens": tokens, "stats": out.stats[0].to_dict()})
     else:
         print(flush=True)
+    if options.learner_state:
+        hedgespec.save_learner_state(options.learner_state, out.stats[0])
     if options.stats:
         _wide_console(stderr=True).print(_stats(out.stats[0]))
     if options.profile:
@@ -521,6 +527,14 @@ def _output(text: str) -> Path:
     return path
 
 
+def _kept(text: str) -> Path:
+    """An argparse type: a file that can be read if it is there, and replaced."""
+    path = _output(text)
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.R_OK)):
+        raise argparse.ArgumentTypeError(f"expected a file that can be read and replaced, got {text!r}")
+    return path
+
+
 def _output_or_stdout(text: str) -> Path | str:
     return text if text == "-" else _output(text)
 
@@ -598,6 +612,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "or the folder of a causal language model; repeatable (default: all the zoo's heads)")  # fmt: skip
     _add_allow_pickle(add)
     add("--learner", choices=hedgespec.learners.NAMES, default=DecodeConfig.learner, help="(default: %(default)s)")
+    add("--learner-state", metavar="FILE", type=_kept,
+        help="go on from what the learner left in this file, if there is one, and leave there what it knows at the end; "
+        "a learner that goes on takes no warm start")  # fmt: skip
     add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
         help="draft from the drafter's distribution, its argmax, or coupled to the target by shared noise, with which a "
         "seed's text is the same whatever the drafters (default: %(default)s)")  # fmt: skip

@@ -113,7 +113,7 @@ class DecodeConfig:
             weights are read once an evaluation, however many tokens it covers, so its cost falls as 1/m, and the learner
             sees the same losses later, which its delay queue allows. A learner that hears of all drafters switches only
             after one. "adaptive" begins with 1, doubles it up to 8 while the same drafter is drawn again (up to 64 while plain
-            decoding is), and goes back to 1 when another one is.
+            decoding is), and goes back to 1 when another one is; it stays 1 with a bandit that reads the scores, "meta_sd".
         warm_start: M, most of a prompt's last positions on which the learner hears of all drafters before the first round,
             >= 0; 0 is the paper's. Target and drafters read the prompt anyway. Its tokens were not drawn from the target, so
             what becomes of them says nothing: the loss of a position is 1 - acceptance_prob of sampled proposals at temperature
@@ -125,6 +125,10 @@ class DecodeConfig:
             distribution does not depend on it.
         drafter_window: most verified tokens of a request that each EAGLE head keeps in its cache, >= 16, which bounds its
             memory; the head then drafts as if the text began later. None keeps all.
+        depth_correction: an EAGLE head drafts on features of its own from the second token on, and is scored as if it had the
+            target's. True multiplies what it scored by factors by depth, learned from the rounds it drafted in the request,
+            see `hedgespec.depth`. Not with a tree, where it is not known which depth had a child to accept, nor with loss
+            "acceptance_rate", which has no depth.
         overlap: lets the next round begin while the drafters are being scored; the learner hears of it one round later,
             which its delay queue allows. None does so on a GPU, where there is something to gain.
         selection: "sample" a drafter from the weights, or take their "argmax".
@@ -152,6 +156,7 @@ class DecodeConfig:
     evaluate_every: int | Literal["adaptive"] = "adaptive"
     warm_start: int = 32
     drafter_window: int | None = None
+    depth_correction: bool = False
     overlap: bool | None = None
     track_regret: bool = False
     backend: str = "auto"
@@ -167,13 +172,18 @@ class DecodeConfig:
             _check_int("drafter_window", self.drafter_window, 16, " or None")
         if self.overlap is not None and not isinstance(self.overlap, bool):
             raise TypeError(f"overlap: expected a bool or None, got {self.overlap!r}")
-        if not isinstance(self.compile, bool):
-            raise TypeError(f"compile: expected a bool, got {type(self.compile).__name__}")
+        for name in ("compile", "depth_correction"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         if self.objective == "throughput" and self.loss != "length":
             raise ValueError(f"loss: expected 'length' with objective 'throughput', got {self.loss!r}")
+        if self.depth_correction and (self.tree is not None or self.loss != "length"):
+            raise ValueError(
+                f'depth_correction: expected False, or no tree and loss "length", got tree {self.tree} and loss {self.loss!r}'
+            )
         if self.tree is not None:
             if not isinstance(self.tree, Tree):
                 raise TypeError(f"tree: expected a hedgespec.Tree or None, got {self.tree!r}")

@@ -34,7 +34,7 @@ class DelayQueue:
             mean, with less variance and a bias where acceptance is correlated along the draft.
         loss: length, as above, or acceptance_rate, 1 - acceptance_prob, which needs no waiting (nor the estimator).
         lengths: also hand out the sums of the first 1..K terms, `Feedback.lengths`: what shorter drafts would emit. Takes the
-            loss "length", and positions that are not by depth.
+            loss "length".
 
     Raises:
         ValueError: a value outside its range or choices.
@@ -92,7 +92,7 @@ class DelayQueue:
 
         Args:
             acceptance_prob: [N, T] for T >= 0 positions in order, floating, in [0, 1], on the CPU. [K, N, T] where it depends
-                on the depth at which a draft tree has the position.
+                on the depth at which a draft, or a draft tree, has the position.
             acceptance_ratio: the same, given the tokens that were emitted.
 
         Raises:
@@ -123,7 +123,7 @@ class DelayQueue:
             np.minimum(seen, 1.0, out=seen)
         lengths = None
         if self.loss == "length":
-            losses, lengths = self._complete(seen, lowest) if seen.ndim == 3 else (self._complete_by_depth(seen), None)
+            losses, lengths = self._complete(seen, lowest) if seen.ndim == 3 else self._complete_by_depth(seen)
         else:
             losses = 1.0 - (seen[0] if seen.ndim == 3 else seen[0, :, 0])
         first, complete = self._position, len(losses)
@@ -172,20 +172,25 @@ class DelayQueue:
             lengths[:, k] = emitted
         return lengths
 
-    def _complete_by_depth(self, seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _complete_by_depth(self, seen: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         """`_complete` of `seen` [2, positions, K, N]: a loss reads the position j after its own at depth j."""
         probs, ratios = seen[0], seen[1 if self.estimator == "exact" else 0]
-        losses = []
+        losses, lengths = [], []
         for position in range(len(probs)):
             known = min(self.draft_length, len(probs) - position)
             at = np.arange(known)
             ratio = ratios[position + at, at]
             if known < self.draft_length and np.count_nonzero(ratio.prod(axis=0)):
                 break
-            survival = np.concatenate([np.ones((1, self.num_drafters)), ratio[:-1].cumprod(axis=0)])
-            accepted = (survival * probs[position + at, at]).sum(axis=0)
+            prob = probs[position + at, at]
+            accepted = prob[-1]
+            for k in range(known - 2, -1, -1):  # in the order of `_complete`, so that one acceptance has one loss
+                accepted = accepted * ratio[k] + prob[k]
             losses.append((self.draft_length - accepted) / (self.draft_length + 1))
-        return np.array(losses).reshape(-1, self.num_drafters)
+            if self.lengths:
+                unknown = np.zeros((self.draft_length - known, self.num_drafters))  # multiplied by 0, as in `_complete`
+                lengths.append(self._lengths(np.concatenate((prob, unknown)), np.concatenate((ratio, unknown)), 1)[0])
+        return np.array(losses).reshape(-1, self.num_drafters), np.array(lengths) if self.lengths else None
 
     def _check(self, name: str, values: NDArray[np.floating] | torch.Tensor) -> NDArray[np.floating]:
         """The values as an array [N, T] or [K, N, T], their range not looked at yet."""
@@ -195,8 +200,6 @@ class DelayQueue:
         count = self.num_drafters
         if values.shape[:-1] not in ((count,), (self.draft_length, count)):
             raise ValueError(f"{name}: expected shape ({count}, T) or ({self.draft_length}, {count}, T), got {values.shape}")
-        if self.lengths and values.ndim != 2:
-            raise ValueError(f"{name}: expected shape ({count}, T) where lengths are asked for, got {values.shape}")
         return values
 
 

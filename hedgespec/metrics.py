@@ -48,6 +48,16 @@ class DecodeStats:
     prompt_losses: list[np.ndarray] = field(default_factory=list)
     """What the learner took from the prompt before the first round, see `DecodeConfig.warm_start`: one entry a position, as
     in `losses`. They are no part of `losses`, `played` and `regret`."""
+    reached_by_depth: np.ndarray = field(init=False, repr=False)
+    """Rounds in which the drafted token at each depth was looked at, all before it accepted, and whose drafter was scored, [K].
+    This and what follows is of chains, not of trees."""
+    predicted_by_depth: np.ndarray = field(init=False, repr=False)
+    """Sum over these rounds of the drafter's acceptance_prob at that position of the verified text, float64 [K]."""
+    corrected_by_depth: np.ndarray = field(init=False, repr=False)
+    """The same with the factors of `DecodeConfig.depth_correction` known before the round was learned from, [K]; without it
+    `predicted_by_depth`."""
+    accepted_by_depth: np.ndarray = field(init=False, repr=False)
+    """How many of these rounds' tokens at that depth were accepted, [K]."""
     began: float = field(default_factory=time.perf_counter, repr=False)
     """When the request did, by `time.perf_counter`."""
     spans: list[tuple[str, float, float]] = field(default_factory=list, repr=False)
@@ -62,6 +72,10 @@ class DecodeStats:
     seconds: float = 0.0
     """Wall time from the batch's beginning to the request's end, `on_tokens` included."""
 
+    def __post_init__(self) -> None:
+        for name in ("reached", "predicted", "corrected", "accepted"):
+            setattr(self, f"{name}_by_depth", np.zeros(self.draft_length))
+
     def record_round(self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int) -> None:
         self.choices.append(-1 if drafter is None else drafter)
         self.weights.append(weights)
@@ -71,6 +85,13 @@ class DecodeStats:
     def record_loss(self, losses: np.ndarray, weights: np.ndarray) -> None:
         self.losses.append(losses)
         self.played.append(float(weights @ losses))
+
+    def record_depths(self, predicted: np.ndarray, corrected: np.ndarray, accepted: int) -> None:
+        """Of a round in which as many depths were reached as there are predictions, [k]."""
+        self.reached_by_depth[: len(predicted)] += 1
+        self.predicted_by_depth[: len(predicted)] += predicted
+        self.corrected_by_depth[: len(predicted)] += corrected
+        self.accepted_by_depth[:accepted] += 1
 
     @property
     def rounds(self) -> int:
@@ -135,6 +156,9 @@ class DecodeStats:
             "seconds_by_stage": self.seconds_by_stage,
             "drafter_cache_bytes": self.drafter_cache_bytes,
             "prompt_losses": len(self.prompt_losses),
+            "by_depth": {
+                name: getattr(self, f"{name}_by_depth").tolist() for name in ("reached", "predicted", "corrected", "accepted")
+            },
             "failures": self.failures,
         }
 

@@ -340,6 +340,35 @@ def test_the_learner_decides_who_drafts(stats, place):
     assert hedged["final_weights"][1] > 0.5
 
 
+def test_a_learners_state_goes_on_from_call_to_call(stats, place, tmp_path):
+    """The second call begins with the weights that the first one left, and leaves its own."""
+    file, drafters = tmp_path / "tenant.json", ("ngram", place.twin)
+    call = ("0", "--max-new-tokens", 30, "--draft-length", 1, "--learner", "hedge", "--learner-state", file)
+    first = stats(*call, drafters=drafters)["stats"]
+    left = json.loads(file.read_text())
+    assert left["drafters"] == first["drafters"] == ["ngram", "twin"]
+    learner = hedgespec.learners.make("hedge", 2)
+    learner.load_state_dict(left["state"])
+    second = stats(*call, "--max-new-tokens", 2, drafters=drafters)["stats"]
+    assert second["rounds"] == 1 and second["prompt_losses"] == 0
+    assert second["final_weights"] == learner.weights().tolist()
+    assert second["final_weights"][1] > 0.8
+    assert json.loads(file.read_text())["state"] != left["state"]
+
+
+def test_a_learners_state_that_does_not_fit_is_refused_and_kept(run, place, capsys, tmp_path):
+    file = tmp_path / "tenant.json"
+    call = ("0", "--max-new-tokens", 8, "--learner-state", file)
+    assert run(*call)[0] == 0
+    before = file.read_bytes()
+    fails(capsys, 1, str(file), "['twin']", "got ['ngram']", outcome=run(*call, drafters=[place.twin]))
+    fails(capsys, 1, str(file), "'hedge'", "normal_hedge", outcome=run(*call, "--learner", "hedge"))
+    assert file.read_bytes() == before
+    file.write_text("{}")
+    fails(capsys, 1, str(file), "format", outcome=run(*call))
+    assert file.read_text() == "{}"
+
+
 def test_seed_and_temperature(stats):
     """At temperature 50 the tiny target may say almost anything."""
     hot = ("0", "--temperature", 50, "--max-new-tokens", 12)
@@ -438,6 +467,8 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["generate", "x", "--profile", "no/such/x.png"], ["--profile", "a file that can be written", "x.png"]),
         (["demo", "--profile", "x"], ["--profile", "a file that ends in .png or .svg", "'x'"]),
         (["demo", "--plot", "."], ["--plot", "a file that can be written", "'.'"]),
+        (["generate", "x", "--learner-state", "no/such/x.json"], ["--learner-state", "a file that can be written", "x.json"]),
+        (["generate", "x", "--learner-state", "."], ["--learner-state", "a file that can be written", "'.'"]),
         (["zoo"], ["{list,path,export,train}"]),
         (["inspect"], ["PATH"]),
         (["zoo", "export"], ["FOLDER"]),

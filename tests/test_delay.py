@@ -150,11 +150,18 @@ def test_an_early_length_lacks_nothing():
 def test_lengths_are_refused_where_there_are_none():
     with pytest.raises(ValueError, match="loss: expected 'length' where lengths are asked for, got 'acceptance_rate'"):
         DelayQueue(2, 3, loss="acceptance_rate", lengths=True)
-    by_depth = np.full((3, 2, 1), 0.5)
-    with pytest.raises(
-        ValueError, match=r"acceptance_prob: expected shape \(2, T\) where lengths are asked for, got \(3, 2, 1\)"
-    ):
-        DelayQueue(2, 3, lengths=True).push(by_depth, by_depth)
+
+
+@pytest.mark.parametrize("last", [0.0, 0.5])
+def test_lengths_by_depth(last):
+    """Each length is what a queue of that draft length says; where the products end early, the rest adds nothing."""
+    prob, ratio = np.random.default_rng(0).random((2, 3, 2, 6))
+    ratio[:, :, -1] = last
+    found = DelayQueue(2, 3, lengths=True).push(prob, ratio)
+    assert len(found) == (6 if last == 0 else 4)
+    for k in (1, 2, 3):
+        for feedback, shorter in zip(found, DelayQueue(2, k).push(prob[:k], ratio[:k])):
+            np.testing.assert_allclose(feedback.lengths[k - 1], (1 - shorter.losses) * (k + 1), rtol=0, atol=1e-14)
 
 
 def test_draft_length_one_never_waits():
@@ -206,7 +213,7 @@ def test_losses_by_depth(estimator, loss):
             told += by_depth.push(probs[:, :, here], ratios[:, :, here])
         assert [one.position for one in found] == [one.position for one in expected]
         for one, other in zip(found, expected):
-            np.testing.assert_allclose(one.losses, other.losses, atol=1e-12)
+            assert one.losses.tobytes() == other.losses.tobytes()
         followed = ratios if estimator == "exact" else probs
         for number, one in enumerate(told):
             assert one.position == number

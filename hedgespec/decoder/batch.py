@@ -164,7 +164,9 @@ class Batch:
             self._observe(later)
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
                 drafted = draft.tokens.shape[1]
-                row.selector.end_round(choice.drafter if drafted else None, held, len(tokens), drafted)
+                # Whether a token that ends the text within a draft was accepted or recovered is not known here.
+                tested = min(drafted, len(tokens) - row.finished)
+                row.selector.end_round(choice.drafter if drafted else None, held, len(tokens), drafted, tested)
         self._hand_out(emitted)
 
     def _now(self) -> float:

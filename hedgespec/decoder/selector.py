@@ -5,7 +5,9 @@ A request under way (`row.py`) holds one, and so does a replay of recorded accep
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.arms import ARMS, Seconds
 from hedgespec.delay import DelayQueue
+from hedgespec.depth import DepthCorrection
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
 from hedgespec.records import NOBODY, Choice, Feedback
@@ -25,6 +28,18 @@ RAREST_PLAIN = 64
 rounds with drafts."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """A round whose tokens are not scored yet."""
+
+    drafter: int | None
+    weight: float
+    """Probability of its draw."""
+    emitted: int
+    tested: int
+    """Drafted tokens, from the first, each of which is known to have been accepted or not."""
+
+
 class Selector:
     """Selection and learning of one request.
 
@@ -33,13 +48,15 @@ class Selector:
         config: the decoder's.
         learner: a fresh one, over the objective's arms.
         state: a `Learner.state_dict()` to go on from.
+        own_features: whether each drafter drafts on features of its own, [N], see `hedgespec.depth`; None: none does.
 
     Raises: ValueError for a state that is not of such a learner.
     """
 
     def __init__(
-        self, drafters: Sequence[str], config: DecodeConfig, learner: Learner, state: Mapping[str, Any] | None = None
-    ) -> None:
+        self, drafters: Sequence[str], config: DecodeConfig, learner: Learner, state: Mapping[str, Any] | None = None,
+        own_features: Sequence[bool] | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.learner = config, learner
         self.alive = np.ones(len(drafters), dtype=bool)
         """Which drafters have not failed, [N]."""
@@ -56,9 +73,12 @@ class Selector:
         )
         self.waiting: list[Feedback] = []
         """What the queue has completed and the learner has not heard: nothing has a price yet."""
+        self.depths = None
+        if config.depth_correction:
+            self.depths = DepthCorrection(own_features or [False] * len(drafters), config.draft_length)
         self.stats = DecodeStats(tuple(drafters), config.draft_length)
         self.hears_all = learner.feedback == "full"
-        self.scores_all = self.hears_all or config.track_regret
+        self.scores_all = self.hears_all or learner.hears_scores or config.track_regret
         """Whether all drafters are scored."""
         self.every = config.evaluate_every if config.evaluate_every != "adaptive" else 1
         """Rounds from one evaluation to the next."""
@@ -66,6 +86,9 @@ class Selector:
         """What was drawn last."""
         self.may_switch = True
         """Whether anything may be chosen, or only the same again."""
+        self.unscored: deque[_Round] = deque()
+        self.scored: deque[np.ndarray] = deque()
+        """acceptance_prob [N] of the tokens of these rounds as far as they are known; of draft trees [K, N]."""
 
     def weights(self) -> np.ndarray:
         """The learner's weights [A] of the arms (drafters, unless the objective has others), what those of failed drafters hold
@@ -88,7 +111,7 @@ class Selector:
         gone = self.chosen.drafter >= 0 and not self.alive[self.chosen.drafter]
         if self.may_switch or gone:
             chosen = self.arms.choice(draw(weights, uniform, self.config.selection))
-            if self.config.evaluate_every == "adaptive":
+            if self.config.evaluate_every == "adaptive" and not self.learner.hears_scores:
                 rarest = RAREST if chosen.drafter >= 0 else RAREST_PLAIN
                 self.every = min(2 * self.every, rarest) if chosen.drafter == self.chosen.drafter else 1
             self.chosen, self.may_switch = chosen, not self.hears_all
@@ -124,6 +147,9 @@ class Selector:
     def observe(self, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray, seconds: Seconds | None = None) -> None:
         """Hands the learner every arm's completed losses; where they depend on what rounds cost and that is not known yet, they
         wait. Both: float64 [N, T] of the tokens that come next; of draft trees [K, N, T], by depth."""
+        self.scored.extend(np.moveaxis(acceptance_prob, -1, 0))
+        if self.depths is not None:
+            acceptance_prob, acceptance_ratio = map(self.depths.correct, (acceptance_prob, acceptance_ratio))
         self.waiting += self.queue.push(acceptance_prob, acceptance_ratio)
         self.may_switch = True
         if seconds is None and self.arms.needs_seconds:
@@ -135,14 +161,43 @@ class Selector:
                 self.learner.update(losses)
         self.waiting.clear()
 
-    def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int) -> None:
-        """Records a round: who drafted (None: nobody), the weights at its beginning, and the tokens it emitted and drafted. A
-        learner that asks for no more hears how the drafter fared."""
+    def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int, tested: int) -> None:
+        """Records a round: who drafted (None: nobody), the weights at its beginning, the tokens it emitted and drafted, and how
+        many drafted ones, from the first, are known to have been accepted or not. A learner that asks for no more hears how
+        the drafter fared. Rounds all of whose tokens are scored by now are looked back at."""
+        weight = 0.0
         if drafter is not None and self.learner.feedback == "bandit":
-            losses = np.full(len(self.alive), np.nan)
-            losses[drafter] = 1 - emitted / (self.config.draft_length + 1)
-            self.learner.update(losses, chosen=drafter, chosen_weight=float(weights[drafter]))
+            weight = float(weights[drafter])
+            if not self.learner.hears_scores:
+                self._tell(drafter, weight, 1 - emitted / (self.config.draft_length + 1))
         self.stats.record_round(drafter, self.arms.by_drafter(weights), emitted, drafted)
+        if self.scores_all:
+            self.unscored.append(_Round(drafter, weight, emitted, tested))
+            while self.unscored and self.unscored[0].emitted <= len(self.scored):
+                self._look_back(self.unscored.popleft())
+
+    def _look_back(self, past: _Round) -> None:
+        """At a round whose tokens are scored by now."""
+        scores = [self.scored.popleft() for _ in range(past.emitted)]
+        if past.drafter is None:
+            return
+        chain, deepest = self.config.tree is None, self.config.draft_length - 1
+        block = [one[past.drafter] if chain else one[min(depth, deepest), past.drafter] for depth, one in enumerate(scores)]
+        if chain and self.alive[past.drafter]:
+            predicted, accepted = np.array(block[: past.tested]), min(past.emitted - 1, past.tested)
+            corrected = predicted
+            if self.depths is not None:
+                corrected = predicted * self.depths.factors[: past.tested, past.drafter]
+                self.depths.learn(past.drafter, predicted, accepted)
+            self.stats.record_depths(predicted, corrected, accepted)
+        if self.learner.hears_scores:
+            self._tell(past.drafter, past.weight, 1 - min(float(np.mean(block)), 1.0))
+
+    def _tell(self, drafter: int, weight: float, loss: float) -> None:
+        """Lets a bandit hear what the drafter that it drew with this probability lost."""
+        losses = np.full(len(self.alive), np.nan)
+        losses[drafter] = loss
+        self.learner.update(losses, chosen=drafter, chosen_weight=weight)
 
     def lose(self, drafter: int, cause: str) -> bool:
         """Goes on without a drafter; whether it was there."""
