@@ -64,8 +64,8 @@ def measure(lab: Laboratory) -> dict[str, Any]:
 def tell(result: dict[str, Any]) -> str:
     lines = [
         f"Tokens a round (MAT) over the same texts, replayed with {result['seeds']} seeds; intervals of 95% over the seeds, "
-        "which tell how much is chance in the choice of drafters and nothing of other texts. The first value of each option is the "
-        "default. In brackets: what another value changes.",
+        "which tell how much is chance in the choice of drafters and nothing of other texts. The first value of each option "
+        "is the default. In brackets: what another value changes.",
         "",
         "| | option | " + " | ".join(SETS.values()) + " |",
         "|---" * (2 + len(SETS)) + "|",
