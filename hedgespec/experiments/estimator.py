@@ -22,7 +22,7 @@ from hedgespec.experiments.hindsight import (
     weights_by_position,
 )  # fmt: skip
 from hedgespec.experiments.laboratory import Laboratory
-from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, told
+from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, table, told
 from hedgespec.experiments.traces import Trace, alone, replay
 from hedgespec.records import Feedback
 
@@ -239,47 +239,57 @@ def measure(lab: Laboratory) -> dict[str, Any]:
 
 
 def tell(result: dict[str, Any]) -> str:
-    enumeration, sets, length = result["enumeration"], result["sets"], result["draft_length"]
-    lines = [f"Every text of random pairs of distributions ({result['enumerated']}), tokens a round:", "",
-             "| estimate | largest bias | mean bias | spread over texts |", "|---|---|---|---|"]  # fmt: skip
-    for name, of in enumeration.items():
-        bias = np.array(of["bias"])
-        lines.append(f"| {name} | {_small(np.abs(bias).max())} | {_small(bias.mean())} | {of['spread']:.3f} |")
-    lines += [
-        "", f"Real texts, K = {length}: predicted less realised tokens a round, mean of the drafters, with 95% intervals over texts:",
-        "", f"| texts | realised | {' | '.join(ESTIMATES)} | spread: {' / '.join(ESTIMATES)} |",
-        "|---" * (3 + len(ESTIMATES)) + "|",
-    ]  # fmt: skip
-    for name, of in sets.items():
-        errors = " | ".join(told(of["estimates"][one]["error"], 3) for one in ESTIMATES)
-        spreads = " / ".join(f"{of['estimates'][one]['spread']:.2f}" for one in ESTIMATES)
-        lines.append(f"| {of['texts']} {name} | {told(of['realised'])} | {errors} | {spreads} |")
-    lines += ["", "Acceptance by depth, over drafts that got there: reading verified tokens / drafting by itself "
-              "(the paper's B.4 reports that gap from depth 3 on):", ""]  # fmt: skip
+    sets, length, seen = result["sets"], result["draft_length"], [str(one or "all") for one in SEEN]
     deepest = max(len(of["depths"]) for of in sets.values())
-    lines += ["| texts | " + " | ".join(str(depth + 1) for depth in range(deepest)) + " |", "|---" * (deepest + 1) + "|"]
-    for name, of in sets.items():
-        cells = [f"{row['forced']['mean']:.2f} / {row['drafted']['mean']:.2f}" for row in of["depths"]]
-        lines.append(f"| {name} | " + " | ".join(cells + [""] * (deepest - len(cells))) + " |")
-    seen = [str(one) if one else "all" for one in SEEN]
-    lines += ["", "Pairs of drafters ordered as their MAT is (and best drafter found), %, by how many positions were seen:", "",
-              f"| texts | estimate | {' | '.join(seen)} |", "|---" * (len(seen) + 2) + "|"]  # fmt: skip
-    for name, of in sets.items():
-        for estimate, rows in of["rankings"].items():
-            cells = [f"{100 * row['pairs']['mean']:.0f} ({100 * row['top']['mean']:.0f})" for row in rows]
-            lines.append(f"| {name} | {estimate} | {' | '.join(cells)} |")
-    lines += ["", "How much longer the best drafter's rounds look than the worst's, tokens:", "",
-              f"| texts | {' | '.join(next(iter(sets.values()))['margins'])} |", "|---|---|---|---|"]  # fmt: skip
-    lines += [f"| {name} | {' | '.join(told(one) for one in of['margins'].values())} |" for name, of in sets.items()]
-    lines += ["", "NormalHedge, fresh and without a warm start, by what it hears:", "",
-              "| texts | feed | MAT | of the best fixed drafter's, % | less exact's | tokens a round behind | less exact's |",
-              "|---" * 7 + "|"]  # fmt: skip
-    for name, of in sets.items():
+    biases = {name: np.array(of["bias"]) for name, of in result["enumeration"].items()}
+    spreads = {name: f"{of['spread']:.3f}" for name, of in result["enumeration"].items()}
+
+    def feeds(name: str, of: dict[str, Any]) -> list[list[str]]:
+        rows = []
         for feed, row in of["replayed"].items():
-            better = [told(row[key], 3) if (key := f"{one}_less_exact") in row else "" for one in ("of_best", "behind")]
-            lines.append(f"| {name} | {feed} | {told(row['mat'])} | {100 * row['of_best']['mean']:.1f} | {better[0]} | "
-                         f"{told(row['behind'], 3)} | {better[1]} |")  # fmt: skip
-    return "\n".join([*lines, "", _sense(result), ""])
+            less = [told(row[key], 3) if (key := f"{one}_less_exact") in row else "" for one in ("of_best", "behind")]
+            rows.append([name, feed, told(row["mat"]), told(row["of_best"], 3), less[0], told(row["behind"], 3), less[1]])
+        return rows
+
+    return "\n".join([
+        table(
+            ["estimate", "largest bias", "mean bias", "spread over texts"],
+            ([name, _small(np.abs(bias).max()), _small(bias.mean()), spreads[name]] for name, bias in biases.items()),
+            title=f"Every text of random pairs of distributions ({result['enumerated']}), tokens a round:",
+        ),
+        table(
+            ["texts", "realised", *ESTIMATES, f"spread: {' / '.join(ESTIMATES)}"],
+            ([f"{of['texts']} {name}", told(of["realised"]),
+              *(told(of["estimates"][one]["error"], 3) for one in ESTIMATES),
+              " / ".join(f"{of['estimates'][one]['spread']:.2f}" for one in ESTIMATES)] for name, of in sets.items()),
+            title=f"Real texts, K = {length}: predicted less realised tokens a round, mean of the drafters, with 95% intervals:",
+        ),
+        table(
+            ["texts", *range(1, deepest + 1)],
+            ([name, *(f"{row['forced']['mean']:.2f} / {row['drafted']['mean']:.2f}" for row in of["depths"]),
+              *[""] * (deepest - len(of["depths"]))] for name, of in sets.items()),
+            title="Acceptance by depth where a draft got there, reading verified tokens / drafting by itself (the paper's B.4 has "
+                  "heads worse at depth 3 than a teacher-forced pass says):",
+        ),
+        table(
+            ["texts", "estimate", *seen],
+            ([name, estimate, *(f"{100 * row['pairs']['mean']:.0f} ({100 * row['top']['mean']:.0f})" for row in rows)]
+             for name, of in sets.items() for estimate, rows in of["rankings"].items()),
+            title="Pairs of drafters ordered as their MAT is (the best drafter found), %, by how many positions were seen:",
+        ),
+        table(
+            ["texts", *next(iter(sets.values()))["margins"]],
+            ([name, *map(told, of["margins"].values())] for name, of in sets.items()),
+            title="How much longer the best drafter's rounds look than the worst's, tokens:",
+        ),
+        table(
+            ["texts", "heard", "MAT", "over the best fixed drafter's", "less exact's", "tokens a round behind", "less exact's"],
+            itertools.chain.from_iterable(feeds(name, of) for name, of in sets.items()),
+            title="NormalHedge, fresh and without a warm start, by what it hears:",
+        ),
+        _sense(result),
+        "",
+    ])  # fmt: skip
 
 
 def _small(value: float) -> str:
@@ -291,9 +301,9 @@ def _sense(result: dict[str, Any]) -> str:
     worst = {name: float(np.abs(of["bias"]).max()) for name, of in enumeration.items()}
     spread = {name: f"{of['spread']:.2f}" for name, of in enumeration.items()}
     words = [
-        f"Enumerated, `product` is off by up to {worst['product']:.2f} tokens and `exact` by {worst['exact']:.0e}, which is rounding; "
-        f"the control variate (steadied) keeps that and spreads {spread['steadied']} tokens over texts, against {spread['exact']} "
-        f"of `exact` and {spread['product']} of `product`."
+        f"Enumerated, `product` is off by up to {worst['product']:.2f} tokens and `exact` by {worst['exact']:.0e}, which is "
+        f"rounding; the control variate (steadied) keeps that and spreads {spread['steadied']} tokens over texts, against "
+        f"{spread['exact']} of `exact` and {spread['product']} of `product`."
     ]
     same = [name for name, of in sets.items() if _difference(of) == 0]
     if same:
@@ -305,15 +315,16 @@ def _sense(result: dict[str, Any]) -> str:
         gain = of["replayed"]["product"]["of_best_less_exact"]
         words.append(
             f"On {name} texts `product` predicts {_difference(of):+.3f} tokens more than `exact`; over whole texts they order "
-            f"{pairs[0]} (`exact`), {pairs[1]} (`product`) and {pairs[2]}% (steadied) of the pairs right, and fed with `product` the "
-            f"learner's MAT, over the best drafter's, moves by {100 * gain['mean']:+.2f} points, {_chance(gain)}."
+            f"{pairs[0]} (`exact`), {pairs[1]} (`product`) and {pairs[2]}% (steadied) of the pairs right, and fed with "
+            f"`product` the learner's MAT, over the best drafter's, moves by {100 * gain['mean']:+.2f} points, "
+            f"{_chance(gain)}."
         )
     for name, of in sets.items():
         kept = of["margins"]["cut short, the worst drafting"]["mean"] / of["margins"]["waited for"]["mean"]
         change = of["replayed"]["cut short"]["of_best_less_exact"]
         words.append(
-            f"Cut short, {100 * kept:.0f}% of the best drafter's lead over the worst is heard on {name} texts while the worst drafts; "
-            f"the learner's MAT moves by {100 * change['mean']:+.2f} points, {_chance(change)}."
+            f"Cut short, {100 * kept:.0f}% of the best drafter's lead over the worst is heard on {name} texts while the worst "
+            f"drafts; the learner's MAT moves by {100 * change['mean']:+.2f} points, {_chance(change)}."
         )
     return " ".join(words)
 
@@ -376,9 +387,9 @@ EXPERIMENT = Experiment(
     name="estimator",
     title="Which estimate of the accepted length",
     question="The paper multiplies acceptance probabilities along the verified text, which is biased where acceptance is "
-    "correlated with later acceptance; we use the emitted tokens' own ratios. How far is each from what drafters really do, which of them "
-    "ranks drafters right, and what happens to a learner that does not wait for sums to be complete?",
+    "correlated with later acceptance; we use the emitted tokens' own ratios. How far is each from what drafters really do, "
+    "which of them ranks drafters right, and what happens to a learner that does not wait for sums to be complete?",
     measure=measure,
     tell=tell,
     draw=draw,
-)  # fmt: skip
+)
