@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -51,9 +51,3 @@ def by_seed(traces: Sequence[Trace], config: DecodeConfig, seeds: int,
 def told(interval: dict[str, float], digits: int = 2) -> str:
     """An interval as `mean (low to high)`."""
     return f"{interval['mean']:.{digits}f} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str) -> str:
-    """A Markdown table under its title."""
-    lines = (columns, ["---"] * len(columns), *rows)
-    return "\n".join([title, "", *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""])
