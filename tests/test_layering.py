@@ -13,7 +13,7 @@ STAGES = {"evaluate", "verify", "delay", "learners", "selection", "drafters"}
 FOUNDATIONS = {"records", "config", "errors", "checks", "backends", "cache", "launch", "native", "workspace"}
 FOUNDATIONS |= {"linear", "prefill", "transfer", "capture", "paths", "tree"}
 """What every stage may know: data, names, and what the models of drafters and decoder are made of."""
-ENTRANCES = {"hf", "engines", "zoo", "cli"}
+ENTRANCES = {"hf", "engines", "zoo", "cli", "experiments"}
 """Rooms above the decoder, which use the package as its users do."""
 KNOW_THE_STAGES = {"__init__", "algorithm", "decoder"} | ENTRANCES
 MAKE_DRAFTERS = {"checkpoints"}

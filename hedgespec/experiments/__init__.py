@@ -10,6 +10,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ NAMES = (
     "baseline", "selection", "pool-size", "delay", "estimator", "shift", "heterogeneous", "open-questions",
 )  # fmt: skip
 """What can be run, in the order in which docs/results.md tells it."""
+PACKAGES = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+"""What experiments need beside the package's own dependencies: modules, and what pip calls them."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,12 @@ def run(names: Iterable[str], folder: Path, *, seeds: int = 20, fresh: bool = Fa
 
     Raises: ValueError for an argument outside its range; ImportError where a package of the extra `experiments` is missing.
     """
-    from hedgespec.experiments.laboratory import Laboratory
-
     if seeds < 2:
         raise ValueError(f"seeds: expected at least 2, got {seeds}")
+    if missing := [name for module, name in PACKAGES.items() if find_spec(module) is None]:
+        raise ImportError(f"experiments need {', '.join(missing)}: pip install 'hedgespec[experiments]'")
+    from hedgespec.experiments.laboratory import Laboratory
+
     experiments = [load(name) for name in names]
     for experiment in experiments:
         laboratory = Laboratory(folder, experiment.name, seeds=seeds, fresh=fresh, console=console)
