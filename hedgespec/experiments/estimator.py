@@ -22,7 +22,9 @@ from hedgespec.experiments.hindsight import (
     weights_by_position,
 )  # fmt: skip
 from hedgespec.experiments.laboratory import Laboratory
-from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, table, told
+from hedgespec.experiments.measures import signature
+from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, told
+from hedgespec.experiments.telling import band, bars, figure, titled
 from hedgespec.experiments.traces import Trace, alone, replay
 from hedgespec.records import Feedback
 
@@ -233,7 +235,7 @@ def measure(lab: Laboratory) -> dict[str, Any]:
         f"enumeration: {key}", lambda: enumerated(PAIRS, BRANCH, DEPTH)), "enumerated": key, "sets": {}}  # fmt: skip
     for name in SETS:
         traces = long_enough(lab.traces(name), DRAFT_LENGTH)
-        key = f"set {name}: {len(traces)} texts, K {DRAFT_LENGTH}, seen {SEEN}, {lab.seeds} seeds"
+        key = f"set {name}: {signature(traces)}, K {DRAFT_LENGTH}, seen {SEEN}, {lab.seeds} seeds"
         result["sets"][name] = lab.once(key, lambda name=name, traces=traces: of_set(name, traces))
     return result
 
@@ -252,40 +254,40 @@ def tell(result: dict[str, Any]) -> str:
         return rows
 
     return "\n".join([
-        table(
+        titled(
+            f"Every text of random pairs of distributions ({result['enumerated']}), tokens a round:",
             ["estimate", "largest bias", "mean bias", "spread over texts"],
             ([name, _small(np.abs(bias).max()), _small(bias.mean()), spreads[name]] for name, bias in biases.items()),
-            title=f"Every text of random pairs of distributions ({result['enumerated']}), tokens a round:",
         ),
-        table(
+        titled(
+            f"Real texts, K = {length}: predicted less realised tokens a round, mean of the drafters, 95% intervals:",
             ["texts", "realised", *ESTIMATES, f"spread: {' / '.join(ESTIMATES)}"],
             ([f"{of['texts']} {name}", told(of["realised"]),
               *(told(of["estimates"][one]["error"], 3) for one in ESTIMATES),
               " / ".join(f"{of['estimates'][one]['spread']:.2f}" for one in ESTIMATES)] for name, of in sets.items()),
-            title=f"Real texts, K = {length}: predicted less realised tokens a round, mean of the drafters, 95% intervals:",
         ),
-        table(
+        titled(
+            "Acceptance by depth where a draft got there, reading verified tokens / drafting by itself (the paper's B.4: "
+            "a head at depth 3 is worse than a teacher-forced pass says):",
             ["texts", *range(1, deepest + 1)],
             ([name, *(f"{row['forced']['mean']:.2f} / {row['drafted']['mean']:.2f}" for row in of["depths"]),
               *[""] * (deepest - len(of["depths"]))] for name, of in sets.items()),
-            title="Acceptance by depth where a draft got there, reading verified tokens / drafting by itself (the paper's B.4: "
-                  "a head at depth 3 is worse than a teacher-forced pass says):",
         ),
-        table(
+        titled(
+            "Pairs of drafters ordered as their MAT is (the best drafter found), %, by how many positions were seen:",
             ["texts", "estimate", *seen],
             ([name, estimate, *(f"{100 * row['pairs']['mean']:.0f} ({100 * row['top']['mean']:.0f})" for row in rows)]
              for name, of in sets.items() for estimate, rows in of["rankings"].items()),
-            title="Pairs of drafters ordered as their MAT is (the best drafter found), %, by how many positions were seen:",
         ),
-        table(
+        titled(
+            "How much longer the best drafter's rounds look than the worst's, tokens:",
             ["texts", *next(iter(sets.values()))["margins"]],
             ([name, *map(told, of["margins"].values())] for name, of in sets.items()),
-            title="How much longer the best drafter's rounds look than the worst's, tokens:",
         ),
-        table(
+        titled(
+            "NormalHedge, fresh and without a warm start, by what it hears:",
             ["texts", "heard", "MAT", "over the best fixed drafter's", "less exact's", "tokens a round behind", "less exact's"],
             itertools.chain.from_iterable(feeds(name, of) for name, of in sets.items()),
-            title="NormalHedge, fresh and without a warm start, by what it hears:",
         ),
         _sense(result),
         "",
@@ -347,24 +349,25 @@ def _chance(interval: dict[str, float]) -> str:
 
 
 def draw(result: dict[str, Any]):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 8.5), layout="constrained")
-    (bias, gap, errors), (ranks, lead, behind) = figure.subplots(2, 3)
+    made, (bias, gap, errors, ranks, lead, behind) = figure(3, 2)
     for name, of in result["enumeration"].items():
         bias.hist(of["bias"], bins=np.linspace(-0.25, 0.25, 51), histtype="stepfilled", alpha=0.6, label=name)
     bias.set(title="bias, every text enumerated", xlabel="tokens a round", ylabel="pairs of distributions", yscale="log")
     bias.legend()
-    for number, (name, of) in enumerate(result["sets"].items()):
-        color = f"C{number}"
+    sets = result["sets"]
+    for number, (name, of) in enumerate(sets.items()):
+        color, width = f"C{number}", 0.8 / len(sets)
+        place = width * (number - (len(sets) - 1) / 2)
         depth = np.arange(1, len(of["depths"]) + 1)
         for key, style in (("forced", "--"), ("drafted", "-")):
             rows = [row[key] for row in of["depths"]]
-            gap.plot(depth, [row["mean"] for row in rows], style, color=color, label=f"{name}, {key}")
-            gap.fill_between(depth, [row["low"] for row in rows], [row["high"] for row in rows], color=color, alpha=0.12)
-        _bars(errors, number, [of["estimates"][one]["error"] for one in ESTIMATES], name, color)
-        _bars(lead, number, list(of["margins"].values()), name, color)
-        _bars(behind, number, [of["replayed"][feed]["behind"] for feed in FEEDS], name, color)
+            band(gap, depth, rows, linestyle=style, color=color, label=f"{name}, {key}")
+        for axes, intervals in (
+            (errors, [of["estimates"][one]["error"] for one in ESTIMATES]),
+            (lead, list(of["margins"].values())),
+            (behind, [of["replayed"][feed]["behind"] for feed in FEEDS]),
+        ):
+            bars(axes, np.arange(3) + place, intervals, width=width, color=color, label=name)
         marks = np.arange(len(SEEN))
         for estimate, style in (("exact", "-"), ("product", "--"), ("steadied", "-."), ("cut short", ":")):
             values = [100 * row["pairs"]["mean"] for row in of["rankings"][estimate]]
@@ -380,14 +383,7 @@ def draw(result: dict[str, Any]):
     behind.set_xticks(range(len(FEEDS)), FEEDS)
     for axes in (gap, errors, ranks, lead, behind):
         axes.legend(fontsize=7)
-    return figure
-
-
-def _bars(axes, number: int, intervals: Sequence[dict[str, float]], label: str, color: str) -> None:
-    """One bar an interval, beside those of other sets."""
-    means = np.array([one["mean"] for one in intervals])
-    reach = np.abs([[one["low"] for one in intervals], [one["high"] for one in intervals]] - means)
-    axes.bar(np.arange(len(means)) + 0.25 * (number - 1), means, 0.24, yerr=reach, color=color, label=label, capsize=2)
+    return made
 
 
 EXPERIMENT = Experiment(

@@ -12,8 +12,10 @@ from hedgespec.config import DecodeConfig
 from hedgespec.experiments import Experiment
 from hedgespec.experiments.hindsight import best_of, fixed_mats, long_enough, weights_by_position
 from hedgespec.experiments.laboratory import Laboratory
+from hedgespec.experiments.measures import signature
 from hedgespec.experiments.recordings import FRAMES, RECORDINGS, prompts_of
-from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, table, told
+from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, told
+from hedgespec.experiments.telling import bars, figure, titled
 from hedgespec.experiments.traces import Trace, replay
 from hedgespec.learners import NormalHedge
 from hedgespec.metrics import DecodeStats
@@ -214,7 +216,7 @@ def measure(lab: Laboratory) -> dict[str, Any]:
     test = prompts[:HELD_OUT]
     domains = [prompt.domain for prompt in test]
     greedy = sets["greedy"]
-    key = f"{len(greedy)} texts, K {DRAFT_LENGTH}, {lab.seeds} seeds"
+    key = f"{signature(greedy)}, K {DRAFT_LENGTH}, {lab.seeds} seeds"
     return {
         "inside": lab.once(f"inside: {key}, {SEGMENTS} segments, {LEARNERS}, {KEEP}, {BEGINNING}",
                            lambda: inside_a_request(greedy, mats["greedy"], lab.seeds, lab.track)),
@@ -223,7 +225,7 @@ def measure(lab: Laboratory) -> dict[str, Any]:
         "router": {
             "trained_on": len(prompts) - HELD_OUT, "tested_on": HELD_OUT,
             "misrouted": {words: float(np.mean(router.predict(texts) != domains)) for words, texts in rewordings(test).items()},
-            "sets": {name: lab.once(f"routed {name}: {len(traces)} texts, K {DRAFT_LENGTH}, {lab.seeds} seeds, {HELD_OUT}",
+            "sets": {name: lab.once(f"routed {name}: {signature(traces)}, K {DRAFT_LENGTH}, {lab.seeds} seeds, {HELD_OUT}",
                                     lambda name=name, traces=traces: routed(name, traces, mats[name], router, lab.seeds))
                      for name, traces in sets.items()},
         },
@@ -234,32 +236,32 @@ def tell(result: dict[str, Any]) -> str:
     inside, between, router = result["inside"], result["between"], result["router"]
     ordinals = [f"segment {number + 1}" for number in range(SEGMENTS)]
     return "\n".join([
-        table(
-            ["learner", *(f"{one}: MAT over its best" for one in ordinals), *(f"{one}: tokens until picked" for one in ordinals)],
+        titled(
+            f"{inside['requests']} requests of {SEGMENTS} recorded texts, each of another domain: MAT over that of the "
+            "segment's best fixed drafter, and tokens until that one is picked:",
+            ["learner", *(f"{one}: MAT of best" for one in ordinals), *(f"{one}: tokens until picked" for one in ordinals)],
             ([learner, *(told(row["of_best"], 3) for row in rows), *(told(row["until"], 1) for row in rows)]
              for learner, rows in inside["learners"].items()),
-            title=f"{inside['requests']} requests of {SEGMENTS} recorded texts, each of another domain: MAT over that of the "
-                  "segment's best fixed drafter, and tokens until that one is picked:",
         ),
-        table(
-            ["a request starts", "MAT over the best fixed", f"of the first {BEGINNING} tokens", "tokens until the best is picked"],
+        titled(
+            "The stream of requests, whose domain changes every time, NormalHedge:",
+            ["a request starts", "MAT of the best fixed", f"in the first {BEGINNING} tokens", "tokens until it is picked"],
             ([name, told(of["of_best"], 3), told(of["beginning"], 3), told(of["until"], 1)] for name, of in between.items()),
-            title="The stream of requests, whose domain changes every time, NormalHedge:",
         ),
-        table(
+        titled(
+            f"A router trained on {router['trained_on']} prompts, tested on {router['tested_on']} others:",
             ["prompt", "misrouted, %"],
             [*([words, f"{100 * share:.0f}"] for words, share in router["misrouted"].items()),
              ["paper, BERT, lightly reworded", "90 to 98"]],
-            title=f"A router trained on {router['trained_on']} prompts, tested on {router['tested_on']} others:",
         ),
-        table(
+        titled(
+            "MAT over the best fixed drafter's of each text; HedgeSpec's over the router's:",
             ["texts", "misrouted, %", "router's drafter", "domain's expert", "HedgeSpec", "HedgeSpec over router", "most",
              "where misrouted"],
             [*([f"{of['texts']} {name}", f"{100 * of['misrouted']:.0f}", *(told(one, 3) for one in of["of_best"].values()),
                 told(of["over_router"], 3), f"{of['over_router_most']:.2f}", _or_none(of["over_router_misrouted"])]
                for name, of in router["sets"].items()),
              ["paper, reworded", "90 to 98", "", "", "", "", "2.34 (speed)", ""]],
-            title="MAT over the best fixed drafter's of each text; HedgeSpec's over the router's:",
         ),
         _sense(result),
         "",
@@ -313,41 +315,33 @@ def _sense(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 8.5), layout="constrained")
-    panels = figure.subplots(2, 3)
-    for number, axes in enumerate(panels[0][:SEGMENTS]):
+    made, panels = figure(3, 2)
+    for number, axes in enumerate(panels[:SEGMENTS]):
         for learner, rows in result["inside"]["learners"].items():
             axes.plot(rows[number]["weight"], label=learner)
         axes.set(title=f"segment {number + 1}: weight on its best drafter", xlabel="tokens since it began", ylim=(0, 1))
         axes.legend(fontsize=7)
-    until, policies, routing = panels[1]
+    until, policies, routing = panels[SEGMENTS:]
     width = 0.8 / (len(LEARNERS) + 1)
     for number, (learner, rows) in enumerate(result["inside"]["learners"].items()):
-        _bars(until, np.arange(SEGMENTS) + width * number, width, [row["until"] for row in rows], learner)
+        bars(until, np.arange(SEGMENTS) + width * number, [row["until"] for row in rows], width=width, label=learner)
     until.set(title="tokens until a segment's best drafter is picked", ylabel="tokens", xlabel="segment")
     until.set_xticks(np.arange(SEGMENTS) + 0.4, range(1, SEGMENTS + 1))
     for number, key in enumerate(("beginning", "of_best")):
         words = f"first {BEGINNING} tokens" if key == "beginning" else "whole text"
-        _bars(policies, np.arange(len(POLICIES)) + 0.4 * number, 0.4, [of[key] for of in result["between"].values()], words)
+        places = np.arange(len(POLICIES)) + 0.4 * number
+        bars(policies, places, [of[key] for of in result["between"].values()], width=0.4, label=words)
     policies.set(title="a stream of requests: MAT over the best fixed", ylim=(0.7, 1.05))
     words = [policy.replace(", ", ",\n").replace(" of ", "\nof ") for policy in POLICIES]
     policies.set_xticks(np.arange(len(POLICIES)) + 0.2, words, fontsize=7)
     for number, (name, of) in enumerate(result["router"]["sets"].items()):
         label = f"{name} ({100 * of['misrouted']:.0f}% misrouted)"
-        _bars(routing, np.arange(3) + 0.4 * number, 0.4, list(of["of_best"].values()), label)
+        bars(routing, np.arange(3) + 0.4 * number, list(of["of_best"].values()), width=0.4, label=label)
     routing.set(title="MAT over the best fixed drafter of each text", ylim=(0.7, 1.05))
     routing.set_xticks(np.arange(3) + 0.2, ["router", "domain's expert", "HedgeSpec"])
     for axes in (until, policies, routing):
         axes.legend(fontsize=7)
-    return figure
-
-
-def _bars(axes, at: np.ndarray, width: float, intervals: Sequence[dict[str, float]], label: str) -> None:
-    means = np.array([one["mean"] for one in intervals])
-    reach = np.abs([[one["low"] for one in intervals], [one["high"] for one in intervals]] - means)
-    axes.bar(at, means, width, yerr=reach, label=label, capsize=2)
+    return made
 
 
 EXPERIMENT = Experiment(
