@@ -39,8 +39,7 @@ KINDS = {
 
 
 def replayed(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) -> dict[str, Any]:
-    """MAT of each drafter alone, of the best of them for each text, and of HedgeSpec with parts of the pool; picks, as shares of
-    rounds, with all of it."""
+    """MAT of each drafter alone, and of HedgeSpec with parts of the pool; picks, as shares of rounds, with all of it."""
     names = traces[0].drafters
     fixed = np.array([fixed_mats(trace, DRAFT_LENGTH, seeds) for trace in track(traces, "each drafter alone")])
     domains = list(dict.fromkeys(trace.domain for trace in traces))
@@ -101,7 +100,7 @@ class Live:
             text = self.zoo.target.generate(ids[None], attention_mask=mask, max_new_tokens=LIVE_TOKENS, do_sample=False)[0]
             return {"tokens": len(text) - len(ids), "seconds": time.perf_counter() - start}
         stats = decoder.generate(ids, seed=seed, max_new_tokens=LIVE_TOKENS).stats[0]
-        lengths = getattr(stats, "draft_lengths", None) or [DRAFT_LENGTH if one >= 0 else 0 for one in stats.choices]
+        lengths = getattr(stats, "lengths", None) or [DRAFT_LENGTH if one >= 0 else 0 for one in stats.choices]
         return {
             "tokens": stats.emitted_tokens, "seconds": time.perf_counter() - start, "rounds": stats.rounds,
             "emitted": sum(stats.emitted_by_round), "picks": dict(zip(stats.drafters, stats.picks.tolist())),
@@ -195,9 +194,9 @@ def _sense(result: dict[str, Any]) -> str:
     best = max(fixed, key=lambda name: fixed[name]["mean"])
     heads, whole = replays["pools"]["heads"], replays["pools"]["all"]
     words = [
-        f"By tokens a round `{best}` is the best drafter with {fixed[best]['mean']:.2f}, and HedgeSpec finds it: it gets "
-        f"{100 * replays['picks'][best]:.0f}% of the rounds, and MAT rises from {heads['mat']['mean']:.2f} with the heads "
-        f"alone to {whole['mat']['mean']:.2f}."
+        f"By tokens a round `{best}` is the best single drafter with {fixed[best]['mean']:.2f}; HedgeSpec gives it "
+        f"{100 * replays['picks'][best]:.0f}% of the rounds and has {whole['mat']['mean']:.2f}, against "
+        f"{heads['mat']['mean']:.2f} with the heads alone."
     ]
     if not rows:
         return words[0]
