@@ -88,8 +88,9 @@ def chains(traces: Sequence[Trace]) -> list[list[Trace]]:
 def inside_a_request(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], seeds: int,
                      track: Callable[..., Any]) -> dict[str, Any]:  # fmt: skip
     """By learner and segment: MAT over the segment's best fixed drafter, tokens until that one is picked, and its weight along
-    the segment, `BEGINNING` * 2 tokens of it."""
+    the segment, at most `BEGINNING` * 2 tokens of it."""
     runs = chains(traces)
+    shown = min(2 * BEGINNING, *(one.prob.shape[1] for run in runs for one in run))
     found = {}
     for learner in (*LEARNERS, FORGETFUL):
         config = DecodeConfig(draft_length=DRAFT_LENGTH, learner="normal_hedge" if learner == FORGETFUL else learner)
@@ -106,13 +107,11 @@ def inside_a_request(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], se
                 tokens, rounds = np.sum([within(trace, positions, stats) for stats in every], axis=0)
                 of_best[number].append(tokens / rounds / fixed.max())
                 until[number].append(np.mean([tokens_until(stats, best, positions) for stats in every]))
-                along = np.full(2 * BEGINNING, np.nan)
                 held = np.mean([weights_by_position(stats)[positions][:, best].sum(1) for stats in every], axis=0)
-                along[: len(held)] = held[: len(along)]
-                weight[number].append(along)
+                weight[number].append(held[:shown])
         found[learner] = [
             {"of_best": mean_interval(of_best[number]), "until": ratio_interval(until[number], np.ones(len(runs))),
-             "weight": np.nanmean(weight[number], axis=0).tolist()}
+             "weight": np.mean(weight[number], axis=0).tolist()}
             for number in range(SEGMENTS)
         ]  # fmt: skip
     return {"requests": len(runs), "learners": found}
