@@ -23,6 +23,15 @@ def mean_interval(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(mean), "low": float(mean - reach), "high": float(mean + reach)}
 
 
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], draws: int = 2000) -> dict[str, float]:
+    """sum(numerators) / sum(denominators) of independent texts, and its 95% interval by resampling the texts."""
+    above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(len(above), size=(draws, len(above)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = np.nanquantile(above[drawn].sum(1) / below[drawn].sum(1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return {"mean": float(above.sum() / below.sum()), "low": float(low), "high": float(high)}
+
+
 def mat(requests: Sequence[DecodeStats]) -> float:
     """Tokens emitted over rounds, of all requests together; NaN without a round."""
     rounds = sum(one.rounds for one in requests)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is words, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def titled(title: str, head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table under a line that says what it shows."""
+    return f"{title}\n\n{table([*map(str, head)], [[*map(str, row)] for row in rows])}"
 
 
 def figure(columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:

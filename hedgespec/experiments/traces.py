@@ -21,6 +21,7 @@ from hedgespec.coupled import gumbel, perturb
 from hedgespec.decoder import Decoder
 from hedgespec.decoder.request import generator
 from hedgespec.decoder.selector import Selector
+from hedgespec.delay import DelayQueue
 from hedgespec.drafters import Drafter
 from hedgespec.evaluate import evaluate
 from hedgespec.metrics import DecodeStats
@@ -179,8 +180,9 @@ def _judge(drafter: Drafter, text: texts.Text, tokens: torch.Tensor, first: int,
 
 
 def replay(
-    trace: Trace, config: DecodeConfig, *, seed: int | None = None, latency: int = 0, state: dict | None = None
-) -> DecodeStats:
+    trace: Trace, config: DecodeConfig, *, seed: int | None = None, latency: int = 0, state: dict | None = None,
+    learner: learners.Learner | None = None, queue: DelayQueue | None = None,
+) -> DecodeStats:  # fmt: skip
     """Decodes a recorded text again with a learner of one's choice, without a model.
 
     Args:
@@ -189,6 +191,7 @@ def replay(
         seed: of the uniforms; None takes the trace's.
         latency: rounds after which an evaluation is heard, >= 0; `DecodeConfig.overlap` is 1.
         state: a `Learner.state_dict()` to go on from.
+        learner, queue: fresh ones, in place of those of the configuration.
 
     Returns: the statistics that `Decoder` gives, without times.
 
@@ -201,8 +204,9 @@ def replay(
         raise ValueError(f"tree: expected None, since traces are of chains, got {config.tree}")
     if length > depth:
         raise ValueError(f"draft_length: expected at most the trace's depth {depth}, got {length}")
-    learner = learners.make(config.learner, count, prior=config.prior, **config.learner_options)
+    learner = learner or learners.make(config.learner, count, prior=config.prior, **config.learner_options)
     selector = Selector(trace.drafters, config, learner, state)
+    selector.queue = queue or selector.queue
     random = generator(trace.seed if seed is None else seed, 0)
     random.random(2 if trace.mode == "coupled" and trace.temperature > 0 else 1)  # the noise's key, the first token
     warm = min(config.warm_start, trace.prompt_prob.shape[1])
