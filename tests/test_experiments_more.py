@@ -40,11 +40,18 @@ def drafted_of(ratio: np.ndarray, depth: int = DEPTH) -> np.ndarray:
 
 def trace_of(ratio: np.ndarray, prob: np.ndarray | None = None, **options) -> Trace:
     count, positions = ratio.shape
-    values = {"domain": "python", "number": 0, "mode": "sampled", "temperature": 0.0, "seed": 0} | options
+    values = {
+        "domain": "python",
+        "number": 0,
+        "mode": "sampled",
+        "temperature": 0.0,
+        "seed": 0,
+        "drafters": NAMES[:count],
+    } | options
     return Trace(
-        **{"max_new_tokens": positions + 1, "prompt_length": 9, "drafters": NAMES[:count], "tokens": np.arange(10 + positions),
-           "prompt_prob": np.full((count, 8), 0.5), "prob": ratio if prob is None else prob, "ratio": ratio,
-           "drafted": drafted_of(ratio), **values}
+        **{"max_new_tokens": positions + 1, "prompt_length": 9, "drafters": NAMES[:count], "own_features": (True,) * count,
+           "tokens": np.arange(10 + positions), "prompt_prob": np.full((count, 8), 0.5), "ratio": ratio,
+           "prob": ratio if prob is None else prob, "drafted": drafted_of(ratio), **values}
     )  # fmt: skip
 
 
