@@ -239,7 +239,8 @@ def test_learners_find_the_arm_with_most_tokens_a_second(world, learner, outlier
             ratio = np.concatenate(unscored, 1).astype(float)
             selector.observe(np.repeat(acceptance[:, None], ratio.shape[1], 1), ratio, costs.of(1))
             unscored.clear()
-        selector.end_round(choice.drafter if choice.draft_length else None, weights, accepted + 1, choice.draft_length)
+        drafted = choice.draft_length
+        selector.end_round(choice.drafter if drafted else None, weights, accepted + 1, drafted, min(accepted + 1, drafted))
     stats = selector.stats
     assert len(chosen) >= 500 - (3 * max(K + 1, count) + MEASURING + FEWEST * count)
     assert np.mean([rate[choice.drafter, choice.draft_length] for choice in chosen[-200:]]) > 0.94 * rate.max()
