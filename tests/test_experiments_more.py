@@ -25,7 +25,7 @@ from hedgespec.zoo import EXPERTS, NAMES, load_prompts
 
 pytest.importorskip("sklearn", reason="experiments need scikit-learn")
 pytest.importorskip("matplotlib", reason="experiments need matplotlib")
-TEXTS, POSITIONS, DEPTH = 6, 32, 8
+TEXTS, POSITIONS, DEPTH = 8, 24, 8
 MIXED = (*NAMES, "first 2 layers", "first 26 layers", "ngram")
 K = 5
 
