@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from hedgespec.experiments.laboratory import Laboratory
 from hedgespec.experiments.measures import judge, rounds_alone, signature
 from hedgespec.experiments.statistics import by_seed, mean_interval, told
 from hedgespec.experiments.telling import bars, figure, table
-from hedgespec.zoo import EXPERTS, GENERALIST, load_prompts
+from hedgespec.experiments.traces import Trace
+from hedgespec.zoo import EXPERTS, GENERALIST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,14 +66,14 @@ def measure(laboratory: Laboratory) -> dict[str, Any]:
     words = ("generalist", "best_fixed", "best_of_each_request")
     mean = {word: float(np.mean([row[word] for row in domains.values()])) for word in words}
     mean["hedgespec"] = mean_interval([float(np.mean(list(run["domains"].values()))) for run in runs])
-    return {"drafters": list(names), "domains": domains, "mean": mean, "live": _live(laboratory)}
+    return {"drafters": list(names), "domains": domains, "mean": mean, "live": _live(laboratory, traces)}
 
 
 class _Live:
     """What is decoded with, made when the first text needs it."""
 
-    def __init__(self, laboratory: Laboratory) -> None:
-        self.laboratory = laboratory
+    def __init__(self, laboratory: Laboratory, traces: Sequence[Trace]) -> None:
+        self.laboratory, self.traces = laboratory, traces
 
     @cached_property
     def decoders(self) -> dict[str, Decoder]:
@@ -82,23 +84,26 @@ class _Live:
             "generalist": Decoder(zoo.target, generalist, DecodeConfig(learner="fixed")),
         }
         for decoder in made.values():
-            decoder.generate(torch.arange(1, 9), max_new_tokens=8)  # what is made once is not measured
+            decoder.generate(self.prompt(0), max_new_tokens=8)  # what is made once is not measured
         return made
+
+    def prompt(self, number: int) -> torch.Tensor:
+        """int64 [1, P]."""
+        trace = self.traces[number]
+        return torch.from_numpy(trace.tokens[None, : trace.prompt_length]).to(self.laboratory.zoo.target.device)
 
     def decode(self, number: int) -> dict[str, Any]:
         """Speeds of the three ways on one prompt, HedgeSpec's and the generalist's rounds, and whether all texts are the same.
         Each prompt begins with another way."""
-        prompt, decoders = load_prompts()[number], self.decoders
-        zoo = self.laboratory.zoo
-        ids = zoo.tokenizer(prompt.text, return_tensors="pt").input_ids.to(zoo.target.device)
-        found: dict[str, Any] = {"domain": prompt.domain}
+        target, decoders, ids = self.laboratory.zoo.target, self.decoders, self.prompt(number)
+        found: dict[str, Any] = {"domain": self.traces[number].domain}
         texts = []
         ways = ["plain", *decoders]
         for way in ways[number % 3 :] + ways[: number % 3]:
             began = time.perf_counter()
             if way == "plain":
                 mask = torch.ones_like(ids)
-                text = zoo.target.generate(ids, attention_mask=mask, max_new_tokens=LIVE_TOKENS, do_sample=False)
+                text = target.generate(ids, attention_mask=mask, max_new_tokens=LIVE_TOKENS, do_sample=False)
             else:
                 out = decoders[way].generate(ids, max_new_tokens=LIVE_TOKENS, seed=number)
                 text, found[f"{way}_mat"] = out.sequences, out.stats[0].mean_accepted_tokens
@@ -107,15 +112,13 @@ class _Live:
         return found | {"same": all(text == texts[0] for text in texts)}
 
 
-def _live(laboratory: Laboratory) -> dict[str, Any]:
+def _live(laboratory: Laboratory, traces: Sequence[Trace]) -> dict[str, Any]:
     """Ratios of speeds, geometric means over texts with their intervals, and what they are made of."""
-    live = _Live(laboratory)
-    found = [
-        laboratory.once(
-            f"text {number} live, {LIVE_TOKENS} tokens, {DecodeConfig()}", lambda number=number: live.decode(number)
-        )
-        for number in laboratory.track(range(LIVE_TEXTS), "three ways in turns")
-    ]
+    traces = [trace for trace in traces if trace.drafted.shape[1]][:LIVE_TEXTS]
+    live, found = _Live(laboratory, traces), []
+    for number in laboratory.track(range(len(traces)), "three ways in turns"):
+        key = f"live, {LIVE_TOKENS} tokens, {signature(traces[number : number + 1])}, {DecodeConfig()}"
+        found.append(laboratory.once(key, lambda number=number: live.decode(number)))
 
     def ratio(over: str, under: str) -> dict[str, float]:
         logarithms = mean_interval([np.log(one[over] / one[under]) for one in found])
@@ -168,12 +171,14 @@ def tell(result: dict[str, Any]) -> str:
         f"Speeds of {live['texts']} texts of {live['tokens']} tokens, the three ways in turns, geometric means with 95% "
         f"intervals over texts: HedgeSpec runs {told(live['hedgespec_over_generalist'])} times as fast as the generalist "
         f"(single texts {min(spread):.2f} to {max(spread):.2f}) and {told(live['hedgespec_over_plain'])} times as fast as "
-        f"plain `generate`, the generalist {told(live['generalist_over_plain'])} times.\n",
+        f"plain `generate`, the generalist {told(live['generalist_over_plain'])} times. {live['texts_that_differ']} of the "
+        "texts did not come out the same in all three ways.\n",
         f"Goal of MAT, {GOAL_MAT} of the best fixed drafter's in every domain: {mats}. Goal of speed, {GOAL_SPEED} times the "
         f"generalist: {verdict}. Selection cannot bring more tokens a round than there are to be had: over the generalist, "
         f"the best fixed drafter of each domain has {bound:.2f} times and the best of each request {oracle:.2f} times; "
         f"HedgeSpec has {gain:.2f} times. In the live run its MAT was {live['mat_over_generalist']['mean']:.2f} times the "
-        f"generalist's and a round took {live['time_of_a_round_over_generalist']:.2f} times as long.",
+        f"generalist's, and a round, its share of the prompt included, took {live['time_of_a_round_over_generalist']:.2f} "
+        "times as long.",
     ])  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from hedgespec.experiments import Experiment
 from hedgespec.experiments.laboratory import Laboratory
 from hedgespec.experiments.measures import judge, signature
 from hedgespec.experiments.statistics import by_seed, mean_interval, told
-from hedgespec.experiments.telling import LEARNERS, band, colour, figure, table
+from hedgespec.experiments.telling import LEARNERS, band, figure, look, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,15 +121,17 @@ def draw(result: dict[str, Any]) -> Figure:
     for (sweep, words), above, below in zip(SWEEPS.items(), axes, axes[3:]):
         for learner, rows in result["sweeps"][sweep].items():
             numbers = [row for row in rows if row["value"] != "adaptive"]
-            places, look = [row["value"] for row in numbers], {"color": colour(learner)}
+            places, style = [row["value"] for row in numbers], {"color": look(learner)["color"]}
             constant = result["fits"][sweep][learner]["constant"]
-            band(above, places, [row["regret"] for row in numbers], label=LEARNERS[learner], marker="o", markersize=3, **look)
+            band(above, places, [row["regret"] for row in numbers], label=LEARNERS[learner], marker="o", markersize=3, **style)
             theory = [constant * row["theory"] for row in numbers]
-            above.plot(places, theory, linestyle=":", label=f"{LEARNERS[learner]}, theory's shape", **look)
-            band(below, places, [row["mat"] for row in numbers], label=LEARNERS[learner], marker="o", markersize=3, **look)
+            above.plot(places, theory, linestyle=":", label=f"{LEARNERS[learner]}, theory's shape", **style)
+            band(below, places, [row["mat"] for row in numbers], label=LEARNERS[learner], marker="o", markersize=3, **style)
             for row in [row for row in rows if row["value"] == "adaptive"]:
                 for axis, word in ((above, "regret"), (below, "mat")):
-                    axis.axhline(row[word]["mean"], linestyle="-.", label=f"{LEARNERS[learner]}, adaptive", linewidth=1, **look)
+                    axis.axhline(
+                        row[word]["mean"], linestyle="-.", label=f"{LEARNERS[learner]}, adaptive", linewidth=1, **style
+                    )
         above.set(title=f"regret by {sweep.replace('_', ' ')}", xlabel=words, ylabel="regret, tokens a round", ylim=(0, None))
         below.set(title=f"tokens a round by {sweep.replace('_', ' ')}", xlabel=words, ylabel="MAT, tokens a round")
         above.legend(fontsize="x-small")

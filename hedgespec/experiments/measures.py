@@ -64,9 +64,12 @@ def tokens_until_held(stats: DecodeStats, best: Sequence[int]) -> int:
 
 
 def judge(traces: Sequence[Trace], draft_length: int, alone: Sequence[Sequence[float]] | None = None) -> Callable[..., dict]:
-    """A `measure` for `by_seed`: MAT over all texts and by domain; rounds of each text; per request, regret and, given every text's `rounds_alone`,
-    tokens until the best is found; regret per position in tokens a round; and regret along the positions, where a text that has
-    ended keeps what it had."""
+    """A `measure` for `by_seed`.
+
+    Of all texts: MAT, also by domain, and each text's rounds. Means of a request: regret, positions, and, where every text's
+    `rounds_alone` is given, tokens until the best drafter has it. Of a position: regret, in tokens a round. And regret along
+    the positions, where a text that has ended keeps what it had.
+    """
     known = [losses(trace, draft_length) for trace in traces]
     longest = max(map(len, known))
 

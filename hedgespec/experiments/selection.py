@@ -13,7 +13,7 @@ from hedgespec.experiments.laboratory import Laboratory
 from hedgespec.experiments.measures import HELD, judge, rounds_alone, signature
 from hedgespec.experiments.recordings import RECORDINGS
 from hedgespec.experiments.statistics import by_seed, mean_interval, told
-from hedgespec.experiments.telling import BANDITS, FULL, LEARNERS, band, bars, colour, figure, table
+from hedgespec.experiments.telling import BANDITS, FULL, LEARNERS, band, bars, called, figure, look, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,11 +59,6 @@ def _measure(laboratory: Laboratory, name: str) -> dict[str, Any]:
     }
 
 
-def _called(way: str) -> str:
-    learner, _, warm = way.partition(" ")
-    return LEARNERS[learner] + (", warm start" if warm else "")
-
-
 def tell(result: dict[str, Any]) -> str:
     parts = [
         f"Intervals: 95% over {result['seeds']} seeds; at temperature 0 and in coupled mode a bandit that draws nothing does "
@@ -75,7 +70,7 @@ def tell(result: dict[str, Any]) -> str:
     ]
     for name, found in result["sets"].items():
         rows = [
-            [_called(way), told(row["mat"]), told(row["regret"]), told(row["held_after"], 1)]
+            [called(way), told(row["mat"]), told(row["regret"]), told(row["held_after"], 1)]
             for way, row in found["learners"].items()
         ]
         rows += [
@@ -135,17 +130,15 @@ def draw(result: dict[str, Any]) -> Figure:
     for (name, found), above, below in zip(result["sets"].items(), axes, axes[len(result["sets"]) :]):
         rows = found["learners"]
         for way, row in rows.items():
-            learner, _, warm = way.partition(" ")
             curve = [dict(zip(row["curve"], values)) for values in zip(*row["curve"].values())]
-            style = {"color": colour(learner), "linestyle": "--" if warm else "-"}
-            band(above, range(1, len(curve) + 1), curve, label=_called(way), **style)
+            band(above, range(1, len(curve) + 1), curve, label=called(way), **look(way))
         above.set(title=f"regret along the text, {SETS[name]}", xlabel="position, tokens", ylabel="regret, mean of the texts")
         for place, (way, row) in enumerate(rows.items()):
-            learner, _, warm = way.partition(" ")
-            bars(below, [place], [row["mat"]], color=colour(learner), hatch="//" if warm else "", edgecolor="white")
+            hatch = "//" if way.endswith("warm") else ""
+            bars(below, [place], [row["mat"]], color=look(way)["color"], hatch=hatch, edgecolor="white")
         for word, label, style in (("best_fixed", "best fixed", ":"), ("best_of_each_request", "best of each text", "--")):
             below.axhline(found[word], color="black", linestyle=style, linewidth=1, label=label)
-        below.set_xticks(range(len(rows)), [_called(way) for way in rows], rotation=45, ha="right")
+        below.set_xticks(range(len(rows)), [called(way) for way in rows], rotation=45, ha="right")
         below.set(title=f"tokens a round, {SETS[name]}", ylabel="MAT, tokens a round", ylim=(1, None))
         below.legend(fontsize="x-small", loc="lower right")
     axes[0].legend(fontsize="x-small")

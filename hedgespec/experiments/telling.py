@@ -42,9 +42,16 @@ def figure(columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
     return made, list(axes.flat)
 
 
-def colour(learner: str) -> str:
-    """The same for a learner in every figure."""
-    return f"C{list(LEARNERS).index(learner)}"
+def called(way: str) -> str:
+    """What a learner is called, `NAME` or, with the warm start, `NAME warm`."""
+    learner, _, warm = way.partition(" ")
+    return LEARNERS[learner] + (", warm start" if warm else "")
+
+
+def look(way: str) -> dict[str, str]:
+    """Its colour and line, the same in every figure."""
+    learner, _, warm = way.partition(" ")
+    return {"color": f"C{list(LEARNERS).index(learner)}", "linestyle": "--" if warm else "-"}
 
 
 def band(axes: Axes, places: Sequence[float], intervals: Sequence[dict[str, float]], **look) -> None:
