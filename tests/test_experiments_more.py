@@ -166,14 +166,9 @@ def test_a_sum_cut_short_by_hand():
     assert estimator.cut_short(everything, everything, 3).tolist() == [[4.0, 4.0, 3.0, 2.0]]
 
 
-def stops_early() -> Trace:
-    """Drafter 0 is right at every second position; drafter 1 is wrong forty times, then right ten times in a row."""
-    positions = np.arange(200)
-    return trace_of(np.stack([positions % 2 == 0, positions % 50 >= 40]).astype(float))
-
-
 def test_a_sum_cut_short_prefers_who_stops_early_and_the_queue_does_not():
-    trace = stops_early()
+    trace = estimator.stops_early(4)
+    np.testing.assert_array_equal(trace.drafted, drafted_of(trace.ratio, K))
     mats = hindsight.realised_lengths(trace, K).mean(1)
     exact = estimator.predicted(trace.prob, trace.ratio, K, "exact").mean(1)
     cut = estimator.heard_cut_short(trace, 0, None)
@@ -182,6 +177,9 @@ def test_a_sum_cut_short_prefers_who_stops_early_and_the_queue_does_not():
     heard = replay(trace, config, queue=estimator.CutShort(2, K)).learner_state["regrets"]
     waited = replay(trace, config).learner_state["regrets"]
     assert heard[0] > heard[1] and waited[1] > waited[0]
+    case = estimator.made_up(2)
+    assert case["waited for"][1] > case["waited for"][0] and case["cut short"][0] > case["cut short"][1]
+    assert case["mat"][0] == 2.0  # every round of the first emits two, though half of all positions promise one
 
 
 def test_the_queue_cut_short_hands_out_every_position_at_once():
