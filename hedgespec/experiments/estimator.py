@@ -214,8 +214,8 @@ def stops_early(cycles: int) -> Trace:
 
 
 def made_up(seeds: int) -> dict[str, Any]:
-    """Of both drafters of `stops_early`: tokens a round from any position, those heard cut short while the first drafts, and MAT;
-    and NormalHedge's MAT by what it hears."""
+    """Of both drafters of `stops_early`: tokens a round from any position, those heard cut short while the first drafts, and
+    MAT; and NormalHedge's MAT by what it hears."""
     trace = stops_early(8)
     config = DecodeConfig(draft_length=DRAFT_LENGTH, warm_start=0, evaluate_every=1)
     queues = {"exact": lambda: None, "cut short": lambda: CutShort(2, DRAFT_LENGTH)}
