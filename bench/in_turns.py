@@ -48,10 +48,14 @@ def parsed(parser: argparse.ArgumentParser, fewest: int = 2) -> argparse.Namespa
 
 
 def in_turns(
-    zoo: Zoo, configs: Mapping[Hashable, DecodeConfig], works: list[Work], console: Console, **arguments
+    zoo: Zoo, configs: Mapping[Hashable, Any], works: list[Work], console: Console, **arguments
 ) -> Iterator[tuple[Work, dict[Hashable, DecodeOutput]]]:
-    """Of each work what the decoder of every configuration makes of it, each work starting with another one."""
-    decoders = {name: Decoder(zoo.target, zoo.drafters, config) for name, config in configs.items()}
+    """Of each work what the decoder of every configuration makes of it, each work starting with another one; in place of a
+    configuration there may be what decodes."""
+    decoders = {
+        name: Decoder(zoo.target, zoo.drafters, config) if isinstance(config, DecodeConfig) else config
+        for name, config in configs.items()
+    }
     order = list(decoders)
     with torch.inference_mode(), profiled(zoo.target.device):
         for decoder in decoders.values():

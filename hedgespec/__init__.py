@@ -28,8 +28,10 @@ _HOMES = {
     "verify": "hedgespec.verify",
     "verify_tree": "hedgespec.verify",
     "load_drafter": "hedgespec.checkpoints",
+    "load_learner_state": "hedgespec.learner_state",
     "load_zoo": "hedgespec.zoo",
     "save_drafter": "hedgespec.checkpoints",
+    "save_learner_state": "hedgespec.learner_state",
 }
 _MODULES = ("algorithm", "drafters", "errors", "learners")
 

@@ -75,6 +75,7 @@ def generate(options: argparse.Namespace) -> None:
             draft_length=options.draft_length,
             mode=options.mode,
             learner=options.learner,
+            objective=options.objective,
             evaluate_every=options.evaluate_every,
             warm_start=options.warm_start,
             compile=options.compile,
@@ -86,6 +87,9 @@ def generate(options: argparse.Namespace) -> None:
         import matplotlib  # noqa: F401  missing, it is missed now and not after the text
     target, tokenizer, drafters = _load(options.target, options.drafter, options.allow_pickle)
     decoder = hedgespec.Decoder(target, drafters, config)
+    state = None
+    if options.learner_state and options.learner_state.exists():
+        state = hedgespec.load_learner_state(options.learner_state, decoder)
     prompt_ids = _encode(tokenizer, prompt, options.chat)
     stream = TextStream(tokenizer, prompt_ids)
     pieces: list[str] = []
@@ -109,6 +113,7 @@ def generate(options: argparse.Namespace) -> None:
             top_p=options.top_p,
             min_p=options.min_p,
             seed=options.seed,
+            learner_state=state,
             on_tokens=lambda _, tokens: show(stream.push(tokens)),
         )
     show(stream.end())
@@ -117,6 +122,8 @@ def generate(options: argparse.Namespace) -> None:
         _print_json({"text": "".join(pieces), "tokens": tokens, "stats": out.stats[0].to_dict()})
     else:
         print(flush=True)
+    if options.learner_state:
+        hedgespec.save_learner_state(options.learner_state, out.stats[0])
     if options.stats:
         _wide_console(stderr=True).print(_stats(out.stats[0]))
     if options.profile:
@@ -407,9 +414,12 @@ def _stats(stats) -> Group:
     final = stats.weights[-1] if stats.weights else [math.nan] * len(stats.drafters)
     for name, picks, weight in zip(stats.drafters, stats.picks, final, strict=True):
         table.add_row(escape(name), str(picks), f"{weight:.3f}")
+    drafted = f"{sum(stats.lengths) / stats.rounds:.2f} tokens drafted a round, " if stats.rounds else ""
+    plain = f"{stats.lengths.count(0)} of {stats.rounds} rounds plain"
     return Group(
         f"MAT {stats.mean_accepted_tokens:.2f}, {stats.emitted_tokens / stats.seconds:.1f} tokens/s "
         f"({stats.emitted_tokens} tokens, {stats.rounds} rounds, {stats.seconds:.2f} s)",
+        drafted + plain,
         table,
         "seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in stats.seconds_by_stage.items()),
     )
@@ -535,6 +545,14 @@ def _output(text: str) -> Path:
     return path
 
 
+def _kept(text: str) -> Path:
+    """An argparse type: a file that can be read if it is there, and replaced."""
+    path = _output(text)
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.R_OK)):
+        raise argparse.ArgumentTypeError(f"expected a file that can be read and replaced, got {text!r}")
+    return path
+
+
 def _output_or_stdout(text: str) -> Path | str:
     return text if text == "-" else _output(text)
 
@@ -624,9 +642,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "or the folder of a causal language model; repeatable (default: all the zoo's heads)")  # fmt: skip
     _add_allow_pickle(add)
     add("--learner", choices=hedgespec.learners.NAMES, default=DecodeConfig.learner, help="(default: %(default)s)")
+    add("--learner-state", metavar="FILE", type=_kept,
+        help="go on from what the learner left in this file, if there is one, and leave there what it knows at the end; "
+        "a learner that goes on takes no warm start")  # fmt: skip
     add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
         help="draft from the drafter's distribution, its argmax, or coupled to the target by shared noise, with which a "
         "seed's text is the same whatever the drafters (default: %(default)s)")  # fmt: skip
+    add("--objective", choices=CHOICES["objective"], default=DecodeConfig.objective,
+        help="what to have most of: tokens a round, or tokens a second, for which drafts are as long as pays, from none to K, "
+        "by costs measured on the way (default: %(default)s)")  # fmt: skip
     _add_draft_length(add)
     add("--tree", metavar="C", type=_children,
         help="draft a tree in which every node has C children, or C,C,... by depth (default: a chain)")  # fmt: skip

@@ -11,6 +11,7 @@ CHOICES = {
     "estimator": ("exact", "product"),
     "loss": ("length", "acceptance_rate"),
     "selection": ("sample", "argmax"),
+    "objective": ("tokens", "throughput"),
 }
 
 
@@ -100,22 +101,34 @@ class DecodeConfig:
         learner: a name from `hedgespec.learners.NAMES`.
         learner_options: keyword options of that learner.
         prior: belief in each drafter before the first loss, [N]; None is uniform.
+        objective: "tokens" a round, in which every drafter drafts K, or "throughput": tokens a second, by what drafting and
+            verifying are measured to cost while decoding. Then the learner chooses a drafter and a length 1..K together, or
+            plain decoding where none pays (`hedgespec.decoder.arms.DraftersAndLengths` has the mathematics); the first rounds
+            of a decoder measure every length, 0..K. A clock has a say in who drafts how much, so a seed repeats a sampled text
+            in mode "coupled" only. For chains, the loss "length", and learners that hear of all drafters. On a GPU a round
+            waits for the device after drafting and after verifying.
         estimator: of the expected emitted length, "exact" or "product".
         loss: "length" (1 - expected length / (K+1)) or "acceptance_rate" (1 - acceptance_prob).
         evaluate_every: m, rounds from one evaluation of all drafters to the next, >= 1; 1 is the paper's. The drafters'
             weights are read once an evaluation, however many tokens it covers, so its cost falls as 1/m, and the learner
             sees the same losses later, which its delay queue allows. A learner that hears of all drafters switches only
-            after one. "adaptive" begins with 1, doubles it up to 8 while the same drafter is drawn again, and goes back to
-            1 when another one is.
+            after one. "adaptive" begins with 1, doubles it up to 8 while the same drafter is drawn again (up to 64 while plain
+            decoding is), and goes back to 1 when another one is; it stays 1 with a bandit that reads the scores, "meta_sd".
         warm_start: M, most of a prompt's last positions on which the learner hears of all drafters before the first round,
             >= 0; 0 is the paper's. Target and drafters read the prompt anyway. Its tokens were not drawn from the target, so
             what becomes of them says nothing: the loss of a position is 1 - acceptance_prob of sampled proposals at temperature
             1, whatever the request's own, where a position tells most; each is an update like any other. Left out where a
             `learner_state` is given, which holds a belief already, where a caller processes the target's logits, since a
-            processor's state must not see the prompt, and with a learner that does not hear of all drafters. A loss of its own
-            kind: regret and `DecodeStats.losses` are of the text alone. The text's distribution does not depend on it.
+            processor's state must not see the prompt, with a learner that does not hear of all drafters, and with objective
+            "throughput" until costs are measured; after that a position stands for lengths by the powers of its
+            acceptance_prob. A loss of its own kind: regret and `DecodeStats.losses` are of the text alone. The text's
+            distribution does not depend on it.
         drafter_window: most verified tokens of a request that each EAGLE head keeps in its cache, >= 16, which bounds its
             memory; the head then drafts as if the text began later. None keeps all.
+        depth_correction: an EAGLE head drafts on features of its own from the second token on, and is scored as if it had the
+            target's. True multiplies what it scored by factors by depth, learned from the rounds it drafted in the request,
+            see `hedgespec.depth`. Not with a tree, where it is not known which depth had a child to accept, nor with loss
+            "acceptance_rate", which has no depth.
         overlap: lets the next round begin while the drafters are being scored; the learner hears of it one round later,
             which its delay queue allows. None does so on a GPU, where there is something to gain.
         selection: "sample" a drafter from the weights, or take their "argmax".
@@ -139,9 +152,11 @@ class DecodeConfig:
     estimator: str = "exact"
     loss: str = "length"
     selection: str = "sample"
+    objective: str = "tokens"
     evaluate_every: int | Literal["adaptive"] = "adaptive"
     warm_start: int = 32
     drafter_window: int | None = None
+    depth_correction: bool = False
     overlap: bool | None = None
     track_regret: bool = False
     backend: str = "auto"
@@ -157,14 +172,23 @@ class DecodeConfig:
             _check_int("drafter_window", self.drafter_window, 16, " or None")
         if self.overlap is not None and not isinstance(self.overlap, bool):
             raise TypeError(f"overlap: expected a bool or None, got {self.overlap!r}")
-        if not isinstance(self.compile, bool):
-            raise TypeError(f"compile: expected a bool, got {type(self.compile).__name__}")
+        for name in ("compile", "depth_correction"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        if self.objective == "throughput" and self.loss != "length":
+            raise ValueError(f"loss: expected 'length' with objective 'throughput', got {self.loss!r}")
+        if self.depth_correction and (self.tree is not None or self.loss != "length"):
+            raise ValueError(
+                f'depth_correction: expected False, or no tree and loss "length", got tree {self.tree} and loss {self.loss!r}'
+            )
         if self.tree is not None:
             if not isinstance(self.tree, Tree):
                 raise TypeError(f"tree: expected a hedgespec.Tree or None, got {self.tree!r}")
+            if self.objective == "throughput":
+                raise ValueError(f"tree: expected None with objective 'throughput', which chooses lengths, got {self.tree!r}")
             self.tree.check(self.draft_length)
             if self.tree.size is not None and self.mode == "sampled":
                 raise ValueError(

@@ -33,6 +33,8 @@ class DelayQueue:
         estimator: exact is unbiased for the emitted length; product replaces the emitted tokens' own ratios by their
             mean, with less variance and a bias where acceptance is correlated along the draft.
         loss: length, as above, or acceptance_rate, 1 - acceptance_prob, which needs no waiting (nor the estimator).
+        lengths: also hand out the sums of the first 1..K terms, `Feedback.lengths`: what shorter drafts would emit. Takes the
+            loss "length".
 
     Raises:
         ValueError: a value outside its range or choices.
@@ -55,6 +57,7 @@ class DelayQueue:
         *,
         estimator: Literal["exact", "product"] = "exact",
         loss: Literal["length", "acceptance_rate"] = "length",
+        lengths: bool = False,
     ) -> None:
         if num_drafters < 1:
             raise ValueError(f"num_drafters: expected at least 1, got {num_drafters}")
@@ -65,7 +68,9 @@ class DelayQueue:
         if loss not in ("length", "acceptance_rate"):
             raise ValueError(f"loss: expected 'length' or 'acceptance_rate', got {loss!r}")
         self.num_drafters, self.draft_length = num_drafters, draft_length
-        self.estimator, self.loss = estimator, loss
+        if lengths and loss != "length":
+            raise ValueError(f"loss: expected 'length' where lengths are asked for, got {loss!r}")
+        self.estimator, self.loss, self.lengths = estimator, loss, lengths
         self._reset()
 
     def _reset(self) -> None:
@@ -87,7 +92,7 @@ class DelayQueue:
 
         Args:
             acceptance_prob: [N, T] for T >= 0 positions in order, floating, in [0, 1], on the CPU. [K, N, T] where it depends
-                on the depth at which a draft tree has the position.
+                on the depth at which a draft, or a draft tree, has the position.
             acceptance_ratio: the same, given the tokens that were emitted.
 
         Raises:
@@ -116,13 +121,15 @@ class DelayQueue:
             raise ValueError(_out_of_range(probs, ratios))
         if highest > 1:
             np.minimum(seen, 1.0, out=seen)
+        lengths = None
         if self.loss == "length":
-            losses = self._complete(seen, lowest) if seen.ndim == 3 else self._complete_by_depth(seen)
+            losses, lengths = self._complete(seen, lowest) if seen.ndim == 3 else self._complete_by_depth(seen)
         else:
             losses = 1.0 - (seen[0] if seen.ndim == 3 else seen[0, :, 0])
         first, complete = self._position, len(losses)
         self._seen, self._position = seen[:, complete:], first + complete
-        return [Feedback(row, position) for position, row in enumerate(losses, first)]
+        told = [None] * complete if lengths is None else lengths
+        return [Feedback(row, position, sums) for position, (row, sums) in enumerate(zip(losses, told), first)]
 
     def close(self) -> int:
         """End the request: drop what is pending, never guessed, and say how many that was. Position 0 comes next."""
@@ -130,8 +137,9 @@ class DelayQueue:
         self._reset()
         return dropped
 
-    def _complete(self, seen: NDArray[np.float64], lowest: float) -> NDArray[np.float64]:
-        """The losses [complete, N] of the oldest positions in `seen` [2, positions, N], whose smallest entry is `lowest`."""
+    def _complete(self, seen: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """The losses [complete, N] of the oldest positions in `seen` [2, positions, N], whose smallest entry is `lowest`, and
+        the lengths [complete, K, N] if they are asked for."""
         probs, ratios = seen[0], seen[1 if self.estimator == "exact" else 0]
         last, positions = self.draft_length - 1, len(probs)
         complete = max(positions - last, 0)
@@ -151,22 +159,38 @@ class DelayQueue:
         for k in range(last - 1, -1, -1):
             accepted = accepted * ratios[k : k + complete]
             accepted += probs[k : k + complete]
-        return (self.draft_length - accepted) / (self.draft_length + 1)
+        lengths = self._lengths(probs, ratios, complete) if self.lengths else None
+        return (self.draft_length - accepted) / (self.draft_length + 1), lengths
 
-    def _complete_by_depth(self, seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _lengths(self, probs: NDArray[np.float64], ratios: NDArray[np.float64], complete: int) -> NDArray[np.float64]:
+        """1 + the sums of the first 1..K terms, [complete, K, N], of positions [at least complete + K - 1, N]."""
+        lengths = np.empty((complete, self.draft_length, self.num_drafters))
+        emitted, survival = np.ones((complete, self.num_drafters)), np.ones((complete, self.num_drafters))
+        for k in range(self.draft_length):
+            emitted += survival * probs[k : k + complete]
+            survival *= ratios[k : k + complete]
+            lengths[:, k] = emitted
+        return lengths
+
+    def _complete_by_depth(self, seen: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         """`_complete` of `seen` [2, positions, K, N]: a loss reads the position j after its own at depth j."""
         probs, ratios = seen[0], seen[1 if self.estimator == "exact" else 0]
-        losses = []
+        losses, lengths = [], []
         for position in range(len(probs)):
             known = min(self.draft_length, len(probs) - position)
             at = np.arange(known)
             ratio = ratios[position + at, at]
             if known < self.draft_length and np.count_nonzero(ratio.prod(axis=0)):
                 break
-            survival = np.concatenate([np.ones((1, self.num_drafters)), ratio[:-1].cumprod(axis=0)])
-            accepted = (survival * probs[position + at, at]).sum(axis=0)
+            prob = probs[position + at, at]
+            accepted = prob[-1]
+            for k in range(known - 2, -1, -1):  # in the order of `_complete`, so that one acceptance has one loss
+                accepted = accepted * ratio[k] + prob[k]
             losses.append((self.draft_length - accepted) / (self.draft_length + 1))
-        return np.array(losses).reshape(-1, self.num_drafters)
+            if self.lengths:
+                unknown = np.zeros((self.draft_length - known, self.num_drafters))  # multiplied by 0, as in `_complete`
+                lengths.append(self._lengths(np.concatenate((prob, unknown)), np.concatenate((ratio, unknown)), 1)[0])
+        return np.array(losses).reshape(-1, self.num_drafters), np.array(lengths) if self.lengths else None
 
     def _check(self, name: str, values: NDArray[np.floating] | torch.Tensor) -> NDArray[np.floating]:
         """The values as an array [N, T] or [K, N, T], their range not looked at yet."""

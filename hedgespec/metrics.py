@@ -34,16 +34,30 @@ class DecodeStats:
     """Drafter that drafted, [R]; -1 for a round in which none did."""
     emitted_by_round: list[int] = field(default_factory=list)
     """Tokens a round emitted, accepted and recovered or bonus, [R]."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens a round drafted, of a tree its nodes, [R]; 0 for one in which none did."""
     weights: list[np.ndarray] = field(default_factory=list)
     """The weights at each round's beginning, from which its drafter was drawn unless that of the round before stayed; failed
-    drafters' share handed to the others, [R] of float64 [N]."""
+    drafters' share handed to the others, [R] of float64 [N]. With objective "throughput" a drafter's weight is that of all its
+    lengths, and what lacks to 1 is plain decoding's."""
     losses: list[np.ndarray] = field(default_factory=list)
-    """Completed losses in the order the learner took them, [F] of float64 [N]."""
+    """Completed losses in the order the learner took them, [F] of float64 [N]; with objective "throughput" [A], of every arm
+    (drafter, length) and last of plain decoding, A = N * draft_length + 1."""
     played: list[float] = field(default_factory=list)
     """Expected loss under the weights that the learner held when it took each of them, [F]."""
     prompt_losses: list[np.ndarray] = field(default_factory=list)
-    """What the learner took from the prompt before the first round, see `DecodeConfig.warm_start`: one entry a position, of
-    float64 [N]. They are no part of `losses`, `played` and `regret`."""
+    """What the learner took from the prompt before the first round, see `DecodeConfig.warm_start`: one entry a position, as
+    in `losses`. They are no part of `losses`, `played` and `regret`."""
+    reached_by_depth: np.ndarray = field(init=False, repr=False)
+    """Rounds in which the drafted token at each depth was looked at, all before it accepted, and whose drafter was scored, [K].
+    This and what follows is of chains, not of trees."""
+    predicted_by_depth: np.ndarray = field(init=False, repr=False)
+    """Sum over these rounds of the drafter's acceptance_prob at that position of the verified text, float64 [K]."""
+    corrected_by_depth: np.ndarray = field(init=False, repr=False)
+    """The same with the factors of `DecodeConfig.depth_correction` known before the round was learned from, [K]; without it
+    `predicted_by_depth`."""
+    accepted_by_depth: np.ndarray = field(init=False, repr=False)
+    """How many of these rounds' tokens at that depth were accepted, [K]."""
     began: float = field(default_factory=time.perf_counter, repr=False)
     """When the request did, by `time.perf_counter`."""
     spans: list[tuple[str, float, float]] = field(default_factory=list, repr=False)
@@ -58,14 +72,26 @@ class DecodeStats:
     seconds: float = 0.0
     """Wall time from the batch's beginning to the request's end, `on_tokens` included."""
 
-    def record_round(self, drafter: int | None, weights: np.ndarray, emitted: int) -> None:
+    def __post_init__(self) -> None:
+        for name in ("reached", "predicted", "corrected", "accepted"):
+            setattr(self, f"{name}_by_depth", np.zeros(self.draft_length))
+
+    def record_round(self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int) -> None:
         self.choices.append(-1 if drafter is None else drafter)
         self.weights.append(weights)
         self.emitted_by_round.append(emitted)
+        self.lengths.append(drafted)
 
     def record_loss(self, losses: np.ndarray, weights: np.ndarray) -> None:
         self.losses.append(losses)
         self.played.append(float(weights @ losses))
+
+    def record_depths(self, predicted: np.ndarray, corrected: np.ndarray, accepted: int) -> None:
+        """Of a round in which as many depths were reached as there are predictions, [k]."""
+        self.reached_by_depth[: len(predicted)] += 1
+        self.predicted_by_depth[: len(predicted)] += predicted
+        self.corrected_by_depth[: len(predicted)] += corrected
+        self.accepted_by_depth[:accepted] += 1
 
     @property
     def rounds(self) -> int:
@@ -84,7 +110,7 @@ class DecodeStats:
 
     @property
     def regret(self) -> np.ndarray:
-        """Cumulative loss of the learner's weights less that of the drafter that is best in the end, float64 [F]."""
+        """Cumulative loss of the learner's weights less that of the drafter, or arm, that is best in the end, float64 [F]."""
         if not self.losses:
             return np.zeros(0)
         cumulative = np.cumsum(self.losses, axis=0)
@@ -123,12 +149,16 @@ class DecodeStats:
             "emitted_tokens": self.emitted_tokens,
             "mean_accepted_tokens": self.mean_accepted_tokens if self.rounds else None,
             "picks": self.picks.tolist(),
+            "lengths": self.lengths,
             "final_weights": self.weights[-1].tolist() if self.weights else [],
             "regret": float(self.regret[-1]) if self.losses else 0.0,
             "seconds": self.seconds,
             "seconds_by_stage": self.seconds_by_stage,
             "drafter_cache_bytes": self.drafter_cache_bytes,
             "prompt_losses": len(self.prompt_losses),
+            "by_depth": {
+                name: getattr(self, f"{name}_by_depth").tolist() for name in ("reached", "predicted", "corrected", "accepted")
+            },
             "failures": self.failures,
         }
 

@@ -18,6 +18,9 @@ class Choice:
     """Tokens to draft this round; 0 where none drafts."""
 
 
+NOBODY = Choice(drafter=-1, draft_length=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """What the chosen drafter proposes."""
@@ -40,6 +43,8 @@ class Draft:
     """Of a dynamic tree: children of the likeliest node at each depth, int64 [K]."""
     origins: torch.Tensor | None = None
     """Of a tree whose children are samples: whose they are, int64 [B, P]; -1 for the root's."""
+    seconds_per_token: float = 0.0
+    """Where it is measured: what all rows that drafted as one took, over the longest of their drafts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,4 +124,7 @@ class Feedback:
     losses: np.ndarray
     """Loss of every drafter, float64 [N], in [0, 1]."""
     position: int
-    """Verified position (0 = first drafted position of the request) whose loss this is."""
+    """Verified position (0 = first drafted position of the request; below 0 one of the prompt) whose loss this is."""
+    lengths: np.ndarray | None = None
+    """Where they are asked for: expected emitted tokens of a round of each drafter that drafts 1..K tokens from the position,
+    float64 [K, N], in [1, k+1] at k-1."""

@@ -11,24 +11,38 @@ from hedgespec.records import Choice
 
 
 def select(weights: ArrayLike, uniform: float, *, draft_length: int, rule: Literal["sample", "argmax"] = "sample") -> Choice:
-    """sample: the first i with cumsum(weights)[i] > uniform * sum(weights). argmax: the first i of the largest weight.
-
-    Sampling is what the regret bounds assume. A drafter of weight 0 is never picked.
+    """The drafter that `draw` picks, with the draft length of the round.
 
     Args:
-        weights: probability of each drafter, [N], non-negative, sum 1.
-        uniform: random number in [0, 1); argmax does not look at it.
-        draft_length: tokens to draft, >= 1, passed on.
-        rule: how to pick.
-
-    Returns:
-        The drafter and the draft length of the round.
+        weights, uniform, rule: as `draw` takes them.
+        draft_length: tokens to draft, >= 1.
 
     Raises:
         ValueError: a rule that does not exist, or a value outside its range.
 
     >>> select([0.25, 0.0, 0.75], 0.25, draft_length=5)
     Choice(drafter=2, draft_length=5)
+    """
+    if draft_length < 1:
+        raise ValueError(f"draft_length: expected at least 1, got {draft_length}")
+    return Choice(draw(weights, uniform, rule), draft_length)
+
+
+def draw(weights: ArrayLike, uniform: float, rule: Literal["sample", "argmax"] = "sample") -> int:
+    """sample: the first i with cumsum(weights)[i] > uniform * sum(weights). argmax: the first i of the largest weight.
+
+    Sampling is what the regret bounds assume. What has weight 0 is never picked.
+
+    Args:
+        weights: probability of each drafter, or each arm, [N], non-negative, sum 1.
+        uniform: random number in [0, 1); argmax does not look at it.
+        rule: how to pick.
+
+    Raises:
+        ValueError: a rule that does not exist, or a value outside its range.
+
+    >>> draw([0.25, 0.0, 0.75], 0.25)
+    2
     """
     weights = np.asarray(weights, dtype=np.float64)
     if weights.ndim != 1 or not weights.size:
@@ -39,14 +53,12 @@ def select(weights: ArrayLike, uniform: float, *, draft_length: int, rule: Liter
         raise ValueError(f"weights: expected non-negative values with sum 1, got {weights}")
     if not 0 <= uniform < 1:
         raise ValueError(f"uniform: expected a number in [0, 1), got {uniform}")
-    if draft_length < 1:
-        raise ValueError(f"draft_length: expected at least 1, got {draft_length}")
     if rule == "sample":
         # Strictly greater, so flat steps (weight 0) are skipped, at 0 as well. Scaled by the total as it was rounded,
         # so the last step is always above: a float64 below 1 times a normal total rounds to less than that total.
-        drafter = cumulative.searchsorted(float(uniform) * total, side="right")
+        picked = cumulative.searchsorted(float(uniform) * total, side="right")
     elif rule == "argmax":
-        drafter = weights.argmax()
+        picked = weights.argmax()
     else:
         raise ValueError(f"rule: expected 'sample' or 'argmax', got {rule!r}")
-    return Choice(int(drafter), draft_length)
+    return int(picked)

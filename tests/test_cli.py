@@ -312,12 +312,61 @@ def test_a_tree_reaches_the_decoder(options, tree, stats, monkeypatch):
     assert [config.tree for config in configs] == [tree, None]
 
 
+def test_the_objective_reaches_the_decoder(run, stats):
+    """The first rounds draft 0..K in turns, so that their costs are known."""
+    found = stats("0", "--draft-length", 2, "--max-new-tokens", 60, "--objective", "throughput")
+    assert found["stats"]["lengths"][:6] == [0, 1, 2, 0, 1, 2]
+    same = stats("0", "--draft-length", 2, "--max-new-tokens", 60, "--objective", "tokens")
+    assert same["text"] == found["text"]
+    assert same["stats"]["lengths"] == stats("0", "--draft-length", 2, "--max-new-tokens", 60)["stats"]["lengths"]
+    assert set(same["stats"]["lengths"][:-2]) == {2}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--tree", 2), ("tree", "throughput")), (("--learner", "ucb"), ("hears of all drafters", "ucb"))],
+)
+def test_what_does_not_go_with_the_objective_is_told(options, words, run, capsys):
+    outcome = run("0", "--objective", "throughput", *options)
+    fails(capsys, outcome[0], *words, outcome=outcome)
+    assert outcome[0] == (2 if "--tree" in options else 1)
+
+
 def test_the_learner_decides_who_drafts(stats, place):
     drafters = ("ngram", place.twin)
     options = ("0", "--max-new-tokens", 60)
     assert stats(*options, "--learner", "fixed", drafters=drafters)["stats"]["picks"][1] == 0
     hedged = stats(*options, drafters=drafters)["stats"]
     assert hedged["final_weights"][1] > 0.5
+
+
+def test_a_learners_state_goes_on_from_call_to_call(stats, place, tmp_path):
+    """The second call begins with the weights that the first one left, and leaves its own."""
+    file, drafters = tmp_path / "tenant.json", ("ngram", place.twin)
+    call = ("0", "--max-new-tokens", 30, "--draft-length", 1, "--learner", "hedge", "--learner-state", file)
+    first = stats(*call, drafters=drafters)["stats"]
+    left = json.loads(file.read_text())
+    assert left["drafters"] == first["drafters"] == ["ngram", "twin"]
+    learner = hedgespec.learners.make("hedge", 2)
+    learner.load_state_dict(left["state"])
+    second = stats(*call, "--max-new-tokens", 2, drafters=drafters)["stats"]
+    assert second["rounds"] == 1 and second["prompt_losses"] == 0
+    assert second["final_weights"] == learner.weights().tolist()
+    assert second["final_weights"][1] > 0.8
+    assert json.loads(file.read_text())["state"] != left["state"]
+
+
+def test_a_learners_state_that_does_not_fit_is_refused_and_kept(run, place, capsys, tmp_path):
+    file = tmp_path / "tenant.json"
+    call = ("0", "--max-new-tokens", 8, "--learner-state", file)
+    assert run(*call)[0] == 0
+    before = file.read_bytes()
+    fails(capsys, 1, str(file), "['twin']", "got ['ngram']", outcome=run(*call, drafters=[place.twin]))
+    fails(capsys, 1, str(file), "'hedge'", "normal_hedge", outcome=run(*call, "--learner", "hedge"))
+    assert file.read_bytes() == before
+    file.write_text("{}")
+    fails(capsys, 1, str(file), "format", outcome=run(*call))
+    assert file.read_text() == "{}"
 
 
 def test_seed_and_temperature(stats):
@@ -336,6 +385,7 @@ def test_each_filter_alone_leaves_the_likeliest_token(option, stats):
 
 def test_stats_are_a_table_on_stderr(run, place):
     code, out, err = run("0", "--max-new-tokens", 13, "--stats", drafters=[place.twin, "ngram"])
+    assert "5.00 tokens drafted a round, 0 of 2 rounds plain" in err
     assert (code, out) == (0, "1234567890123\n")
     for word in ("MAT", "tokens/s", "13 tokens", "twin", "ngram", "picks", "final weight", "prefill", "learn"):
         assert word in err
@@ -417,6 +467,8 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["generate", "x", "--profile", "no/such/x.png"], ["--profile", "a file that can be written", "x.png"]),
         (["demo", "--profile", "x"], ["--profile", "a file that ends in .png or .svg", "'x'"]),
         (["demo", "--plot", "."], ["--plot", "a file that can be written", "'.'"]),
+        (["generate", "x", "--learner-state", "no/such/x.json"], ["--learner-state", "a file that can be written", "x.json"]),
+        (["generate", "x", "--learner-state", "."], ["--learner-state", "a file that can be written", "'.'"]),
         (["experiment"], ["NAME"]),
         (["experiment", "alchemy"], ["NAME", "baseline", "pool-size", "all", "report", "'alchemy'"]),
         (["experiment", "delay", "--seeds", "1"], ["--seeds", "an integer >= 2", "'1'"]),

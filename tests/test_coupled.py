@@ -253,6 +253,7 @@ CONFIGS = [
     ),
     {"estimator": "product", "loss": "acceptance_rate", "selection": "argmax", "overlap": True, "track_regret": True},
     {"drafter_window": 16, "backend": "reference"},
+    {"objective": "throughput", "draft_length": 2},
     *({"draft_length": 3, "tree": tree} for tree in (Tree((3, 2, 1)), Tree(3, size=9), Tree(1), Tree(2, size=3))),
 ]
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hedgespec import algorithm
 from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import Decoder
+from hedgespec.decoder.selector import Selector
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
@@ -242,6 +243,50 @@ def test_a_slower_cadence_scores_the_same_later(target):
             assert stats.choices[round] in (stats.choices[round - 1], -1)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("every", ["adaptive", 3])
+@pytest.mark.parametrize(
+    ("shape", "temperature"),
+    [({}, 1.0), ({"mode": "argmax"}, 0.7), ({"mode": "coupled"}, 1.0), ({"tree": Tree(2)}, 1.0), ({}, 0.0)],
+    ids=str,
+)
+def test_meta_sd_hears_what_the_chosen_drafters_block_scored(target, monkeypatch, shape, temperature, every, overlap):
+    """Each round's weights are UCB1's over the rounds that were scored before it, none left out and none twice."""
+    scored, original = {}, Selector.observe
+
+    def observe(selector, prob, ratio):
+        scored.setdefault(id(selector), []).append((len(selector.stats.choices), np.array(prob)))
+        original(selector, prob, ratio)
+
+    monkeypatch.setattr(Selector, "observe", observe)
+    config = DecodeConfig(draft_length=3, learner="meta_sd", evaluate_every=every, overlap=overlap, **shape)
+    prompts = torch.cat([prompt_of(1), prompt_of(2)])
+    out = Decoder(target, pool(target), config).generate(prompts, max_new_tokens=40, temperature=temperature, seed=0)
+    for stats, evaluations in zip(out.stats, scored.values(), strict=True):
+        if not overlap:
+            step, rounds = 1 if every == "adaptive" else every, range(stats.rounds)
+            assert [round for round, _ in evaluations] == [r for r in rounds if (r + 1) % step == 0 or r == rounds[-1]]
+        probs = np.concatenate([prob for _, prob in evaluations], axis=-1)
+        known = np.repeat([round for round, _ in evaluations], [prob.shape[-1] for _, prob in evaluations])
+        ends = np.cumsum(stats.emitted_by_round)
+        rewards, past = [[] for _ in stats.drafters], 0
+        for now in range(stats.rounds):
+            while past < now and known[ends[past] - 1] < now:  # its last token was scored in a round before
+                chosen, emitted = stats.choices[past], stats.emitted_by_round[past]
+                if chosen >= 0:
+                    own = probs[..., chosen, ends[past] - emitted : ends[past]]
+                    block = own if own.ndim == 1 else own[np.minimum(range(emitted), 2), range(emitted)]
+                    rewards[chosen].append(block.mean())
+                past += 1
+            total = sum(map(len, rewards))
+            index = [float(not one) for one in rewards]
+            if all(rewards):
+                index = [np.mean(one) + math.sqrt(2 * math.log(total) / len(one)) for one in rewards]
+            assert index[stats.weights[now].argmax()] == pytest.approx(max(index), abs=1e-12)
+        drafted = sum(choice >= 0 for choice in stats.choices)
+        assert sum(stats.learner_state["counts"]) == drafted  # at the end all rounds are heard of
+
+
 def test_regret_is_the_learners_loss_less_the_best_drafters(target):
     stats = Decoder(target, pool(target)).generate(prompt_of(4), max_new_tokens=40, temperature=1.0, seed=0).stats[0]
     losses = np.array(stats.losses)
@@ -333,6 +378,11 @@ def test_bad_pools_and_configurations_are_refused(target):
         DecodeConfig(overlap=1)
     with pytest.raises(TypeError, match="compile: expected a bool, got str"):
         DecodeConfig(compile="yes")
+    with pytest.raises(TypeError, match="depth_correction: expected a bool, got int"):
+        DecodeConfig(depth_correction=1)
+    for option in ({"tree": Tree(2)}, {"loss": "acceptance_rate"}):
+        with pytest.raises(ValueError, match='depth_correction: expected False, or no tree and loss "length", got tree'):
+            DecodeConfig(depth_correction=True, **option)
 
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 4 * NUCLEUS + 1])

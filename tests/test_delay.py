@@ -112,6 +112,58 @@ def test_a_loss_is_complete_as_soon_as_every_product_is_zero():
     assert queue.pending == 0
 
 
+@estimators
+@quick
+@given(trace=traces(), sizes=st.lists(st.integers(0, 5), min_size=1, max_size=30))
+def test_lengths_are_the_partial_sums_and_the_losses_stay(estimator, trace, sizes):
+    """In whatever chunks: what a queue for shorter drafts says of the same position, as soon and as exactly."""
+    draft_length, prob, ratio = trace
+    plain, asked = (DelayQueue(len(prob), draft_length, estimator=estimator, lengths=lengths) for lengths in (False, True))
+    found, at = [], 0
+    for size in [*sizes, prob.shape[1]]:
+        here = slice(at, at + size)
+        told, expected = asked.push(prob[:, here], ratio[:, here]), plain.push(prob[:, here], ratio[:, here])
+        assert [(one.position, one.losses.tolist()) for one in told] == [
+            (one.position, one.losses.tolist()) for one in expected
+        ]
+        assert all(one.lengths is None for one in expected)
+        found, at = found + told, at + size
+    for feedback in found:
+        assert feedback.lengths.shape == (draft_length, len(prob)) and feedback.lengths.dtype == np.float64
+        for k in range(1, draft_length + 1):
+            sums = np.ones(len(prob))
+            for i in range(len(prob)):
+                product = 1.0
+                for t in range(feedback.position, min(feedback.position + k, prob.shape[1])):
+                    sums[i] += product * prob[i, t]
+                    product *= ratio[i, t] if estimator == "exact" else prob[i, t]
+            np.testing.assert_allclose(feedback.lengths[k - 1], sums, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(feedback.losses, 1 - feedback.lengths[-1] / (draft_length + 1), rtol=0, atol=1e-14)
+
+
+def test_an_early_length_lacks_nothing():
+    """Both products are 0 after two positions: what is left of a sum of four is known."""
+    [feedback, _] = DelayQueue(2, 4, lengths=True).push([[0.5, 0.25], [0.5, 0.75]], [[1.0, 0.0], [0.5, 0.0]])
+    np.testing.assert_allclose(feedback.lengths, [[1.5, 1.5], [1.75, 1.875], [1.75, 1.875], [1.75, 1.875]], atol=1e-15)
+
+
+def test_lengths_are_refused_where_there_are_none():
+    with pytest.raises(ValueError, match="loss: expected 'length' where lengths are asked for, got 'acceptance_rate'"):
+        DelayQueue(2, 3, loss="acceptance_rate", lengths=True)
+
+
+@pytest.mark.parametrize("last", [0.0, 0.5])
+def test_lengths_by_depth(last):
+    """Each length is what a queue of that draft length says; where the products end early, the rest adds nothing."""
+    prob, ratio = np.random.default_rng(0).random((2, 3, 2, 6))
+    ratio[:, :, -1] = last
+    found = DelayQueue(2, 3, lengths=True).push(prob, ratio)
+    assert len(found) == (6 if last == 0 else 4)
+    for k in (1, 2, 3):
+        for feedback, shorter in zip(found, DelayQueue(2, k).push(prob[:k], ratio[:k])):
+            np.testing.assert_allclose(feedback.lengths[k - 1], (1 - shorter.losses) * (k + 1), rtol=0, atol=1e-14)
+
+
 def test_draft_length_one_never_waits():
     [feedback] = DelayQueue(2, 1).push(np.array([[0.5], [1.0]]), np.ones((2, 1)))
     assert feedback.losses.tolist() == [0.25, 0.0]
@@ -161,7 +213,7 @@ def test_losses_by_depth(estimator, loss):
             told += by_depth.push(probs[:, :, here], ratios[:, :, here])
         assert [one.position for one in found] == [one.position for one in expected]
         for one, other in zip(found, expected):
-            np.testing.assert_allclose(one.losses, other.losses, atol=1e-12)
+            assert one.losses.tobytes() == other.losses.tobytes()
         followed = ratios if estimator == "exact" else probs
         for number, one in enumerate(told):
             assert one.position == number

@@ -167,6 +167,7 @@ def test_baseline_finds_the_expert_of_every_domain(result_of):
         assert row["best_fixed_name"] == domain
         assert row["best_fixed"] == max(row["fixed"].values()) == row["best_of_each_request"]
         assert row["generalist"] == row["fixed"][GENERALIST] < row["hedgespec"]["mean"] <= row["best_fixed"]
+        assert sum(row["shares"]) == pytest.approx(1) and max(row["shares"]) == row["shares"][NAMES.index(domain)]
         assert row["of_best_fixed"]["mean"] == pytest.approx(row["hedgespec"]["mean"] / row["best_fixed"])
     live = result["live"]
     assert live["texts"] == TEXTS

@@ -250,6 +250,19 @@ def test_a_learner_goes_on_from_a_state(ours):
         ours[0](**prompts(4), learner_state=states[:2], **asked)
 
 
+def test_a_tenants_state_goes_through_a_file(ours, tmp_path):
+    """Saved after one call and loaded for the next, it is the state itself."""
+    asked = dict(max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    first = ours[0](**prompts(), **asked).hedgespec[0]
+    hedgespec.save_learner_state(tmp_path / "tenant.json", first)
+    read = hedgespec.load_learner_state(tmp_path / "tenant.json", shared()[1])
+    assert read == first.learner_state
+    through, straight = (ours[0](**prompts(2), learner_state=one, **asked) for one in (read, first.learner_state))
+    assert through.sequences.tolist() == straight.sequences.tolist()
+    for one, other in zip(through.hedgespec, straight.hedgespec, strict=True):
+        assert (one.weights[0] == other.weights[0]).all() and one.learner_state == other.learner_state
+
+
 def test_an_end_inside_an_accepted_draft_is_the_end(model):
     """As transformers tests it of prompt lookup: a draft goes on past the end of the text, the text does not."""
     decoder = Decoder(model, [CausalLMDrafter(model, model)], DecodeConfig(draft_length=8))

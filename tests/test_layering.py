@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "hedgespec"
 
 STAGES = {"evaluate", "verify", "delay", "learners", "selection", "drafters"}
 FOUNDATIONS = {"records", "config", "errors", "checks", "backends", "cache", "launch", "native", "workspace"}
-FOUNDATIONS |= {"linear", "prefill", "transfer", "capture", "paths", "tree"}
+FOUNDATIONS |= {"linear", "prefill", "transfer", "capture", "paths", "tree", "costs", "depth"}
 """What every stage may know: data, names, and what the models of drafters and decoder are made of."""
 ENTRANCES = {"hf", "engines", "zoo", "cli", "experiments"}
 """Rooms above the decoder, which use the package as its users do."""
@@ -70,7 +70,7 @@ def test_a_stage_knows_no_other(file):
 
 def test_learners_know_numbers_and_drafters_know_models(file):
     names = imported(file)
-    if room(file) == "learners":
+    if room(file) in ("learners", "depth"):
         assert not any(name.split(".")[0] in ("torch", "transformers") for name in names)
         assert "drafters" not in rooms_imported(file)
     if room(file) == "drafters":

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hedgespec import learners
-from hedgespec.learners import EXP3Spec, Hedge, NormalHedge, UCBSpec, make
+from hedgespec.learners import EXP3Spec, Hedge, MetaSD, NormalHedge, UCBSpec, make
 
 FULL = tuple(name for name in learners.NAMES if make(name, 1).feedback == "full")
 BANDIT = tuple(name for name in learners.NAMES if make(name, 1).feedback == "bandit")
@@ -407,6 +407,18 @@ def test_ucb_plays_each_once_then_follows_its_index():
         rewards[played].append(reward)
         learner.update([1 - reward] * 4, played)
     assert learner.counts.argmax() == 1
+
+
+def test_meta_sd_is_ucb_on_other_losses():
+    rng, ucb, meta = np.random.default_rng(7), UCBSpec(3, [1, 2, 1]), MetaSD(3, [1, 2, 1])
+    for _ in range(50):
+        assert meta.weights().tolist() == ucb.weights().tolist()
+        losses, chosen = rng.random(3), int(ucb.weights().argmax())
+        for learner in (ucb, meta):
+            learner.update(losses, chosen)
+    assert MetaSD.hears_scores and not UCBSpec.hears_scores
+    with pytest.raises(ValueError, match="state: expected name 'meta_sd', got 'ucb'"):
+        meta.load_state_dict(ucb.state_dict())
 
 
 def test_ucb_opens_by_prior_and_breaks_ties_by_index():

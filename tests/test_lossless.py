@@ -177,6 +177,7 @@ CASES = {
     "one ahead": (DecodeConfig(draft_length=1, evaluate_every=3), {"temperature": 1.0, "min_p": 0.1}, MIXED),
 }
 MORE = {
+    "throughput": (DecodeConfig(draft_length=2, objective="throughput"), {"temperature": 1.1, "top_k": 6}, MIXED),
     "plain temperature": (DecodeConfig(draft_length=5), {"temperature": 1.0}, MIXED),
     "hot": (DecodeConfig(draft_length=3, evaluate_every=3), {"temperature": 2.5}, ("bad", "reduced")),
     "everything": (

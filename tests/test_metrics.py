@@ -16,8 +16,8 @@ from hedgespec.metrics import STAGES, DecodeStats, plot_profile, plot_weights, p
 @pytest.fixture
 def stats():
     stats = DecodeStats(("a", "b", "c"), draft_length=4)
-    for drafter, emitted in ((0, 3), (2, 1), (2, 5), (None, 1)):
-        stats.record_round(drafter, np.full(3, 1 / 3), emitted)
+    for drafter, emitted, drafted in ((0, 3, 4), (2, 1, 4), (2, 5, 4), (None, 1, 0)):
+        stats.record_round(drafter, np.full(3, 1 / 3), emitted, drafted)
     stats.emitted_tokens = 11  # the first came before the rounds
     for losses in ([0.5, 0.1, 0.3], [0.4, 0.6, 0.0]):
         stats.record_loss(np.array(losses), np.array([0.5, 0.0, 0.5]))
@@ -155,7 +155,8 @@ def test_the_profile_is_drawn_to_scale(told, tmp_path, monkeypatch):
 
 
 def test_to_dict_is_json(stats):
-    assert json.loads(json.dumps(stats.to_dict()))["picks"] == [1, 0, 2]
+    told = json.loads(json.dumps(stats.to_dict()))
+    assert (told["picks"], told["lengths"]) == ([1, 0, 2], [4, 4, 4, 0])
 
 
 def test_the_plot_is_drawn(stats, tmp_path):

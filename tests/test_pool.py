@@ -195,9 +195,9 @@ def test_a_window_changes_drafts_and_no_text(target):
 def test_losses_arrive_a_round_later_where_evaluation_overlaps(target, monkeypatch, overlap, every):
     seen = []
 
-    def observe(selector, prob, ratio):
+    def observe(selector, prob, ratio, seconds):
         seen.append((selector.stats.rounds, prob.shape[1]))
-        original(selector, prob, ratio)
+        original(selector, prob, ratio, seconds)
 
     original = Selector.observe
     monkeypatch.setattr(Selector, "observe", observe)

@@ -22,6 +22,7 @@ WAYS = [
     {"learner": "hedge"},
     {"learner": "ucb"},
     {"learner": "exp3"},
+    {"learner": "meta_sd"},
     {"learner": "uniform", "track_regret": True},
     {"learner": "exp3", "track_regret": True, "evaluate_every": 2, "overlap": True},
     {"learner": "normal_hedge", "evaluate_every": 2},
@@ -208,6 +209,10 @@ def test_what_cannot_be_replayed_is_refused():
     trace = made(np.full((2, 9), 0.5))
     with pytest.raises(ValueError, match="mode: expected the trace's, 'sampled', got 'coupled'"):
         replay(trace, DecodeConfig(mode="coupled", draft_length=2))
+    with pytest.raises(ValueError, match="objective: expected 'tokens'"):
+        replay(trace, DecodeConfig(objective="throughput", draft_length=2))
+    with pytest.raises(ValueError, match="depth_correction: expected False"):
+        replay(trace, DecodeConfig(depth_correction=True, draft_length=2))
     with pytest.raises(ValueError, match="tree: expected None"):
         replay(trace, DecodeConfig(tree=Tree(2), draft_length=2))
     with pytest.raises(ValueError, match="draft_length: expected at most the trace's depth 4, got 5"):

@@ -10,10 +10,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hedgespec import learners
 from hedgespec.config import DecodeConfig
+from hedgespec.costs import Costs
+from hedgespec.decoder.arms import ARMS
 from hedgespec.decoder.batch import Batch, stack
 from hedgespec.decoder.pool import stacks_of
 from hedgespec.decoder.request import Request, eos_of, generator, rows_of, states_of
@@ -54,9 +57,11 @@ class Decoder:
         config: a `DecodeConfig`; None is the default one.
 
     Raises:
-        ValueError: no drafters, names that repeat, a prior of the wrong size, an unknown learner, a target that is an
-            encoder-decoder or holds a recurrent state.
+        ValueError: no drafters, names that repeat, a prior of the wrong size, an unknown learner or one that does not go with
+            the objective, a target that is an encoder-decoder or holds a recurrent state.
         VocabularyMismatchError: a drafter that can name tokens the target does not have, or whose logits are not its.
+
+    With objective "throughput" `costs` is what its rounds were measured to cost, of all requests together.
 
     Output is the target's own distribution, whatever the drafters; at temperature 0 the target's own greedy text. A decoder
     holds no request: any number of threads may use one, and several may share a target.
@@ -83,6 +88,8 @@ class Decoder:
                     f"drafter {drafter.name}: expected draft_to_target of distinct ids, got some twice"
                 )
         self.vocabulary, self._stacks = vocabulary, stacks_of(self.drafters)
+        throughput = self.config.objective == "throughput"
+        self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
         self.captures = Captures(self.config.most_drafted + 1) if self.config.compile else None
         if self.config.tree is not None and not rows_may_differ(target):
             raise ValueError(
@@ -101,8 +108,18 @@ class Decoder:
 
     def new_learner(self) -> learners.Learner:
         """A learner as the configuration has it, at the start of a request."""
-        config = self.config
-        return learners.make(config.learner, len(self.drafters), prior=config.prior, **config.learner_options)
+        config, count, arms = self.config, len(self.drafters), ARMS[self.config.objective]
+        prior = None if config.prior is None else np.array(config.prior)
+        if prior is not None and prior.shape != (count,):
+            raise ValueError(f"prior: expected shape ({count},), got {prior.shape}")
+        prior = None if prior is None else arms.spread(prior, config.draft_length)
+        learner = learners.make(config.learner, arms.count(count, config.draft_length), prior=prior, **config.learner_options)
+        if arms.needs_seconds and learner.feedback != "full":
+            raise ValueError(
+                f"learner: expected one that hears of all drafters with objective {config.objective!r}, such as normal_hedge, "
+                f"hedge or ada_normal_hedge, got {config.learner!r}"
+            )
+        return learner
 
     def __call__(
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=None, **model_kwargs

@@ -21,11 +21,10 @@ from hedgespec.coupled import gumbel, perturb
 from hedgespec.decoder.pool import UNSOUND, Heads, Pool, Singles, no_draft
 from hedgespec.decoder.request import Request
 from hedgespec.decoder.row import Row
-from hedgespec.decoder.selector import NOBODY
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
-from hedgespec.records import Choice, Draft, Verdict
+from hedgespec.records import NOBODY, Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
 from hedgespec.target import TargetSession, device_of
 from hedgespec.transfer import SideStream, to_device
@@ -81,6 +80,8 @@ class Batch:
                 row.noise_key = int(row.uniforms(1)[0] * 2**53)
         self._place()
         self.pool = Pool(drafters, decoder.stacks(), self.rows, self.config)
+        self.costs = decoder.costs
+        """Where rounds are measured; None: they are not."""
         tree, length = self.config.tree, self.config.draft_length
         self.draws, self.tests = length, length + 1
         """Uniforms that a round drafts with, and that it verifies with."""
@@ -121,13 +122,15 @@ class Batch:
         uniforms = np.stack([row.uniforms(1 + self.draws + self.tests) for row in rows])  # of a chain 1 + K + (K + 1)
         with timed(stats, "select"):
             weights = [row.selector.weights() for row in rows]
+            measure = self.costs and self.costs.to_measure(len(rows), max(row.room for row in rows) - 1)
             first = uniforms[:, 0].tolist()
-            choices = [row.selector.select(held, one, row.room) for row, held, one in zip(rows, weights, first)]
+            choices = [row.selector.select(held, one, row.room, measure) for row, held, one in zip(rows, weights, first)]
         with timed(stats, "draft"):
             to_draft = to_device(uniforms[:, 1 : 1 + self.draws], self.device)
             noise = self._noise(1 + max(choice.draft_length for choice in choices))
-            drafts = self.pool.draft(choices, to_draft, self.sampling, self.one_hot, noise)
+            drafts = self.pool.draft(choices, to_draft, self.sampling, self.one_hot, noise, self.costs and self._now)
         with timed(stats, "verify"):
+            began = self.costs and self._now()
             last = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens[0]]) for row, draft in zip(rows, drafts)]
             tokens = stack(last, 0)
             if self.config.tree is None:
@@ -140,6 +143,11 @@ class Batch:
                     noise = noise[torch.arange(len(rows), device=self.device)[:, None], shape[0]]
             emitted, verified, paths = self._verify(logits, drafts, choices, uniforms[:, 1 + self.draws :], noise)
             self.target.keep([len(tokens) for tokens in emitted], paths if self.config.tree is not None else None)
+            if self.costs:
+                self.costs.verified(len(rows), tokens.shape[1] - 1, self._now() - began)
+                for choice, draft in zip(choices, drafts):
+                    if draft.tokens.shape[1]:
+                        self.costs.drafted(len(rows), choice.drafter, draft.seconds_per_token)
         for row, chunk in zip(rows, verified):
             if row.selector.scores_all:
                 row.unscored.append(chunk)
@@ -155,8 +163,17 @@ class Batch:
         with timed(stats, "learn"):
             self._observe(later)
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
-                row.selector.end_round(choice.drafter if draft.tokens.shape[1] else None, held, len(tokens))
+                drafted = draft.tokens.shape[1]
+                # Whether a token that ends the text within a draft was accepted or recovered is not known here.
+                tested = min(drafted, len(tokens) - row.finished)
+                row.selector.end_round(choice.drafter if drafted else None, held, len(tokens), drafted, tested)
         self._hand_out(emitted)
+
+    def _now(self) -> float:
+        """By the costs' clock, once the device has done what it was asked for; what runs beside that is not waited for."""
+        if self.device.type != "cpu":
+            torch.accelerator.current_stream(self.device).synchronize()
+        return self.costs.clock()
 
     def _place(self) -> None:
         for place, row in enumerate(self.rows):
@@ -498,6 +515,7 @@ class Batch:
     def _observe(self, later: bool) -> None:
         """Lets the rows learn from evaluations, from the newest at the end of the next round if `later`."""
         while len(self.under_way) > later:
+            seconds = self.costs and self.costs.of(len(self.rows))
             one = self.under_way.pop(0)
             depths = 1 if self.config.tree is None else self.config.draft_length
             kinds = 1 if one.of_prompt else 2 * depths
@@ -512,9 +530,9 @@ class Batch:
                             scores[place][:, drafter] = [values[member, place, :count] for values in measured]
             for row, known in zip(one.rows, scores):
                 if one.of_prompt:
-                    row.selector.warm_up(known[0])
+                    row.selector.warm_up(known[0], seconds)
                     continue
-                row.selector.observe(*(known if depths == 1 else (known[::2], known[1::2])))
+                row.selector.observe(*(known if depths == 1 else (known[::2], known[1::2])), seconds)
 
     def _process(
         self, rows: Sequence[Row], counts: Sequence[int], members: Sequence[int], logits: torch.Tensor

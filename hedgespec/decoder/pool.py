@@ -247,7 +247,7 @@ class Pool:
         return list(zip(self.parts, scored))
 
     def draft(self, choices: Sequence[Choice], uniforms: torch.Tensor, sampling: Sampling, one_hot: bool,
-              noise: torch.Tensor | None = None) -> list[Draft]:  # fmt: skip
+              noise: torch.Tensor | None = None, now: Callable[[], float] | None = None) -> list[Draft]:  # fmt: skip
         """What each row's chosen drafter proposes; nothing where none is chosen or it fails.
 
         Args:
@@ -256,6 +256,7 @@ class Pool:
             sampling: of all rows.
             one_hot: proposals are the drafters' likeliest tokens.
             noise: float32 [B, at least K, V] that comes on top of their logits first, see `perturb`; None: nothing does.
+            now: a clock in seconds, read around what each part drafts; None measures nothing.
         """
         draft_with = self._draft_with if self.config.tree is None else self._grow_with
         drafts = [no_draft(row) for row in self.rows]
@@ -266,7 +267,11 @@ class Pool:
                 own, own_noise = uniforms[at], None if noise is None else noise[at]
                 chosen = [choices[place] for place in places]
                 rows = [self.rows[place] for place in places]
+                began = now() if now else 0.0
                 found = self._or_apart(number, draft_with, rows, chosen, own, sampling, one_hot, own_noise)
+                if now:
+                    each = (now() - began) / max(1, *(draft.tokens.shape[1] for draft in found))
+                    found = [replace(draft, seconds_per_token=each) for draft in found]
                 for place, draft in zip(places, found):
                     drafts[place] = draft
         return drafts

@@ -35,7 +35,8 @@ class Row:
                  vocabulary: int, features: dict[tuple[int, ...], RowBuffer], warned: set[str]):  # fmt: skip
         self.index, self.request, self.drafters, self.config = index, request, drafters, config
         self.vocabulary, self.features, self.warned = vocabulary, features, warned
-        self.selector = Selector([drafter.name for drafter in drafters], config, learner, request.learner_state)
+        names, own_features = zip(*((drafter.name, bool(drafter.aux_layers)) for drafter in drafters))
+        self.selector = Selector(names, config, learner, request.learner_state, own_features)
         self.stats, self.alive = self.selector.stats, self.selector.alive
         self.padded = torch.cat([request.prompt, request.prompt.new_zeros(request.max_new_tokens)])
         self.tokens = self.padded[request.padding :]

@@ -5,21 +5,39 @@ A request under way (`row.py`) holds one, and so does a replay of recorded accep
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hedgespec.config import DecodeConfig
+from hedgespec.decoder.arms import ARMS, Seconds
 from hedgespec.delay import DelayQueue
+from hedgespec.depth import DepthCorrection
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
-from hedgespec.records import Choice
-from hedgespec.selection import select
+from hedgespec.records import NOBODY, Choice, Feedback
+from hedgespec.selection import draw
 
 RAREST = 8
 """Most rounds from one evaluation to the next where they adapt; a power of two, so that the rows of a batch meet."""
-NOBODY = Choice(drafter=-1, draft_length=0)
+RAREST_PLAIN = 64
+"""The same while nobody drafts. Each of the rounds emits one token, whose logits are kept until then: no more than of `RAREST`
+rounds with drafts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """A round whose tokens are not scored yet."""
+
+    drafter: int | None
+    weight: float
+    """Probability of its draw."""
+    emitted: int
+    tested: int
+    """Drafted tokens, from the first, each of which is known to have been accepted or not."""
 
 
 class Selector:
@@ -28,79 +46,158 @@ class Selector:
     Args:
         drafters: their names, [N].
         config: the decoder's.
-        learner: a fresh one.
+        learner: a fresh one, over the objective's arms.
         state: a `Learner.state_dict()` to go on from.
+        own_features: whether each drafter drafts on features of its own, [N], see `hedgespec.depth`; None: none does.
+
+    Raises: ValueError for a state that is not of such a learner.
     """
 
     def __init__(
-        self, drafters: Sequence[str], config: DecodeConfig, learner: Learner, state: Mapping[str, Any] | None = None
-    ) -> None:
+        self, drafters: Sequence[str], config: DecodeConfig, learner: Learner, state: Mapping[str, Any] | None = None,
+        own_features: Sequence[bool] | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.learner = config, learner
-        if state is not None:
-            learner.load_state_dict(state)
-        self.queue = DelayQueue(len(drafters), config.draft_length, estimator=config.estimator, loss=config.loss)
-        self.stats = DecodeStats(tuple(drafters), config.draft_length)
-        self.hears_all = learner.feedback == "full"
-        self.scores_all = self.hears_all or config.track_regret
-        """Whether all drafters are scored."""
         self.alive = np.ones(len(drafters), dtype=bool)
         """Which drafters have not failed, [N]."""
+        self.arms = ARMS[config.objective](self.alive, config.draft_length)
+        if state is not None:
+            if self.arms.needs_seconds and state.get("num_drafters") != learner.num_drafters:
+                raise ValueError(
+                    f"learner_state: expected one over the {learner.num_drafters} arms of objective {config.objective!r} with "
+                    f"{len(drafters)} drafters and draft_length {config.draft_length}, got one over {state.get('num_drafters')}"
+                )
+            learner.load_state_dict(state)
+        self.queue = DelayQueue(
+            len(drafters), config.draft_length, estimator=config.estimator, loss=config.loss, lengths=self.arms.needs_seconds
+        )
+        self.waiting: list[Feedback] = []
+        """What the queue has completed and the learner has not heard: nothing has a price yet."""
+        self.depths = None
+        if config.depth_correction:
+            self.depths = DepthCorrection(own_features or [False] * len(drafters), config.draft_length)
+        self.stats = DecodeStats(tuple(drafters), config.draft_length)
+        self.hears_all = learner.feedback == "full"
+        self.scores_all = self.hears_all or learner.hears_scores or config.track_regret
+        """Whether all drafters are scored."""
         self.every = config.evaluate_every if config.evaluate_every != "adaptive" else 1
         """Rounds from one evaluation to the next."""
-        self.chosen = -1
-        """Drafter of the last round."""
+        self.chosen = NOBODY
+        """What was drawn last."""
         self.may_switch = True
-        """Whether every drafter may be chosen, or only the same again."""
+        """Whether anything may be chosen, or only the same again."""
+        self.unscored: deque[_Round] = deque()
+        self.scored: deque[np.ndarray] = deque()
+        """acceptance_prob [N] of the tokens of these rounds as far as they are known; of draft trees [K, N]."""
 
     def weights(self) -> np.ndarray:
-        """The learner's weights [N], what failed drafters hold shared out among the others; all 0 if all failed."""
+        """The learner's weights [A] of the arms (drafters, unless the objective has others), what those of failed drafters hold
+        shared out among the rest; all 0 if none is left."""
         weights = self.learner.weights()
         if self.stats.failures:
-            weights = np.where(self.alive, weights, 0.0)
-            weights = weights / weights.sum() if weights.any() else self.alive / max(self.alive.sum(), 1)
+            alive = self.arms.alive
+            weights = np.where(alive, weights, 0.0)
+            weights = weights / weights.sum() if weights.any() else alive / max(alive.sum(), 1)
         return weights
 
-    def select(self, weights: np.ndarray, uniform: float, room: int) -> Choice:
-        """The drafter of the next round, which may emit `room` tokens. With a learner that hears of all drafters it changes
-        only after an evaluation, when all of them are up to date; while one stays, evaluations grow rarer if the
-        configuration lets them."""
+    def select(self, weights: np.ndarray, uniform: float, room: int, measure: Choice | None = None) -> Choice:
+        """Who drafts how many tokens in the next round, which may emit `room`. With a learner that hears of all drafters this
+        changes only after an evaluation, when all of them are up to date; while one stays, evaluations grow rarer if the
+        configuration lets them. `measure` is what is drafted instead where its cost is wanted."""
         if room <= 1 or not weights.any():  # the recovered or bonus token comes on top of the draft
             return NOBODY
-        if self.may_switch or not self.alive[self.chosen]:
-            chosen = select(weights, uniform, draft_length=self.config.draft_length, rule=self.config.selection).drafter
-            if self.config.evaluate_every == "adaptive":
-                self.every = min(2 * self.every, RAREST) if chosen == self.chosen else 1
+        if measure is not None:
+            return self._to_measure(measure, weights, uniform, room)
+        gone = self.chosen.drafter >= 0 and not self.alive[self.chosen.drafter]
+        if self.may_switch or gone:
+            chosen = self.arms.choice(draw(weights, uniform, self.config.selection))
+            if self.config.evaluate_every == "adaptive" and not self.learner.hears_scores:
+                rarest = RAREST if chosen.drafter >= 0 else RAREST_PLAIN
+                self.every = min(2 * self.every, rarest) if chosen.drafter == self.chosen.drafter else 1
             self.chosen, self.may_switch = chosen, not self.hears_all
-        return Choice(self.chosen, min(self.config.draft_length, room - 1))
+        return Choice(self.chosen.drafter, min(self.chosen.draft_length, room - 1))
+
+    def _to_measure(self, measure: Choice, weights: np.ndarray, uniform: float, room: int) -> Choice:
+        """That, or where its drafter has failed as much by another one."""
+        if measure == NOBODY or not self.alive.any():
+            return NOBODY
+        drafter = measure.drafter
+        if not self.alive[drafter]:
+            by_drafter = self.arms.by_drafter(weights)
+            by_drafter = by_drafter if by_drafter.sum() > 0 else self.alive
+            drafter = draw(by_drafter / by_drafter.sum(), uniform)
+        return Choice(drafter, min(measure.draft_length, room - 1))
 
     def evaluation_is_due(self, finished: bool) -> bool:
         """After the round that is under way. At the end of the request, too: what is known by then is learned, for a next
         one to go on from."""
         return self.scores_all and (finished or (self.stats.rounds + 1) % self.every == 0)
 
-    def warm_up(self, acceptance_prob: np.ndarray) -> None:
-        """Lets the learner hear how every drafter fared at the warm start's positions, float64 [N, T]."""
-        for losses in 1.0 - acceptance_prob.clip(max=1.0).T:
+    def warm_up(self, acceptance_prob: np.ndarray, seconds: Seconds | None = None) -> None:
+        """Lets the learner hear how every drafter fared at the warm start's positions, float64 [N, T], if what it learns of has
+        a price, and that is known."""
+        if seconds is None and self.arms.needs_seconds:
+            return
+        columns = acceptance_prob.clip(max=1.0).T
+        for position, column in enumerate(columns, -len(columns)):
+            losses = self.arms.losses(self.arms.of_prompt(column, position), seconds)
             self.stats.prompt_losses.append(losses)
             self.learner.update(losses)
 
-    def observe(self, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray) -> None:
-        """Hands the learner every drafter's completed losses. Both: float64 [N, T] of the tokens that come next; of draft trees
-        [K, N, T], by depth."""
-        for feedback in self.queue.push(acceptance_prob, acceptance_ratio):
-            self.stats.record_loss(feedback.losses, self.learner.weights())
-            if self.hears_all:
-                self.learner.update(feedback.losses)
+    def observe(self, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray, seconds: Seconds | None = None) -> None:
+        """Hands the learner every arm's completed losses; where they depend on what rounds cost and that is not known yet, they
+        wait. Both: float64 [N, T] of the tokens that come next; of draft trees [K, N, T], by depth."""
+        self.scored.extend(np.moveaxis(acceptance_prob, -1, 0))
+        if self.depths is not None:
+            acceptance_prob, acceptance_ratio = map(self.depths.correct, (acceptance_prob, acceptance_ratio))
+        self.waiting += self.queue.push(acceptance_prob, acceptance_ratio)
         self.may_switch = True
+        if seconds is None and self.arms.needs_seconds:
+            return
+        for feedback in self.waiting:
+            losses = self.arms.losses(feedback, seconds)
+            self.stats.record_loss(losses, self.learner.weights())
+            if self.hears_all:
+                self.learner.update(losses)
+        self.waiting.clear()
 
-    def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int) -> None:
-        """Records a round: who drafted (None: nobody), the weights at its beginning, and the tokens it emitted. A learner that
-        asks for no more hears how the drafter fared."""
+    def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int, tested: int) -> None:
+        """Records a round: who drafted (None: nobody), the weights at its beginning, the tokens it emitted and drafted, and how
+        many drafted ones, from the first, are known to have been accepted or not. A learner that asks for no more hears how
+        the drafter fared. Rounds all of whose tokens are scored by now are looked back at."""
+        weight = 0.0
         if drafter is not None and self.learner.feedback == "bandit":
-            losses = np.full(len(self.alive), np.nan)
-            losses[drafter] = 1 - emitted / (self.config.draft_length + 1)
-            self.learner.update(losses, chosen=drafter, chosen_weight=float(weights[drafter]))
-        self.stats.record_round(drafter, weights, emitted)
+            weight = float(weights[drafter])
+            if not self.learner.hears_scores:
+                self._tell(drafter, weight, 1 - emitted / (self.config.draft_length + 1))
+        self.stats.record_round(drafter, self.arms.by_drafter(weights), emitted, drafted)
+        if self.scores_all:
+            self.unscored.append(_Round(drafter, weight, emitted, tested))
+            while self.unscored and self.unscored[0].emitted <= len(self.scored):
+                self._look_back(self.unscored.popleft())
+
+    def _look_back(self, past: _Round) -> None:
+        """At a round whose tokens are scored by now."""
+        scores = [self.scored.popleft() for _ in range(past.emitted)]
+        if past.drafter is None:
+            return
+        chain, deepest = self.config.tree is None, self.config.draft_length - 1
+        block = [one[past.drafter] if chain else one[min(depth, deepest), past.drafter] for depth, one in enumerate(scores)]
+        if chain and self.alive[past.drafter]:
+            predicted, accepted = np.array(block[: past.tested]), min(past.emitted - 1, past.tested)
+            corrected = predicted
+            if self.depths is not None:
+                corrected = predicted * self.depths.factors[: past.tested, past.drafter]
+                self.depths.learn(past.drafter, predicted, accepted)
+            self.stats.record_depths(predicted, corrected, accepted)
+        if self.learner.hears_scores:
+            self._tell(past.drafter, past.weight, 1 - min(float(np.mean(block)), 1.0))
+
+    def _tell(self, drafter: int, weight: float, loss: float) -> None:
+        """Lets a bandit hear what the drafter that it drew with this probability lost."""
+        losses = np.full(len(self.alive), np.nan)
+        losses[drafter] = loss
+        self.learner.update(losses, chosen=drafter, chosen_weight=weight)
 
     def lose(self, drafter: int, cause: str) -> bool:
         """Goes on without a drafter; whether it was there."""

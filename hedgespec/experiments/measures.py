@@ -66,9 +66,9 @@ def tokens_until_held(stats: DecodeStats, best: Sequence[int]) -> int:
 def judge(traces: Sequence[Trace], draft_length: int, alone: Sequence[Sequence[float]] | None = None) -> Callable[..., dict]:
     """A `measure` for `by_seed`.
 
-    Of all texts: MAT, also by domain, and each text's rounds. Means of a request: regret, positions, and, where every text's
-    `rounds_alone` is given, tokens until the best drafter has it. Of a position: regret, in tokens a round. And regret along
-    the positions, where a text that has ended keeps what it had.
+    Of all texts: MAT, and each text's rounds. Of a domain: MAT, and each drafter's share of the drafts. Means of a request:
+    regret, positions, and, where every text's `rounds_alone` is given, tokens until the best drafter has it. Of a position:
+    regret, in tokens a round. And regret along the positions, where a text that has ended keeps what it had.
     """
     known = [losses(trace, draft_length) for trace in traces]
     longest = max(map(len, known))
@@ -78,6 +78,11 @@ def judge(traces: Sequence[Trace], draft_length: int, alone: Sequence[Sequence[f
         ends = [float(curve[-1]) if len(curve) else 0.0 for curve in curves]
         padded = [np.pad(curve, (0, longest - len(curve)), mode="edge") for curve in curves if len(curve)]
         positions = sum(map(len, curves))
+        domains = {}
+        for name in dict.fromkeys(trace.domain for trace in traces):
+            among = [stats for stats, trace in zip(requests, traces) if trace.domain == name]
+            picks = np.sum([stats.picks for stats in among], axis=0)
+            domains[name] = {"mat": mat(among), "shares": (picks / max(picks.sum(), 1)).tolist()}
         result = {
             "mat": mat(requests),
             "rounds": [stats.rounds for stats in requests],
@@ -85,9 +90,8 @@ def judge(traces: Sequence[Trace], draft_length: int, alone: Sequence[Sequence[f
             "regret_a_position": (draft_length + 1) * sum(ends) / positions,
             "positions": positions / len(curves),
             "curve": (np.sum(padded, axis=0) / len(curves)).tolist(),
-            "domains": {name: mat([one for one, trace in zip(requests, traces) if trace.domain == name])
-                        for name in dict.fromkeys(trace.domain for trace in traces)},
-        }  # fmt: skip
+            "domains": domains,
+        }
         if alone is not None:
             best = [np.flatnonzero(np.isclose(rounds, min(rounds))) for rounds in alone]
             found = [tokens_until_held(stats, which) for stats, which in zip(requests, best) if stats.rounds]

@@ -46,11 +46,11 @@ class Recording:
 
 RECORDINGS = {
     "greedy": Recording("zoo", 48, 128, depth=8),
-    "coupled": Recording("zoo", 24, 96, mode="coupled", temperature=1.0),
-    "sampled": Recording("zoo", 24, 96, temperature=1.0),
-    "reworded": Recording("zoo", 24, 96, reworded=True),
-    "mixed": Recording("mixed", 24, 96),
-    "wide": Recording("wide", 24, 96),
+    "coupled": Recording("zoo", 18, 96, mode="coupled", temperature=1.0),
+    "sampled": Recording("zoo", 18, 96, temperature=1.0),
+    "reworded": Recording("zoo", 18, 96, reworded=True),
+    "mixed": Recording("mixed", 18, 96),
+    "wide": Recording("wide", 18, 96),
 }
 
 

@@ -187,7 +187,8 @@ def replay(
 
     Args:
         trace: of the text; its drafters are the pool.
-        config: as of the decoder; `mode` has to be the trace's, `draft_length` at most its depth. No trees.
+        config: as of the decoder; `mode` has to be the trace's, `draft_length` at most its depth. No trees, no
+            objective but "tokens", no depth correction.
         seed: of the uniforms; None takes the trace's.
         latency: rounds after which an evaluation is heard, >= 0; `DecodeConfig.overlap` is 1.
         state: a `Learner.state_dict()` to go on from.
@@ -200,6 +201,12 @@ def replay(
     length, (count, positions, depth) = config.draft_length, trace.drafted.shape
     if config.mode != trace.mode and trace.temperature > 0:
         raise ValueError(f"mode: expected the trace's, {trace.mode!r}, got {config.mode!r}")
+    if config.objective != "tokens":
+        raise ValueError(f"objective: expected 'tokens', since traces have no times, got {config.objective!r}")
+    if config.depth_correction:
+        raise ValueError(
+            "depth_correction: expected False, since traces do not say who drafts on features of its own, got True"
+        )
     if config.tree is not None:
         raise ValueError(f"tree: expected None, since traces are of chains, got {config.tree}")
     if length > depth:
@@ -231,7 +238,9 @@ def replay(
         while on_the_way and (finished or now - on_the_way[0][0] >= latency):
             _, begin, end = on_the_way.pop(0)
             selector.observe(trace.prob[:, begin:end], trace.ratio[:, begin:end])
-        selector.end_round(choice.drafter if choice.draft_length else None, weights, emitted)
+        drafted = choice.draft_length
+        tested = min(drafted, emitted - finished)  # as the decoder knows it
+        selector.end_round(choice.drafter if drafted else None, weights, emitted, drafted, tested)
     selector.stats.emitted_tokens = positions + 1
     selector.stats.learner_state = learner.state_dict()
     return selector.stats

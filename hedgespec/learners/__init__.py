@@ -11,11 +11,12 @@ from hedgespec.learners.base import Learner
 from hedgespec.learners.exp3 import EXP3Spec
 from hedgespec.learners.fixed import FixedLearner, Uniform
 from hedgespec.learners.hedge import Hedge
+from hedgespec.learners.meta_sd import MetaSD
 from hedgespec.learners.normal_hedge import NormalHedge
 from hedgespec.learners.ucb import UCBSpec
 
 _LEARNERS: dict[str, type[Learner]] = {
-    learner.name: learner for learner in (NormalHedge, Hedge, AdaNormalHedge, UCBSpec, EXP3Spec, FixedLearner, Uniform)
+    learner.name: learner for learner in (NormalHedge, Hedge, AdaNormalHedge, UCBSpec, MetaSD, EXP3Spec, FixedLearner, Uniform)
 }
 
 NAMES = tuple(_LEARNERS)
@@ -28,6 +29,7 @@ __all__ = [
     "FixedLearner",
     "Hedge",
     "Learner",
+    "MetaSD",
     "NormalHedge",
     "UCBSpec",
     "Uniform",

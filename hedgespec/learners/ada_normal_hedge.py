@@ -30,6 +30,7 @@ class AdaNormalHedge(Learner):
     name = "ada_normal_hedge"
     feedback = "full"
     STATE = ("regrets", "absolute_regrets")
+    NON_NEGATIVE = ("absolute_regrets",)
 
     def _learn(self, losses, chosen, chosen_weight) -> None:
         instantaneous = self._weights.dot(losses) - losses

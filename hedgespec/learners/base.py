@@ -30,11 +30,15 @@ class Learner(ABC):
     feedback: ClassVar[Literal["full", "bandit", "none"]]
     """full: the loss of every drafter, as the delay queue completes it. bandit: the chosen drafter's alone, each round,
     1 - emitted / (draft_length + 1). none: nothing is learned."""
+    hears_scores: ClassVar[bool] = False
+    """Of a bandit whose loss is 1 - mean acceptance_prob of the chosen drafter over the tokens of the round, once scored."""
     needs_positive_prior: ClassVar[bool] = True
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     """Constructor options past the prior, each an attribute; a state loads only where they are the same."""
     STATE: ClassVar[tuple[str, ...]] = ()
     """What learning changes: attributes, each float64 [N] or a count."""
+    NON_NEGATIVE: ClassVar[tuple[str, ...]] = ("rounds",)
+    """Those of them that are never below 0."""
 
     def __init__(self, num_drafters: int, prior: ArrayLike | None = None) -> None:
         if num_drafters < 1:
@@ -92,22 +96,24 @@ class Learner(ABC):
         """Continue exactly where `state_dict` was taken; on an error this learner is left as it was.
 
         Raises:
-            ValueError: the state is another learner's, of another size or other options, or not finite numbers.
+            ValueError: the state is another learner's, of another size or other options, or not finite numbers within their
+                range.
         """
         identity = ("name", "num_drafters", *self.OPTIONS)
+        for field in identity:
+            if field in state and state[field] != (expected := getattr(self, field)):
+                raise ValueError(f"state: expected {field} {expected!r}, got {state[field]!r}")
         if missing := {*identity, "prior", *self.STATE} - state.keys():
             raise ValueError(f"state: {sorted(missing)} missing, got {sorted(state)}")
-        for field in identity:
-            if state[field] != (expected := getattr(self, field)):
-                raise ValueError(f"state: expected {field} {expected!r}, got {state[field]!r}")
-        loaded = {"prior": self._read_prior(state["prior"])}
+        loaded = {"prior": self._read_prior(_numbers(state, "prior"))}
         for field in self.STATE:
-            shape = np.shape(getattr(self, field))
-            value = np.array(state[field], dtype=np.float64)
+            shape, value = np.shape(getattr(self, field)), _numbers(state, field)
             if value.shape != shape or not np.isfinite(value).all():
                 raise ValueError(f"state: expected {field} finite, of shape {shape}, got {state[field]!r}")
-            if not shape and (value < 0 or value % 1):
+            if not shape and value % 1:
                 raise ValueError(f"state: expected {field} a count, got {state[field]!r}")
+            if field in self.NON_NEGATIVE and value.min() < 0:
+                raise ValueError(f"state: expected {field} of at least 0, got {state[field]!r}")
             loaded[field] = value if shape else int(value)
         vars(self).update(loaded)
         self._weights = self._weigh()
@@ -133,6 +139,17 @@ class Learner(ABC):
         if not 0 < chosen_weight <= 1:
             raise ValueError(f"chosen_weight: expected a probability in (0, 1], got {chosen_weight}")
         return chosen, chosen_weight
+
+
+def _numbers(state: Mapping[str, Any], field: str) -> NDArray[np.float64]:
+    """A field as float64, where it is made of numbers and nothing else: NumPy would read some words as numbers, too."""
+    try:
+        values = np.array(state[field])
+    except ValueError as error:  # lists of unequal length
+        raise ValueError(f"state: expected {field} as numbers, got {state[field]!r}") from error
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"state: expected {field} as numbers, got {state[field]!r}")
+    return values.astype(np.float64)
 
 
 def softmax(log_weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -32,6 +32,7 @@ class UCBSpec(Learner):
     feedback = "bandit"
     needs_positive_prior = False
     STATE = ("counts", "reward_sums")
+    NON_NEGATIVE = ("counts", "reward_sums")
 
     def _learn(self, losses, chosen, chosen_weight) -> None:
         self.counts[chosen] += 1.0
