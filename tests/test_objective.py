@@ -142,11 +142,15 @@ def test_what_pays_is_what_is_done(small, priced, case, outliers):
     drafters = [Flawed(small, period) for period in periods]
     drafters[1].name += "-b"
     decoder = priced(small, drafters, draft, verify, outliers)
-    for prompt, settled in ((prompt_of(0), MEASURING + 30), (prompt_of(1), 20)):
+    asked, to_measure = [], decoder.costs.to_measure
+    decoder.costs.to_measure = lambda *arguments: asked.append(to_measure(*arguments)) or asked[-1]
+    for prompt, settled in ((prompt_of(0), 30), (prompt_of(1), 10)):
+        asked.clear()
         out = decoder.generate(prompt, max_new_tokens=130, seed=3)
         assert out.sequences.tolist() == small.generate(prompt, max_new_tokens=130, do_sample=False).tolist()
         stats = out.stats[0]
-        done = list(zip(stats.choices, stats.lengths))[settled:-2]  # the last ones have no room
+        rounds = list(zip(stats.choices, stats.lengths, asked, strict=True))[:-2]  # the last ones have no room
+        done = [(drafter, length) for drafter, length, measured in rounds if measured is None][settled:]
         assert len(done) == 0 or done.count((expected.drafter, expected.draft_length)) >= 0.9 * len(done)
     assert len(done) > 10 and done[-1] == (expected.drafter, expected.draft_length)
 
@@ -423,7 +427,7 @@ def test_a_warm_start_falls_back_before_the_first_round(target, priced):
     first = decoder.generate(prompt_of(1), max_new_tokens=40, seed=0).stats[0]
     assert first.prompt_losses == []  # nothing has a price yet
     assert first.lengths[:MEASURING] == [0, 1, 2, 3] * (FEWEST + 1)
-    again = decoder.generate(prompt_of(2), max_new_tokens=40, seed=0).stats[0]
+    again = decoder.generate(prompt_of(2), max_new_tokens=20, seed=0).stats[0]
     assert len(again.prompt_losses) == 10 and set(again.lengths) == {0}
     assert again.to_dict()["lengths"] == again.lengths
     assert again.prompt_losses[0].shape == (K + 1,)
