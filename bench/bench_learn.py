@@ -93,7 +93,7 @@ def test_queue_and_selection(benchmark, capsys, fastest, drafters, temperature):
     np.testing.assert_allclose(completed, page_losses(prob, ratio), atol=1e-14)
     weights, uniforms = np.random.default_rng(2).dirichlet(np.ones(drafters)), np.linspace(0, 1, STEPS, endpoint=False)
     for uniform in uniforms:
-        assert select(weights, uniform, draft_length=1).drafter == np.flatnonzero(weights.cumsum() > uniform)[0]
+        assert select(weights, uniform) == np.flatnonzero(weights.cumsum() > uniform)[0]
 
     def pushes():
         queue = DelayQueue(drafters, DRAFT_LENGTH)
@@ -102,7 +102,7 @@ def test_queue_and_selection(benchmark, capsys, fastest, drafters, temperature):
 
     def selections():
         for uniform in uniforms:
-            select(weights, uniform, draft_length=DRAFT_LENGTH)
+            select(weights, uniform)
 
     push, selection, page = fastest(pushes, selections, lambda: page_losses(prob, ratio), seconds=5)
     benchmark.extra_info |= {"push_us": round(push / STEPS * 1e6, 2), "select_us": round(selection / STEPS * 1e6, 2)}

@@ -19,7 +19,7 @@ WINDOW = 31
 FEWEST = 3
 """Measurements of a kind that tell something. The very first, in which memory is allocated and kernels are compiled, is none of
 them."""
-AGAIN = 128
+AGAIN = 64
 """Rounds after which all is measured once more, and then after twice as many, and so on: what nobody chooses may have been
 measured while the machine was busy."""
 SHORTEST = 1e-9

@@ -1,4 +1,4 @@
-"""Selection: from the learner's weights to the drafter of the next round."""
+"""Selection: from the learner's weights to the drafter, or the arm, of the next round."""
 
 from __future__ import annotations
 
@@ -7,28 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hedgespec.records import Choice
 
-
-def select(weights: ArrayLike, uniform: float, *, draft_length: int, rule: Literal["sample", "argmax"] = "sample") -> Choice:
-    """The drafter that `draw` picks, with the draft length of the round.
-
-    Args:
-        weights, uniform, rule: as `draw` takes them.
-        draft_length: tokens to draft, >= 1.
-
-    Raises:
-        ValueError: a rule that does not exist, or a value outside its range.
-
-    >>> select([0.25, 0.0, 0.75], 0.25, draft_length=5)
-    Choice(drafter=2, draft_length=5)
-    """
-    if draft_length < 1:
-        raise ValueError(f"draft_length: expected at least 1, got {draft_length}")
-    return Choice(draw(weights, uniform, rule), draft_length)
-
-
-def draw(weights: ArrayLike, uniform: float, rule: Literal["sample", "argmax"] = "sample") -> int:
+def select(weights: ArrayLike, uniform: float, rule: Literal["sample", "argmax"] = "sample") -> int:
     """sample: the first i with cumsum(weights)[i] > uniform * sum(weights). argmax: the first i of the largest weight.
 
     Sampling is what the regret bounds assume. What has weight 0 is never picked.
@@ -41,7 +21,7 @@ def draw(weights: ArrayLike, uniform: float, rule: Literal["sample", "argmax"] =
     Raises:
         ValueError: a rule that does not exist, or a value outside its range.
 
-    >>> draw([0.25, 0.0, 0.75], 0.25)
+    >>> select([0.25, 0.0, 0.75], 0.25)
     2
     """
     weights = np.asarray(weights, dtype=np.float64)

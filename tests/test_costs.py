@@ -121,7 +121,7 @@ def test_every_length_and_drafter_is_measured_a_few_times_in_turns_then_ever_mor
     first = [NOBODY, Choice(0, 1), Choice(1, 2), Choice(0, 3), NOBODY, Choice(1, 1), Choice(0, 2), Choice(1, 3)]
     assert turns[:16] == first * 2 and FEWEST + 1 == 4
     asked = [round for round, choice in enumerate(turns, 1) if choice is not None]
-    assert asked == [*range(1, 17), *(AGAIN * 2**j + number for j in range(4) for number in range(4))]
+    assert asked == [*range(1, 17), *(AGAIN * 2**j + number for j in range(5) for number in range(4))]
     assert costs.to_measure(2, 3) == NOBODY
 
 

@@ -122,7 +122,7 @@ def play(correction: bool, rounds: int = 400, seed: int = 0, own_features=(True,
             kept = kept & (rng.random(K) < FACTORS)
         emitted = 1 + int(kept.cumprod().sum())
         selector.observe(np.repeat(probs, emitted, 1), right[:, :emitted].astype(float))
-        selector.end_round(choice.drafter, weights, emitted, min(emitted, K))
+        selector.end_round(choice.drafter, weights, emitted, K, min(emitted, K))
     return selector
 
 

@@ -40,7 +40,8 @@ def make_trace(number: int, recording: Recording, drafters: tuple[str, ...], tok
     drafted = np.stack([after[:, d : d + tokens] for d in range(recording.depth)], -1)
     drafted[np.cumprod(drafted, -1) == 0] = 0
     return Trace(
-        EXPERTS[good], number, recording.mode, recording.temperature, number, tokens + 1, 9, drafters, np.arange(10 + tokens),
+        EXPERTS[good], number, recording.mode, recording.temperature, number, tokens + 1, 9, drafters,
+        (True,) * len(drafters), np.arange(10 + tokens),
         np.repeat(prob[:, :1], 8, 1), prob if sampled else ratio, ratio, drafted,
     )  # fmt: skip
 

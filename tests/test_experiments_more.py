@@ -25,7 +25,7 @@ from hedgespec.zoo import EXPERTS, NAMES, load_prompts
 
 pytest.importorskip("sklearn", reason="experiments need scikit-learn")
 pytest.importorskip("matplotlib", reason="experiments need matplotlib")
-TEXTS, POSITIONS, DEPTH = 6, 32, 8
+TEXTS, POSITIONS, DEPTH = 8, 24, 8
 MIXED = (*NAMES, "first 2 layers", "first 26 layers", "ngram")
 K = 5
 
@@ -40,11 +40,18 @@ def drafted_of(ratio: np.ndarray, depth: int = DEPTH) -> np.ndarray:
 
 def trace_of(ratio: np.ndarray, prob: np.ndarray | None = None, **options) -> Trace:
     count, positions = ratio.shape
-    values = {"domain": "python", "number": 0, "mode": "sampled", "temperature": 0.0, "seed": 0} | options
+    values = {
+        "domain": "python",
+        "number": 0,
+        "mode": "sampled",
+        "temperature": 0.0,
+        "seed": 0,
+        "drafters": NAMES[:count],
+    } | options
     return Trace(
-        **{"max_new_tokens": positions + 1, "prompt_length": 9, "drafters": NAMES[:count], "tokens": np.arange(10 + positions),
-           "prompt_prob": np.full((count, 8), 0.5), "prob": ratio if prob is None else prob, "ratio": ratio,
-           "drafted": drafted_of(ratio), **values}
+        **{"max_new_tokens": positions + 1, "prompt_length": 9, "drafters": NAMES[:count], "own_features": (True,) * count,
+           "tokens": np.arange(10 + positions), "prompt_prob": np.full((count, 8), 0.5), "ratio": ratio,
+           "prob": ratio if prob is None else prob, "drafted": drafted_of(ratio), **values}
     )  # fmt: skip
 
 
@@ -166,14 +173,9 @@ def test_a_sum_cut_short_by_hand():
     assert estimator.cut_short(everything, everything, 3).tolist() == [[4.0, 4.0, 3.0, 2.0]]
 
 
-def stops_early() -> Trace:
-    """Drafter 0 is right at every second position; drafter 1 is wrong forty times, then right ten times in a row."""
-    positions = np.arange(200)
-    return trace_of(np.stack([positions % 2 == 0, positions % 50 >= 40]).astype(float))
-
-
 def test_a_sum_cut_short_prefers_who_stops_early_and_the_queue_does_not():
-    trace = stops_early()
+    trace = estimator.stops_early(4)
+    np.testing.assert_array_equal(trace.drafted, drafted_of(trace.ratio, K))
     mats = hindsight.realised_lengths(trace, K).mean(1)
     exact = estimator.predicted(trace.prob, trace.ratio, K, "exact").mean(1)
     cut = estimator.heard_cut_short(trace, 0, None)
@@ -182,6 +184,9 @@ def test_a_sum_cut_short_prefers_who_stops_early_and_the_queue_does_not():
     heard = replay(trace, config, queue=estimator.CutShort(2, K)).learner_state["regrets"]
     waited = replay(trace, config).learner_state["regrets"]
     assert heard[0] > heard[1] and waited[1] > waited[0]
+    case = estimator.made_up(2)
+    assert case["waited for"][1] > case["waited for"][0] and case["cut short"][0] > case["cut short"][1]
+    assert case["mat"][0] == 2.0  # every round of the first emits two, though half of all positions promise one
 
 
 def test_the_queue_cut_short_hands_out_every_position_at_once():
@@ -234,7 +239,7 @@ def test_joined_texts_are_those_texts_one_after_another():
 def test_rounds_within_and_tokens_until_by_hand():
     stats = replay(trace_of(np.ones((1, 9))), DecodeConfig(draft_length=2, learner="fixed"))
     assert stats.emitted_by_round == [3, 3, 3]
-    assert shift.within(None, slice(2, 9), stats) == (6, 2)
+    assert shift.within(stats, slice(2, 9)) == (6, 2)
     stats.choices = [0, 1, 2]
     assert shift.tokens_until(stats, np.array([2]), slice(3, 9)) == 3
     assert shift.tokens_until(stats, np.array([0]), slice(3, 9)) == 6
@@ -267,7 +272,7 @@ def test_a_router_that_errs_is_worse_than_hedgespec(monkeypatch):
     traces = [random_trace(number, "greedy") for number in range(6)]
     mats = {one.number: hindsight.fixed_mats(one, K, 1) for one in traces}
     of = shift.routed("greedy", traces, mats, Wrong(), 2)
-    assert of["misrouted"] == pytest.approx(5 / 6) and of["over_router_misrouted"] > 1.2
+    assert of["misrouted"] == pytest.approx(5 / 6) and of["over_router_misrouted"] > 1.2 and of["over_wrong"]["mean"] > 1.2
     assert of["of_best"]["hedgespec"]["mean"] > of["of_best"]["router"]["mean"]
 
 

@@ -42,6 +42,11 @@ def target():
     return tiny_llama(seed=0, layers=4)
 
 
+@pytest.fixture(scope="module")
+def small():
+    return tiny_llama(seed=0, layers=1)
+
+
 class Flawed:
     """The target itself, but wrong about every `period`-th token of the text; 0: about none."""
 
@@ -131,38 +136,42 @@ CASES = {  # periods of flaws, seconds a drafted token, seconds of verification;
 
 @pytest.mark.parametrize("outliers", [0.0, 0.08])
 @pytest.mark.parametrize("case", CASES)
-def test_what_pays_is_what_is_done(target, priced, case, outliers):
+def test_what_pays_is_what_is_done(small, priced, case, outliers):
     """A first request measures and learns, the second starts with the costs known. Both texts are the target's own."""
     periods, draft, verify, expected = CASES[case]
-    drafters = [Flawed(target, period) for period in periods]
+    drafters = [Flawed(small, period) for period in periods]
     drafters[1].name += "-b"
-    decoder = priced(target, drafters, draft, verify, outliers)
-    for prompt, settled in ((prompt_of(0), MEASURING + 30), (prompt_of(1), 20)):
+    decoder = priced(small, drafters, draft, verify, outliers)
+    asked, to_measure = [], decoder.costs.to_measure
+    decoder.costs.to_measure = lambda *arguments: asked.append(to_measure(*arguments)) or asked[-1]
+    for prompt, settled in ((prompt_of(0), 30), (prompt_of(1), 10)):
+        asked.clear()
         out = decoder.generate(prompt, max_new_tokens=130, seed=3)
-        assert out.sequences.tolist() == target.generate(prompt, max_new_tokens=130, do_sample=False).tolist()
+        assert out.sequences.tolist() == small.generate(prompt, max_new_tokens=130, do_sample=False).tolist()
         stats = out.stats[0]
-        done = list(zip(stats.choices, stats.lengths))[settled:-2]  # the last ones have no room
+        rounds = list(zip(stats.choices, stats.lengths, asked, strict=True))[:-2]  # the last ones have no room
+        done = [(drafter, length) for drafter, length, measured in rounds if measured is None][settled:]
         assert len(done) == 0 or done.count((expected.drafter, expected.draft_length)) >= 0.9 * len(done)
     assert len(done) > 10 and done[-1] == (expected.drafter, expected.draft_length)
 
 
-def test_falling_back_is_soon_and_costs_little(target, priced, monkeypatch):
+def test_falling_back_is_soon_and_costs_little(small, priced, monkeypatch):
     """Drafters are scored ever more rarely while nobody drafts, and the rounds are the plain ones."""
     calls = []
     score = Pool.score
     monkeypatch.setattr(Pool, "score", lambda *arguments: calls.append(1) or score(*arguments))
-    drafters = [Flawed(target, 1), NGramDrafter(VOCABULARY, name="lookup")]
-    decoder = priced(target, drafters, (5.0, 5.0), STEEP, warm_start=0)
+    drafters = [Flawed(small, 1), NGramDrafter(VOCABULARY, name="lookup")]
+    decoder = priced(small, drafters, (5.0, 5.0), STEEP, warm_start=0)
     decoder.generate(prompt_of(0), max_new_tokens=60, seed=0)
     calls.clear()
     stats = decoder.generate(prompt_of(1), max_new_tokens=230, seed=0).stats[0]
-    assert any(stats.lengths[:12]) and sum(map(bool, stats.lengths[12:])) <= 2 * K  # those that measure again
+    assert any(stats.lengths[:12]) and sum(map(bool, stats.lengths[12:])) <= 3 * K  # those that measure again
     # The prompt, a few while drafters are tried, then after rounds 1, 2, 4 .. 64 of plain decoding and each 64th, and the end.
     assert len(calls) <= 1 + 12 + int(math.log2(RAREST_PLAIN)) + 1 + 230 // RAREST_PLAIN + 1
     assert stats.weights[-1].sum() < 1e-3  # what lacks to 1 is plain decoding's
 
 
-def test_scores_wait_for_a_bounded_number_of_tokens(target, priced, monkeypatch):
+def test_scores_wait_for_a_bounded_number_of_tokens(small, priced, monkeypatch):
     counts = []
     observe = Selector.observe
     monkeypatch.setattr(
@@ -170,7 +179,7 @@ def test_scores_wait_for_a_bounded_number_of_tokens(target, priced, monkeypatch)
             counts.append(prob.shape[1]), observe(self, prob, ratio, seconds)
         )[1],
     )  # fmt: skip
-    decoder = priced(target, [Flawed(target, 1)], (5.0,), STEEP)
+    decoder = priced(small, [Flawed(small, 1)], (5.0,), STEEP)
     decoder.generate(prompt_of(1), max_new_tokens=240, seed=0)
     assert max(counts) == RAREST_PLAIN
 
@@ -211,12 +220,12 @@ def rates(acceptance, draft, verify) -> np.ndarray:
     return lengths / (np.outer(draft, range(K + 1)) + verify)
 
 
-@pytest.mark.parametrize("outliers", [0.0, 0.1])
 @pytest.mark.parametrize("learner", FULL)
 @pytest.mark.parametrize("world", WORLDS)
-def test_learners_find_the_arm_with_most_tokens_a_second(world, learner, outliers):
+def test_learners_find_the_arm_with_most_tokens_a_second(world, learner):
+    """By a clock of which every tenth reading is 50 times too long."""
     acceptance, draft, verify = (np.array(each, dtype=float) for each in WORLDS[world])
-    count, random, clock = len(acceptance), np.random.default_rng(0), Clock(outliers)
+    count, random, clock = len(acceptance), np.random.default_rng(0), Clock(outliers=0.1)
     costs = Costs(count, K, clock)
     selector = selector_of(count, K, learner)
     unscored, chosen, rate = [], [], rates(acceptance, draft, verify)
@@ -239,7 +248,8 @@ def test_learners_find_the_arm_with_most_tokens_a_second(world, learner, outlier
             ratio = np.concatenate(unscored, 1).astype(float)
             selector.observe(np.repeat(acceptance[:, None], ratio.shape[1], 1), ratio, costs.of(1))
             unscored.clear()
-        selector.end_round(choice.drafter if choice.draft_length else None, weights, accepted + 1, choice.draft_length)
+        drafted = choice.draft_length
+        selector.end_round(choice.drafter if drafted else None, weights, accepted + 1, drafted, min(accepted + 1, drafted))
     stats = selector.stats
     assert len(chosen) >= 500 - (3 * max(K + 1, count) + MEASURING + FEWEST * count)
     assert np.mean([rate[choice.drafter, choice.draft_length] for choice in chosen[-200:]]) > 0.94 * rate.max()
@@ -418,7 +428,7 @@ def test_a_warm_start_falls_back_before_the_first_round(target, priced):
     first = decoder.generate(prompt_of(1), max_new_tokens=40, seed=0).stats[0]
     assert first.prompt_losses == []  # nothing has a price yet
     assert first.lengths[:MEASURING] == [0, 1, 2, 3] * (FEWEST + 1)
-    again = decoder.generate(prompt_of(2), max_new_tokens=40, seed=0).stats[0]
+    again = decoder.generate(prompt_of(2), max_new_tokens=20, seed=0).stats[0]
     assert len(again.prompt_losses) == 10 and set(again.lengths) == {0}
     assert again.to_dict()["lengths"] == again.lengths
     assert again.prompt_losses[0].shape == (K + 1,)

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hedgespec.records import Choice
 from hedgespec.selection import select
 
 LAST = np.nextafter(1.0, 0.0)
@@ -20,11 +19,7 @@ pools = st.lists(st.sampled_from((0.0, 0.0, 1e-300, 1e-17, 0.1, 0.3, 1.0)), min_
 
 
 def drafter(weights, uniform, rule="sample"):
-    return select(weights, uniform, draft_length=5, rule=rule).drafter
-
-
-def test_the_choice_carries_the_draft_length():
-    assert select([0.0, 1.0], 0.3, draft_length=4) == Choice(drafter=1, draft_length=4)
+    return select(weights, uniform, rule)
 
 
 def test_sampling_inverts_the_cumulative_weights():
@@ -71,5 +66,3 @@ def test_wrong_arguments_are_refused():
             drafter(weights, 0.5)
     with pytest.raises(ValueError, match="rule: expected 'sample' or 'argmax', got 'greedy'"):
         drafter([1.0], 0.5, "greedy")
-    with pytest.raises(ValueError, match="draft_length: expected at least 1, got 0"):
-        select([1.0], 0.5, draft_length=0)

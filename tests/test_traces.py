@@ -159,7 +159,7 @@ def made(ratio: np.ndarray, **changes) -> Trace:
     drafted = np.stack([np.where(d <= np.arange(depth).max(), after[:, d : d + positions], 0) for d in range(depth)], -1)
     trace = {
         "domain": "sql", "number": 3, "mode": "sampled", "temperature": 1.0, "seed": 7, "max_new_tokens": positions + 1,
-        "prompt_length": 5, "drafters": tuple(f"drafter {one}" for one in range(drafters)),
+        "prompt_length": 5, "drafters": tuple(f"drafter {one}" for one in range(drafters)), "own_features": (True,) * drafters,
         "tokens": np.arange(6 + positions), "prompt_prob": np.full((drafters, 4), 0.5), "prob": ratio, "ratio": ratio,
         "drafted": drafted,
     }  # fmt: skip

@@ -19,7 +19,7 @@ from hedgespec.depth import DepthCorrection
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
 from hedgespec.records import NOBODY, Choice, Feedback
-from hedgespec.selection import draw
+from hedgespec.selection import select
 
 RAREST = 8
 """Most rounds from one evaluation to the next where they adapt; a power of two, so that the rows of a batch meet."""
@@ -110,7 +110,7 @@ class Selector:
             return self._to_measure(measure, weights, uniform, room)
         gone = self.chosen.drafter >= 0 and not self.alive[self.chosen.drafter]
         if self.may_switch or gone:
-            chosen = self.arms.choice(draw(weights, uniform, self.config.selection))
+            chosen = self.arms.choice(select(weights, uniform, self.config.selection))
             if self.config.evaluate_every == "adaptive" and not self.learner.hears_scores:
                 rarest = RAREST if chosen.drafter >= 0 else RAREST_PLAIN
                 self.every = min(2 * self.every, rarest) if chosen.drafter == self.chosen.drafter else 1
@@ -125,7 +125,7 @@ class Selector:
         if not self.alive[drafter]:
             by_drafter = self.arms.by_drafter(weights)
             by_drafter = by_drafter if by_drafter.sum() > 0 else self.alive
-            drafter = draw(by_drafter / by_drafter.sum(), uniform)
+            drafter = select(by_drafter / by_drafter.sum(), uniform)
         return Choice(drafter, min(measure.draft_length, room - 1))
 
     def evaluation_is_due(self, finished: bool) -> bool:

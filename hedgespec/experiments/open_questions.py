@@ -103,7 +103,7 @@ def warm_starts(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) 
             short = beginning_of(trace, BEGINNING + DRAFT_LENGTH + 1)  # no round that begins early enough sees the cut
             every = [replay(short, config, seed=1000 * seed + trace.number) for seed in range(seeds)]
             start = slice(0, BEGINNING)
-            tokens, rounds = np.sum([within(short, start, stats) for stats in every], axis=0)
+            tokens, rounds = np.sum([within(stats, start) for stats in every], axis=0)
             emitted = alone(short, leader, DRAFT_LENGTH)
             began = np.cumsum([0, *emitted[:-1]]) < BEGINNING
             values.append((

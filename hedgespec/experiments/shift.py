@@ -19,7 +19,7 @@ from hedgespec.experiments.telling import bars, figure, titled
 from hedgespec.experiments.traces import Trace, replay
 from hedgespec.learners import NormalHedge
 from hedgespec.metrics import DecodeStats
-from hedgespec.zoo import EXPERTS, Prompt, load_prompts
+from hedgespec.zoo import EXPERTS, NAMES, Prompt, load_prompts
 
 DRAFT_LENGTH = 5
 SEGMENTS = 3
@@ -65,7 +65,7 @@ def joined(traces: Sequence[Trace]) -> Trace:
                    domain=" + ".join(one.domain for one in traces))  # fmt: skip
 
 
-def within(trace: Trace, positions: slice, stats: DecodeStats) -> tuple[int, int]:
+def within(stats: DecodeStats, positions: slice) -> tuple[int, int]:
     """Tokens and number of the rounds that begin at some positions of a text."""
     began = np.cumsum([0, *stats.emitted_by_round[:-1]])
     inside = (began >= positions.start) & (began < positions.stop)
@@ -104,7 +104,7 @@ def inside_a_request(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], se
             for number, one in enumerate(run):
                 positions, fixed = slice(int(ends[number]), int(ends[number + 1])), mats[one.number]
                 best = best_of(fixed)
-                tokens, rounds = np.sum([within(trace, positions, stats) for stats in every], axis=0)
+                tokens, rounds = np.sum([within(stats, positions) for stats in every], axis=0)
                 of_best[number].append(tokens / rounds / fixed.max())
                 until[number].append(np.mean([tokens_until(stats, best, positions) for stats in every]))
                 held = np.mean([weights_by_position(stats)[positions][:, best].sum(1) for stats in every], axis=0)
@@ -144,7 +144,7 @@ def between_requests(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], se
             if trace.domain in known:
                 fixed = mats[trace.number]
                 start = slice(0, BEGINNING)
-                tokens, rounds = np.sum([within(trace, start, stats) for stats in every], axis=0)
+                tokens, rounds = np.sum([within(stats, start) for stats in every], axis=0)
                 values["of_best"].append(mat(every) / fixed.max())
                 values["beginning"].append(tokens / rounds / fixed.max())
                 whole = slice(0, trace.prob.shape[1])
@@ -172,7 +172,7 @@ def rewordings(prompts: Sequence[Prompt]) -> dict[str, list[str]]:
     texts = [prompt.text for prompt in prompts]
     return {
         "as it is": texts,
-        "framed": [FRAMES[number // 7 % len(FRAMES)].format(text) for number, text in enumerate(texts)],
+        "framed": [FRAMES[number // len(NAMES) % len(FRAMES)].format(text) for number, text in enumerate(texts)],
         "last 60 characters": [text[-60:] for text in texts],
         "framed, last 60 characters": [FRAMES[number % len(FRAMES)].format(text[-60:]) for number, text in enumerate(texts)],
         "after a line of another domain": [f"{DECOYS[domain]}\n\n{text}" for domain, text in zip(other, texts)],
@@ -182,11 +182,12 @@ def rewordings(prompts: Sequence[Prompt]) -> dict[str, list[str]]:
 
 def routed(name: str, traces: Sequence[Trace], mats: Mapping[int, np.ndarray], router, seeds: int) -> dict[str, Any]:
     """Of a recorded set: how often the router errs, and the MAT of its drafter, of the domain's expert, and of HedgeSpec, over
-    the best fixed drafter's of each text; HedgeSpec's over the router's, and that where the router erred."""
+    the best fixed drafter's of each text; HedgeSpec's over the router's, that where the router erred, and over the experts of
+    other domains, as if it erred everywhere."""
     prompts = prompts_of(RECORDINGS[name])
     config = DecodeConfig(draft_length=DRAFT_LENGTH)
     shares: dict[str, list[float]] = {key: [] for key in ("router", "domain's expert", "hedgespec")}
-    ratios, erred = [], []
+    ratios, erred, over_wrong = [], [], []
     for trace in traces:
         fixed = dict(zip(trace.drafters, mats[trace.number]))
         found = str(router.predict([prompts[trace.number].text])[0])
@@ -196,12 +197,14 @@ def routed(name: str, traces: Sequence[Trace], mats: Mapping[int, np.ndarray], r
             shares[key].append(value / best)
         ratios.append(ours / fixed[found])
         erred.append(found != trace.domain)
+        over_wrong.append([ours / fixed[one] for one in EXPERTS if one != trace.domain])
     lost = [ratio for ratio, wrong in zip(ratios, erred) if wrong]
     return {
         "texts": len(traces), "misrouted": float(np.mean(erred)),
         "of_best": {key: mean_interval(each) for key, each in shares.items()},
         "over_router": mean_interval(ratios), "over_router_most": max(ratios),
         "over_router_misrouted": float(np.mean(lost)) if lost else None,
+        "over_wrong": mean_interval(np.mean(over_wrong, axis=1)), "over_wrong_most": float(np.max(over_wrong)),
         "worst_of_best": {key: min(each) for key, each in shares.items()},
     }  # fmt: skip
 
@@ -256,11 +259,12 @@ def tell(result: dict[str, Any]) -> str:
         titled(
             "MAT over the best fixed drafter's of each text; HedgeSpec's over the router's:",
             ["texts", "misrouted, %", "router's drafter", "domain's expert", "HedgeSpec", "HedgeSpec over router", "most",
-             "where misrouted"],
+             "where misrouted", "over another domain's expert", "most"],
             [*([f"{of['texts']} {name}", f"{100 * of['misrouted']:.0f}", *(told(one, 3) for one in of["of_best"].values()),
-                told(of["over_router"], 3), f"{of['over_router_most']:.2f}", _or_none(of["over_router_misrouted"])]
+                told(of["over_router"], 3), f"{of['over_router_most']:.2f}", _or_none(of["over_router_misrouted"]),
+                told(of["over_wrong"]), f"{of['over_wrong_most']:.2f}"]
                for name, of in router["sets"].items()),
-             ["paper, reworded", "90 to 98", "", "", "", "", "2.34 (speed)", ""]],
+             ["paper, reworded", "90 to 98", "", "", "", "", "2.34 (speed)", "", "", ""]],
         ),
         _sense(result),
         "",
@@ -308,7 +312,8 @@ def _sense(result: dict[str, Any]) -> str:
         lost = of["over_router_misrouted"]
         there = "none was misrouted" if lost is None else f"{lost:.2f} where it erred"
         words.append(
-            f"On {name} texts HedgeSpec has {told(ratio, 3)} times the MAT of the router's drafter, {verdict}; {there}."
+            f"On {name} texts HedgeSpec has {told(ratio, 3)} times the MAT of the router's drafter, {verdict}; {there}. "
+            f"Were it to err everywhere, that would be {told(of['over_wrong'])} times, up to {of['over_wrong_most']:.2f}."
         )
     return " ".join(words)
 

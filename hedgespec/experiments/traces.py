@@ -19,6 +19,7 @@ from hedgespec import learners
 from hedgespec.config import DecodeConfig
 from hedgespec.coupled import gumbel, perturb
 from hedgespec.decoder import Decoder
+from hedgespec.decoder.arms import ARMS, Seconds
 from hedgespec.decoder.request import generator
 from hedgespec.decoder.selector import Selector
 from hedgespec.delay import DelayQueue
@@ -49,6 +50,8 @@ class Trace:
     prompt_length: int
     drafters: tuple[str, ...]
     """Names, [N]."""
+    own_features: tuple[bool, ...]
+    """Whether each drafts on features of its own, [N]."""
     tokens: np.ndarray
     """int64 [P + 1 + T], prompt and text."""
     prompt_prob: np.ndarray
@@ -66,7 +69,8 @@ class Trace:
         """The same text with a pool of some of the drafters."""
         which = list(drafters)
         cut = {name: getattr(self, name)[which] for name in ("prompt_prob", "prob", "ratio", "drafted")}
-        return Trace(**{**vars(self), **cut, "drafters": tuple(self.drafters[one] for one in which)})
+        cut |= {name: tuple(getattr(self, name)[one] for one in which) for name in ("drafters", "own_features")}
+        return Trace(**{**vars(self), **cut})
 
     def save(self, path: Path) -> None:
         """One .npz file, written whole or not at all."""
@@ -82,7 +86,7 @@ class Trace:
         with np.load(path) as file:
             head = json.loads(str(file["head"]))
             arrays = {name: file[name].astype(np.int64 if name == "tokens" else np.float64) for name in _ARRAYS}
-        return Trace(**{**head, "drafters": tuple(head["drafters"])}, **arrays)
+        return Trace(**{name: tuple(value) if isinstance(value, list) else value for name, value in head.items()}, **arrays)
 
 
 def _small(values: np.ndarray) -> np.ndarray:
@@ -144,7 +148,7 @@ def record(target, drafters: Sequence[Drafter], prompt_ids: torch.Tensor, *, dom
     every = [_judge(drafter, text, tokens, first, count, depth, scores) for drafter in drafters]
     arrays = dict(zip(("prompt_prob", "prob", "ratio", "drafted"), map(np.stack, zip(*every, strict=True)), strict=True))
     return Trace(domain, number, mode, temperature, seed, max_new_tokens, length, tuple(one.name for one in drafters),
-                 tokens.cpu().numpy(), **arrays)  # fmt: skip
+                 tuple(bool(one.aux_layers) for one in drafters), tokens.cpu().numpy(), **arrays)  # fmt: skip
 
 
 def _judge(drafter: Drafter, text: texts.Text, tokens: torch.Tensor, first: int, count: int, depth: int, scores):
@@ -181,7 +185,7 @@ def _judge(drafter: Drafter, text: texts.Text, tokens: torch.Tensor, first: int,
 
 def replay(
     trace: Trace, config: DecodeConfig, *, seed: int | None = None, latency: int = 0, state: dict | None = None,
-    learner: learners.Learner | None = None, queue: DelayQueue | None = None,
+    seconds: Seconds | None = None, learner: learners.Learner | None = None, queue: DelayQueue | None = None,
 ) -> DecodeStats:  # fmt: skip
     """Decodes a recorded text again with a learner of one's choice, without a model.
 
@@ -192,6 +196,8 @@ def replay(
         seed: of the uniforms; None takes the trace's.
         latency: rounds after which an evaluation is heard, >= 0; `DecodeConfig.overlap` is 1.
         state: a `Learner.state_dict()` to go on from.
+        seconds: what rounds are taken to cost, which objective "throughput" needs: to draft a token, by drafter [N], and to
+            verify a round, by drafted length [K+1].
         learner, queue: fresh ones, in place of those of the configuration.
 
     Returns: the statistics that `Decoder` gives, without times.
@@ -211,14 +217,18 @@ def replay(
         raise ValueError(f"tree: expected None, since traces are of chains, got {config.tree}")
     if length > depth:
         raise ValueError(f"draft_length: expected at most the trace's depth {depth}, got {length}")
-    learner = learner or learners.make(config.learner, count, prior=config.prior, **config.learner_options)
-    selector = Selector(trace.drafters, config, learner, state)
+    if (config.objective == "throughput") != (seconds is not None):
+        raise ValueError(f"seconds: expected them with objective 'throughput' alone, got objective {config.objective!r}")
+    arms = ARMS[config.objective]
+    prior = None if config.prior is None else arms.spread(np.array(config.prior), length)
+    learner = learner or learners.make(config.learner, arms.count(count, length), prior=prior, **config.learner_options)
+    selector = Selector(trace.drafters, config, learner, state, trace.own_features)
     selector.queue = queue or selector.queue
     random = generator(trace.seed if seed is None else seed, 0)
     random.random(2 if trace.mode == "coupled" and trace.temperature > 0 else 1)  # the noise's key, the first token
     warm = min(config.warm_start, trace.prompt_prob.shape[1])
     if warm and positions and state is None and selector.hears_all:
-        selector.warm_up(trace.prompt_prob[:, -warm:])
+        selector.warm_up(trace.prompt_prob[:, -warm:], seconds)
     on_the_way: list[tuple[int, int, int]] = []  # the round of an evaluation, and which positions it covers
     at = scored = 0
     while at < positions:
@@ -237,7 +247,7 @@ def replay(
             scored = at
         while on_the_way and (finished or now - on_the_way[0][0] >= latency):
             _, begin, end = on_the_way.pop(0)
-            selector.observe(trace.prob[:, begin:end], trace.ratio[:, begin:end])
+            selector.observe(trace.prob[:, begin:end], trace.ratio[:, begin:end], seconds)
         drafted = choice.draft_length
         tested = min(drafted, emitted - finished)  # as the decoder knows it
         selector.end_round(choice.drafter if drafted else None, weights, emitted, drafted, tested)
