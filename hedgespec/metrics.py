@@ -38,9 +38,12 @@ class DecodeStats:
     """The weights at each round's beginning, from which its drafter was drawn unless that of the round before stayed; failed
     drafters' share handed to the others, [R] of float64 [N]."""
     losses: list[np.ndarray] = field(default_factory=list)
-    """Completed losses in the order the learner took them, [F] of float64 [N]."""
+    """Completed losses in the order the learner took them, [F] of float64 [N]. Under way NaN stands for those of drafters that
+    sleep, see `DecodeConfig.back_off`; they are filled in by the request's end."""
     played: list[float] = field(default_factory=list)
-    """Expected loss under the weights that the learner held when it took each of them, [F]."""
+    """Expected loss under the weights that the learner held when it took each of them, [F]; of those known then."""
+    evaluations: np.ndarray | None = None
+    """Evaluations that each drafter was part of, the warm start's left out, int64 [N]."""
     prompt_losses: list[np.ndarray] = field(default_factory=list)
     """What the learner took from the prompt before the first round, see `DecodeConfig.warm_start`: one entry a position, of
     float64 [N]. They are no part of `losses`, `played` and `regret`."""
@@ -63,9 +66,13 @@ class DecodeStats:
         self.weights.append(weights)
         self.emitted_by_round.append(emitted)
 
-    def record_loss(self, losses: np.ndarray, weights: np.ndarray) -> None:
+    def __post_init__(self) -> None:
+        if self.evaluations is None:
+            self.evaluations = np.zeros(len(self.drafters), dtype=np.int64)
+
+    def record_loss(self, losses: np.ndarray, played: float) -> None:
         self.losses.append(losses)
-        self.played.append(float(weights @ losses))
+        self.played.append(played)
 
     @property
     def rounds(self) -> int:
@@ -123,6 +130,7 @@ class DecodeStats:
             "emitted_tokens": self.emitted_tokens,
             "mean_accepted_tokens": self.mean_accepted_tokens if self.rounds else None,
             "picks": self.picks.tolist(),
+            "evaluations": self.evaluations.tolist(),
             "final_weights": self.weights[-1].tolist() if self.weights else [],
             "regret": float(self.regret[-1]) if self.losses else 0.0,
             "seconds": self.seconds,

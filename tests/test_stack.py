@@ -125,7 +125,7 @@ def test_a_stack_is_its_heads_one_after_another(request, dtype, shares, mapped, 
         if round % 4 != 2:  # else heads that drafted are ahead of the others by then
             some = sorted(random.permutation(rows)[: random.integers(1, len(rows) + 1)].tolist())
             places = [rows.index(row) for row in some]
-            before = session.scored[places].copy()
+            before = session.scored[0, places].copy()
             had = session.score(places, *since(some, before))
             for place, (row, first) in enumerate(zip(some, before)):
                 for head in range(count):

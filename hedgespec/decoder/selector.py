@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hedgespec.config import DecodeConfig
+from hedgespec.decoder.back_off import BackOff
 from hedgespec.delay import DelayQueue
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
@@ -43,6 +44,8 @@ class Selector:
         self.hears_all = learner.feedback == "full"
         self.scores_all = self.hears_all or config.track_regret
         """Whether all drafters are scored."""
+        self.back_off = BackOff(self.queue, config.back_off if self.hears_all else None)
+        """Who is left out of evaluations."""
         self.alive = np.ones(len(drafters), dtype=bool)
         """Which drafters have not failed, [N]."""
         self.every = config.evaluate_every if config.evaluate_every != "adaptive" else 1
@@ -71,12 +74,20 @@ class Selector:
             if self.config.evaluate_every == "adaptive":
                 self.every = min(2 * self.every, RAREST) if chosen == self.chosen else 1
             self.chosen, self.may_switch = chosen, not self.hears_all
+            self.back_off.wake(chosen)
         return Choice(self.chosen, min(self.config.draft_length, room - 1))
 
     def evaluation_is_due(self, finished: bool) -> bool:
         """After the round that is under way. At the end of the request, too: what is known by then is learned, for a next
         one to go on from."""
         return self.scores_all and (finished or (self.stats.rounds + 1) % self.every == 0)
+
+    def to_score(self, finished: bool, missed: np.ndarray) -> np.ndarray:
+        """Whom the evaluation that is due scores, bool [N], of drafters that have missed so many tokens, int64 [N]; at the end
+        of the request everyone."""
+        asked = self.back_off.ask(finished, self.weights() > self.learner.negligible, missed)
+        self.stats.evaluations += asked
+        return asked
 
     def warm_up(self, acceptance_prob: np.ndarray) -> None:
         """Lets the learner hear how every drafter fared at the warm start's positions, float64 [N, T]."""
@@ -85,13 +96,29 @@ class Selector:
             self.learner.update(losses)
 
     def observe(self, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray) -> None:
-        """Hands the learner every drafter's completed losses. Both: float64 [N, T] of the tokens that come next; of draft trees
-        [K, N, T], by depth."""
-        for feedback in self.queue.push(acceptance_prob, acceptance_ratio):
-            self.stats.record_loss(feedback.losses, self.learner.weights())
+        """Hands the learner every drafter's completed losses. Both: float64 [N, T] of the tokens that come next, NaN throughout
+        for drafters that were not asked; of draft trees [K, N, T], by depth."""
+        for drafter, first, losses in self.back_off.late(acceptance_prob, acceptance_ratio):
+            here = slice(first, first + len(losses))
+            self.learner.catch_up(drafter, losses, self.stats.played[here])
+            for known, loss in zip(self.stats.losses[here], losses):
+                known[drafter] = loss
+        for losses in self.back_off.push(acceptance_prob, acceptance_ratio):
+            self.stats.record_loss(losses, self.learner.expected_loss(losses))
             if self.hears_all:
-                self.learner.update(feedback.losses)
+                self.learner.update(losses)
+        self.back_off.judge(self.alive & (self.weights() <= self.learner.negligible))
         self.may_switch = True
+
+    def catch_up(self, drafter: int, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray) -> None:
+        """Takes what a drafter missed, float64 [T], of draft trees [K, T]: all tokens before those that `observe` gets next."""
+        self.back_off.catch_up(drafter, acceptance_prob, acceptance_ratio)
+
+    def close(self) -> None:
+        """Drops the last losses where they were not complete for all: a sleeper's may wait where the others' did not."""
+        while self.stats.losses and np.isnan(self.stats.losses[-1]).any():
+            self.stats.losses.pop()
+            self.stats.played.pop()
 
     def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int) -> None:
         """Records a round: who drafted (None: nobody), the weights at its beginning, and the tokens it emitted. A learner that

@@ -29,12 +29,17 @@ class AdaNormalHedge(Learner):
 
     name = "ada_normal_hedge"
     feedback = "full"
+    negligible = 0.0
     STATE = ("regrets", "absolute_regrets")
 
     def _learn(self, losses, chosen, chosen_weight) -> None:
         instantaneous = self._weights.dot(losses) - losses
         self.regrets += instantaneous
         self.absolute_regrets += np.abs(instantaneous)
+
+    def _regret(self, drafter, regret) -> None:
+        self.regrets[drafter] += regret
+        self.absolute_regrets[drafter] += abs(regret)
 
     def _weigh(self) -> NDArray[np.float64]:
         regrets, scale = self.regrets, 3.0 * (self.absolute_regrets + 1.0)
