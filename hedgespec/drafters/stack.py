@@ -462,13 +462,18 @@ class StackSession:
                 now: _Rows | None) -> torch.Tensor:  # fmt: skip
         """Attention of queries [N, R, A, T, D] or [R, A, T, D], a row's first at `slots` [R], to all slots up to their own."""
         keys, values, count = self.keys, self.values, queries.shape[-2]
+        own = slots[:, None] + torch.arange(count, device=slots.device)
         if now is not None:  # the host knows where the rows end
             ends = now.ends
             end = int(ends.max())
             if which is not None and (queries.is_cpu or len(ends) == 1):  # views, where a launch costs little
+                each = zip(queries, now.heads.tolist(), now.places.tolist(), ends.tolist(), own[..., None])
                 return torch.cat([
-                    _attention(query[None], keys[head, row, None, :, :last], values[head, row, None, :, :last])
-                    for query, head, row, last in zip(queries, now.heads.tolist(), now.places.tolist(), ends.tolist())
+                    _attention(
+                        query[None], keys[head, row, None, :, :last], values[head, row, None, :, :last],
+                        None if count == 1 else torch.arange(last, device=slots.device) <= until,
+                    )
+                    for query, head, row, last, until in each
                 ])  # fmt: skip
             keys, values = keys[:, :, :, :end], values[:, :, :, :end]
         if which is not None:
@@ -477,7 +482,6 @@ class StackSession:
             keys, values = keys[:, rows].flatten(0, 1), values[:, rows].flatten(0, 1)
         else:  # all rows, which come in order
             keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        own = slots[:, None] + torch.arange(count, device=slots.device)
         mask = torch.arange(keys.shape[2], device=slots.device) <= own[:, None, :, None]
         if which is not None:
             return _attention(queries, keys, values, mask)

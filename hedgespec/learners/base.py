@@ -117,8 +117,9 @@ class Learner(ABC):
         losses, played = np.asarray(losses, dtype=np.float64), np.asarray(played, dtype=np.float64)
         if losses.ndim != 1 or played.shape != losses.shape:
             raise ValueError(f"played: expected shape [T] as losses, got {played.shape} and {losses.shape}")
-        for name, values in (("losses", losses), ("played", played)):
-            if not ((values >= 0) & (values <= 1)).all():
+        # Weights sum to 1 but for rounding, and so does what is expected under them.
+        for name, values, rounding in (("losses", losses, 0.0), ("played", played, 1e-9)):
+            if not ((values >= -rounding) & (values <= 1 + rounding)).all():
                 raise ValueError(f"{name}: expected values in [0, 1], got {values}")
         for regret in (played - losses).tolist():  # one by one, as `update` adds them
             self._regret(drafter, regret)
