@@ -111,7 +111,8 @@ class DecodeConfig:
             Then it catches up on all it missed in one pass, and if its weight still is negligible it is left out of the next 2,
             4, 8 and at most 16; awake again, it is scored like any other. Negligible is a weight of exactly 0 where the learner
             has such weights (normal_hedge, ada_normal_hedge), and up to 0.001 with hedge. A sleeper's losses are never guessed:
-            they come late, for it alone, and where its weight was 0 all the while the learner ends where it would have without.
+            they come late, for it alone, and where its weight was 0 all the while the learner ends where it would have without,
+            but for the last K-1 losses, which may be complete a little earlier where no sleeper's is waited for.
             For sleepers a row keeps the target's logits of what they missed, at most 128 tokens and one evaluation's more, and
             the heads' caches hold as much beyond `drafter_window`. At the end of a request all catch up. Without an effect with
             a learner that does not hear of all drafters. None, the default: every evaluation scores all.

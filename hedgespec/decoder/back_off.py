@@ -37,8 +37,8 @@ class BackOff:
     """Who sleeps in one request, and what comes late of it. Ours.
 
     A drafter whose weight was negligible at `patience` evaluations in a row is left out of the next 1, and if it still is when
-    it has caught up, of the next 2, 4, .. `LONGEST_SLEEP`. So one that becomes the best is found out within twice as many
-    evaluations as it had been the wrong one, and within `LONGEST_SLEEP` + 1 at most.
+    it has caught up, of the next 2, 4, .. `LONGEST_SLEEP`. So one that becomes the best has missed no more evaluations than it
+    was hopeless for, and at most `LONGEST_SLEEP`, when it is scored again, on all of them.
 
     Args:
         queue: of the request, as yet empty.
