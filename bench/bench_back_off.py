@@ -1,4 +1,4 @@
-"""Regret and time where hopeless drafters are scored on a schedule that backs off: `python bench/bench_back_off.py --json FILE`.
+"""Regret and time where hopeless drafters are scored ever more rarely: `python bench/bench_back_off.py --json FILE`.
 
 As bench/bench_cadence.py, with each value of `back_off` in turns: after how many evaluations in a row without weight a drafter
 is left out; `always`, which scores all at every evaluation, comes first. MAT, regrets, x first and scoring are those of
