@@ -296,7 +296,7 @@ def test_the_text_is_the_targets_own_and_the_losses_are_those_of_always_evaluati
         assert [passes.by_drafter[index, drafter] for drafter in range(7)] == one.evaluations.tolist()
         assert len(set(other.evaluations.tolist())) == 1
     if variant not in ("every third", "adaptive"):  # of so short a text they evaluate little
-        assert sum(one.evaluations.sum() for one in backed.stats) < 0.9 * sum(one.evaluations.sum() for one in always.stats)
+        assert sum(one.evaluations.sum() for one in backed.stats) < 0.95 * sum(one.evaluations.sum() for one in always.stats)
         assert passes.subsets
         assert len({tuple(one.evaluations.tolist()) for one in backed.stats}) > 1
 
