@@ -28,6 +28,9 @@ WAYS = [
     {"learner": "normal_hedge", "evaluate_every": 2},
     {"learner": "normal_hedge", "evaluate_every": "adaptive"},
     {"learner": "normal_hedge", "overlap": True},
+    {"learner": "normal_hedge", "back_off": 1},
+    {"learner": "hedge", "evaluate_every": 2, "back_off": 2, "overlap": True},
+    {"learner": "normal_hedge", "depth_correction": True},
     {"learner": "hedge", "evaluate_every": 2, "overlap": True},
     {"learner": "normal_hedge", "evaluate_every": "adaptive", "overlap": True},
     {"learner": "normal_hedge", "loss": "acceptance_rate", "selection": "argmax"},
@@ -211,8 +214,6 @@ def test_what_cannot_be_replayed_is_refused():
         replay(trace, DecodeConfig(mode="coupled", draft_length=2))
     with pytest.raises(ValueError, match="objective: expected 'tokens'"):
         replay(trace, DecodeConfig(objective="throughput", draft_length=2))
-    with pytest.raises(ValueError, match="depth_correction: expected False"):
-        replay(trace, DecodeConfig(depth_correction=True, draft_length=2))
     with pytest.raises(ValueError, match="tree: expected None"):
         replay(trace, DecodeConfig(tree=Tree(2), draft_length=2))
     with pytest.raises(ValueError, match="draft_length: expected at most the trace's depth 4, got 5"):

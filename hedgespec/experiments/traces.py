@@ -191,8 +191,7 @@ def replay(
 
     Args:
         trace: of the text; its drafters are the pool.
-        config: as of the decoder; `mode` has to be the trace's, `draft_length` at most its depth. No trees, no
-            objective but "tokens", no depth correction.
+        config: as of the decoder; `mode` has to be the trace's, `draft_length` at most its depth. No trees.
         seed: of the uniforms; None takes the trace's.
         latency: rounds after which an evaluation is heard, >= 0; `DecodeConfig.overlap` is 1.
         state: a `Learner.state_dict()` to go on from.
@@ -207,12 +206,6 @@ def replay(
     length, (count, positions, depth) = config.draft_length, trace.drafted.shape
     if config.mode != trace.mode and trace.temperature > 0:
         raise ValueError(f"mode: expected the trace's, {trace.mode!r}, got {config.mode!r}")
-    if config.objective != "tokens":
-        raise ValueError(f"objective: expected 'tokens', since traces have no times, got {config.objective!r}")
-    if config.depth_correction:
-        raise ValueError(
-            "depth_correction: expected False, since traces do not say who drafts on features of its own, got True"
-        )
     if config.tree is not None:
         raise ValueError(f"tree: expected None, since traces are of chains, got {config.tree}")
     if length > depth:
@@ -229,8 +222,10 @@ def replay(
     warm = min(config.warm_start, trace.prompt_prob.shape[1])
     if warm and positions and state is None and selector.hears_all:
         selector.warm_up(trace.prompt_prob[:, -warm:], seconds)
-    on_the_way: list[tuple[int, int, int]] = []  # the round of an evaluation, and which positions it covers
+    on_the_way: list[tuple[int, np.ndarray, np.ndarray, int, int]] = []
+    """Of an evaluation: its round, whom it scores, up to where each was scored, and the positions on which nobody was."""
     at = scored = 0
+    known = np.zeros(count, dtype=np.int64)  # up to where each drafter is scored
     while at < positions:
         uniforms = random.random(2 * length + 2)
         weights = selector.weights()
@@ -243,14 +238,20 @@ def replay(
         finished = at == positions
         now = selector.stats.rounds
         if selector.evaluation_is_due(finished):
-            on_the_way.append((now, scored, at))
-            scored = at
+            asked = selector.to_score(finished, at - known)
+            on_the_way.append((now, asked, known.copy(), scored, at))
+            known[asked] = scored = at
         while on_the_way and (finished or now - on_the_way[0][0] >= latency):
-            _, begin, end = on_the_way.pop(0)
-            selector.observe(trace.prob[:, begin:end], trace.ratio[:, begin:end], seconds)
+            _, asked, since, begin, end = on_the_way.pop(0)
+            for drafter in np.flatnonzero(asked & (since < begin)).tolist():
+                missed = slice(since[drafter], begin)
+                selector.catch_up(drafter, trace.prob[drafter, missed], trace.ratio[drafter, missed])
+            new = (np.where(asked[:, None], of[:, begin:end], np.nan) for of in (trace.prob, trace.ratio))
+            selector.observe(*new, seconds)
         drafted = choice.draft_length
         tested = min(drafted, emitted - finished)  # as the decoder knows it
         selector.end_round(choice.drafter if drafted else None, weights, emitted, drafted, tested)
+    selector.close()
     selector.stats.emitted_tokens = positions + 1
     selector.stats.learner_state = learner.state_dict()
     return selector.stats
