@@ -212,7 +212,7 @@ def test_what_cannot_be_replayed_is_refused():
     trace = made(np.full((2, 9), 0.5))
     with pytest.raises(ValueError, match="mode: expected the trace's, 'sampled', got 'coupled'"):
         replay(trace, DecodeConfig(mode="coupled", draft_length=2))
-    with pytest.raises(ValueError, match="objective: expected 'tokens'"):
+    with pytest.raises(ValueError, match="seconds: expected them with objective 'throughput' alone"):
         replay(trace, DecodeConfig(objective="throughput", draft_length=2))
     with pytest.raises(ValueError, match="tree: expected None"):
         replay(trace, DecodeConfig(tree=Tree(2), draft_length=2))
