@@ -201,6 +201,8 @@ def test_pools_hold_the_best_and_are_nested(result_of):
     result = result_of("pool-size")
     assert (result["zoo"]["sizes"], result["wide"]["sizes"]) == ([2, 3, 4, 5, 6, 7], [2, 4, 8])
     assert result["live_over_replay"] == 50
+    assert result["zoo"]["best"] == {domain: domain for domain in EXPERTS[:TEXTS]}
+    assert result["zoo"]["best_of_texts"] == {domain: 1 for domain in EXPERTS[:TEXTS]}
     wide = result["wide"]["learners"]
     uniform = [interval["mean"] for interval in wide["uniform"]["regret"]]
     assert uniform[0] < uniform[-1]
