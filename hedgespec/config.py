@@ -114,6 +114,16 @@ class DecodeConfig:
             sees the same losses later, which its delay queue allows. A learner that hears of all drafters switches only
             after one. "adaptive" begins with 1, doubles it up to 8 while the same drafter is drawn again (up to 64 while plain
             decoding is), and goes back to 1 when another one is; it stays 1 with a bandit that reads the scores, "meta_sd".
+        back_off: a drafter whose weight was negligible after so many evaluations in a row, >= 1, is left out of the next one.
+            Then it catches up on all it missed in one pass, and if its weight still is negligible it is left out of the next 2,
+            4, 8 and at most 16; awake again, it is scored like any other. Negligible is a weight of exactly 0 where the learner
+            has such weights (normal_hedge, ada_normal_hedge), and up to 0.001 with hedge. A sleeper's losses are never guessed:
+            they come late, for it alone, and where its weight was 0 all the while the learner ends where it would have without,
+            but for the last K-1 losses, which may be complete a little earlier where no sleeper's is waited for.
+            For sleepers a row keeps the target's logits of what they missed, at most 128 tokens and one evaluation's more, and
+            the heads' caches hold as much beyond `drafter_window`. At the end of a request all catch up. Without an effect with
+            a learner that does not hear of all drafters. Not with objective "throughput", nor with `depth_correction`. None,
+            the default: every evaluation scores all.
         warm_start: M, most of a prompt's last positions on which the learner hears of all drafters before the first round,
             >= 0; 0 is the paper's. Target and drafters read the prompt anyway. Its tokens were not drawn from the target, so
             what becomes of them says nothing: the loss of a position is 1 - acceptance_prob of sampled proposals at temperature
@@ -154,6 +164,7 @@ class DecodeConfig:
     selection: str = "sample"
     objective: str = "tokens"
     evaluate_every: int | Literal["adaptive"] = "adaptive"
+    back_off: int | None = None
     warm_start: int = 32
     drafter_window: int | None = None
     depth_correction: bool = False
@@ -168,6 +179,8 @@ class DecodeConfig:
             _check_int("evaluate_every", self.evaluate_every, 1, ' or "adaptive"')
         _check_int("draft_length", self.draft_length, 1)
         _check_int("warm_start", self.warm_start, 0)
+        if self.back_off is not None:
+            _check_int("back_off", self.back_off, 1, " or None")
         if self.drafter_window is not None:
             _check_int("drafter_window", self.drafter_window, 16, " or None")
         if self.overlap is not None and not isinstance(self.overlap, bool):
@@ -180,6 +193,11 @@ class DecodeConfig:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         if self.objective == "throughput" and self.loss != "length":
             raise ValueError(f"loss: expected 'length' with objective 'throughput', got {self.loss!r}")
+        if self.back_off is not None and (self.objective == "throughput" or self.depth_correction):
+            raise ValueError(
+                f"back_off: expected None with objective 'throughput' or depth_correction, got {self.back_off} with objective "
+                f"{self.objective!r} and depth_correction {self.depth_correction}"
+            )
         if self.depth_correction and (self.tree is not None or self.loss != "length"):
             raise ValueError(
                 f'depth_correction: expected False, or no tree and loss "length", got tree {self.tree} and loss {self.loss!r}'

@@ -85,6 +85,22 @@ class DelayQueue:
         """Losses still waiting for positions."""
         return self._seen.shape[1]
 
+    @property
+    def next_position(self) -> int:
+        """Of the loss that leaves next."""
+        return self._position
+
+    @property
+    def positions(self) -> int:
+        """Positions pushed so far in this request."""
+        return self._position + self.pending
+
+    def of(self, drafter: int) -> DelayQueue:
+        """A queue of one drafter's own losses, from the one on that leaves next: all that is pending of it."""
+        own = DelayQueue(1, self.draft_length, estimator=self.estimator, loss=self.loss)
+        own._seen, own._position = self._seen[..., drafter : drafter + 1].copy(), self._position
+        return own
+
     def push(
         self, acceptance_prob: NDArray[np.floating] | torch.Tensor, acceptance_ratio: NDArray[np.floating] | torch.Tensor
     ) -> list[Feedback]:

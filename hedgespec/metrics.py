@@ -42,9 +42,12 @@ class DecodeStats:
     lengths, and what lacks to 1 is plain decoding's."""
     losses: list[np.ndarray] = field(default_factory=list)
     """Completed losses in the order the learner took them, [F] of float64 [N]; with objective "throughput" [A], of every arm
-    (drafter, length) and last of plain decoding, A = N * draft_length + 1."""
+    (drafter, length) and last of plain decoding, A = N * draft_length + 1. Under way NaN stands for those of drafters that
+    sleep, see `DecodeConfig.back_off`; they are filled in by the request's end."""
     played: list[float] = field(default_factory=list)
-    """Expected loss under the weights that the learner held when it took each of them, [F]."""
+    """Expected loss under the weights that the learner held when it took each of them, [F]; of those known then."""
+    evaluations: np.ndarray = field(init=False, repr=False)
+    """Evaluations that each drafter was part of, the warm start's left out, int64 [N]."""
     prompt_losses: list[np.ndarray] = field(default_factory=list)
     """What the learner took from the prompt before the first round, see `DecodeConfig.warm_start`: one entry a position, as
     in `losses`. They are no part of `losses`, `played` and `regret`."""
@@ -73,6 +76,7 @@ class DecodeStats:
     """Wall time from the batch's beginning to the request's end, `on_tokens` included."""
 
     def __post_init__(self) -> None:
+        self.evaluations = np.zeros(len(self.drafters), dtype=np.int64)
         for name in ("reached", "predicted", "corrected", "accepted"):
             setattr(self, f"{name}_by_depth", np.zeros(self.draft_length))
 
@@ -82,9 +86,9 @@ class DecodeStats:
         self.emitted_by_round.append(emitted)
         self.lengths.append(drafted)
 
-    def record_loss(self, losses: np.ndarray, weights: np.ndarray) -> None:
+    def record_loss(self, losses: np.ndarray, played: float) -> None:
         self.losses.append(losses)
-        self.played.append(float(weights @ losses))
+        self.played.append(played)
 
     def record_depths(self, predicted: np.ndarray, corrected: np.ndarray, accepted: int) -> None:
         """Of a round in which as many depths were reached as there are predictions, [k]."""
@@ -150,6 +154,7 @@ class DecodeStats:
             "mean_accepted_tokens": self.mean_accepted_tokens if self.rounds else None,
             "picks": self.picks.tolist(),
             "lengths": self.lengths,
+            "evaluations": self.evaluations.tolist(),
             "final_weights": self.weights[-1].tolist() if self.weights else [],
             "regret": float(self.regret[-1]) if self.losses else 0.0,
             "seconds": self.seconds,

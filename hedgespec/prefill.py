@@ -7,6 +7,8 @@ Values of `which`, slots and rows are looked at on the CPU only. No gradient pas
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -142,7 +144,7 @@ def rotary_append(
         positions: int64 [R], at least 0: of the first token of each row.
         slots: int64 [R], in 0..C-T: where its key and value go.
         keys, values: [N, B, KV, C, D] with the same strides, D contiguous; of qkv's dtype and device.
-        rows: int64 [R], in 0..B-1, distinct; where T = 1 they may repeat at distinct slots.
+        rows: int64 [R], in 0..B-1, distinct among those of a head; where T = 1 they may repeat at distinct slots.
         which: int64 [R], in 0..N-1: the head of each row.
         backend: "auto", or a name from `hedgespec.backends.BACKENDS`.
 
@@ -176,7 +178,8 @@ def rotary_append(
         check_ids("slots", slots, capacity - steps)
         check_ids("rows", rows, batch - 1)
         if count > 1:
-            places = rows.tolist() if steps > 1 else list(zip(rows.tolist(), slots.tolist()))
+            of_heads = itertools.repeat(0) if which is None else which.tolist()
+            places = list(zip(of_heads, rows.tolist(), slots.tolist() if steps == 1 else itertools.repeat(0)))
             if len(set(places)) < count:
                 raise wrong("rows", "distinct rows" + (" or slots" if steps == 1 else ""), places)
     rotate = backends.resolve("rotary_append", backend, device.type, dtype)

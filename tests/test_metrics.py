@@ -20,7 +20,7 @@ def stats():
         stats.record_round(drafter, np.full(3, 1 / 3), emitted, drafted)
     stats.emitted_tokens = 11  # the first came before the rounds
     for losses in ([0.5, 0.1, 0.3], [0.4, 0.6, 0.0]):
-        stats.record_loss(np.array(losses), np.array([0.5, 0.0, 0.5]))
+        stats.record_loss(np.array(losses), float(np.dot(losses, [0.5, 0.0, 0.5])))
     return stats
 
 

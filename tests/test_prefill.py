@@ -284,7 +284,24 @@ def test_a_row_may_take_several_tokens_at_slots_of_their_own(backend, chosen):
     assert torch.equal(arguments[5].double(), values)
     if not HAS_GPU:
         arguments[3] = torch.tensor([3, 4, 4, 4, 5])
+        if chosen:
+            arguments[7] = torch.tensor([0, 2, 2, 1, 1])
         with pytest.raises(ValueError, match="rows: expected distinct rows or slots"):
+            rotary_append(*arguments, backend=backend)
+
+
+def test_a_row_may_belong_to_several_heads(backend):
+    """Some of the heads read the same verified tokens: each has a cache of its own."""
+    arguments = scene(torch.float32, 4, 4, 3, 4, 2, 8, 2, 12, True)
+    arguments[2], arguments[3] = torch.tensor([7, 2, 7, 2]), torch.tensor([6, 1, 6, 1])
+    arguments[6], arguments[7] = torch.tensor([1, 0, 1, 0]), torch.tensor([0, 0, 3, 3])
+    queries, keys, values = appended(*arguments)
+    close(run(rotary_append, *arguments, backend=backend), queries, torch.tensor(5.0))
+    close(arguments[4], keys, torch.tensor(5.0))
+    assert torch.equal(arguments[5].double(), values)
+    if not HAS_GPU:
+        arguments[7] = torch.tensor([0, 0, 0, 3])
+        with pytest.raises(ValueError, match="rows: expected distinct rows"):
             rotary_append(*arguments, backend=backend)
 
 

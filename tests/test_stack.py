@@ -50,7 +50,7 @@ def text_of(length: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, t
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Products of rows that choose their head as the reference has them off the CPU, where it may not look at the choice."""
+    """Products of rows that choose their head as the reference has them off the CPU, where nobody may look at the choice."""
 
     def product(x, weight, which=None, *, index=None):
         if which is None or index is not None:
@@ -58,6 +58,7 @@ def as_on_a_gpu(monkeypatch):
         return torch.bmm(weight[which], x[:, :, None])[:, :, 0]
 
     monkeypatch.setattr("hedgespec.drafters.stack.stack_linear", product)
+    monkeypatch.setattr("hedgespec.prefill.check_ids", lambda *_: None)
 
 
 class Alone:
@@ -125,7 +126,7 @@ def test_a_stack_is_its_heads_one_after_another(request, dtype, shares, mapped, 
         if round % 4 != 2:  # else heads that drafted are ahead of the others by then
             some = sorted(random.permutation(rows)[: random.integers(1, len(rows) + 1)].tolist())
             places = [rows.index(row) for row in some]
-            before = session.scored[places].copy()
+            before = session.scored[0, places].copy()
             had = session.score(places, *since(some, before))
             for place, (row, first) in enumerate(zip(some, before)):
                 for head in range(count):
@@ -137,6 +138,51 @@ def test_a_stack_is_its_heads_one_after_another(request, dtype, shares, mapped, 
     if captured:
         assert session.graphs is not None
         assert cuda.captured < cuda.replayed / 2
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(("shares", "mapped"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("captured", [False, True])
+def test_some_of_the_heads_are_scored_as_all_would_be(request, dtype, shares, mapped, captured):
+    """Heads that are left out for a while catch up in one pass, rows of a batch apart or together; drafting goes on."""
+    if captured and dtype != torch.float64:
+        pytest.skip("the fake that stands for a GPU sees torch's operations, and not the kernels for float32 on the CPU")
+    if captured:
+        request.getfixturevalue("as_on_a_gpu")
+    heads, random, close = pool_of(HEADS, dtype, shares=shares, mapped=mapped), np.random.default_rng(1), CLOSE[dtype]
+    texts = [text_of(200, dtype, seed) for seed in range(3)]
+    alone, lengths = Alone(pool_of(HEADS, dtype, shares=shares, mapped=mapped), texts), np.array([7, 2, 12])
+    session = StackSession(HeadStack(heads), 3, graphs=CudaGraphs(FakeCuda()) if captured else None)
+
+    def since(rows, taken):
+        news = [[one[have : lengths[row]] for one in texts[row]] for row, have in zip(rows, taken)]
+        return [tokens for tokens, _ in news], [features for _, features in news]
+
+    session.score([0, 1, 2], *since([0, 1, 2], [0, 0, 0]))
+    for _ in range(30):
+        lengths += random.integers(1, 6, size=3)
+        if random.random() < 0.5:
+            who = random.integers(HEADS, size=3).tolist()
+            logits = session.lead([0, 1, 2], who, *since([0, 1, 2], session.taken[who, [0, 1, 2]]))
+            for row, head in enumerate(who):
+                _, expected = alone.drafting(head, row, lengths[row])
+                torch.testing.assert_close(logits[row], expected, atol=close, rtol=0)
+            session.step([0, 1, 2], torch.tensor([1, 2, 3]))
+        rows = sorted(random.permutation(3)[: random.integers(1, 4)].tolist())
+        some = random.permutation(HEADS)[: random.integers(1, HEADS)]
+        together: dict[tuple, list[int]] = {}
+        for head in some.tolist():
+            together.setdefault(tuple(session.scored[head, rows]), []).append(head)
+        for before, members in together.items():
+            others = [name for name in range(HEADS) if name not in members]
+            untouched = session.taken[others].copy()
+            had = session.score(rows, *since(rows, before), None, members)
+            assert (session.taken[others] == untouched).all() and len(had) == len(members)
+            for row_place, (row, first) in enumerate(zip(rows, before)):
+                for place, head in enumerate(members):
+                    expected = alone.given(head, row, lengths[row])[first - 2 : -1]
+                    torch.testing.assert_close(had[place, row_place, : len(expected)], expected, atol=close, rtol=0)
+    assert session.graphs is not None or not captured
 
 
 def test_a_window_bounds_the_cache_and_forgets_the_oldest():

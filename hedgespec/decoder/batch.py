@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from hedgespec.coupled import gumbel, perturb
-from hedgespec.decoder.pool import UNSOUND, Heads, Pool, Singles, no_draft
+from hedgespec.decoder.pool import MOST_MAPS, UNSOUND, Heads, Pool, Scored, Singles, no_draft
 from hedgespec.decoder.request import Request
-from hedgespec.decoder.row import Row
+from hedgespec.decoder.row import Row, last
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 WARM = Sampling(temperature=1.0)
 """At which drafters are compared with the target over a prompt, whatever the request's."""
-MOST_MAPS = 64
-"""Stacked maps of drafters that drafted together, kept by a batch."""
 
 
 @dataclass
@@ -47,12 +45,12 @@ class _Scores:
 
     rows: list[Row]
     counts: list[int]
-    """Tokens of each row."""
+    """Tokens of each row, on which nobody was scored before."""
     of_prompt: bool
     """Whether it is the warm start's."""
-    parts: list[tuple[list[int], Callable[[], np.ndarray]]]
-    """Drafters, and what brings acceptance_prob, acceptance_ratio, of trees by depth, of a prompt the former alone, and last
-    whether the drafter's logits of the row were sound, float64 [3, 2K + 1 or 2, n, R, T]."""
+    parts: list[tuple[list[Row], list[int], list[int], Callable[[], np.ndarray]]]
+    """Rows, how many tokens of each, drafters, and what brings acceptance_prob, acceptance_ratio, of trees by depth, of a
+    prompt the former alone, and last whether the drafter's logits of the row were sound, float64 [3, 2K + 1 or 2, n, R, T]."""
 
 
 class Batch:
@@ -109,10 +107,10 @@ class Batch:
             self._spend_noise(emitted)
             going_on = [row for row in self.rows if row.selector.scores_all and not row.finished]
             if going_on:
-                counts = [row.unscored_tokens for row in going_on]
-                scored = self.pool.score(going_on, counts)
-                if max(counts):
-                    self._evaluate(going_on, scored, of_prompt=True)
+                everyone = [np.ones(len(row.drafters), dtype=bool) for row in going_on]
+                scored = self.pool.score(going_on, everyone)
+                if any(row.missed.any() for row in going_on):
+                    self._evaluate(going_on, everyone, scored, of_prompt=True)
                     self._observe(False)
         self._hand_out(emitted)
 
@@ -150,15 +148,14 @@ class Batch:
                         self.costs.drafted(len(rows), choice.drafter, draft.seconds_per_token)
         for row, chunk in zip(rows, verified):
             if row.selector.scores_all:
-                row.unscored.append(chunk)
-                if self.coupled:
-                    row.unscored_noise.append(row.noise[: len(chunk)])
+                row.to_be_scored(chunk, row.noise[: len(chunk)] if self.coupled else None)
         self._spend_noise(emitted)
         if due := [row for row in rows if row.selector.evaluation_is_due(row.finished)]:
             with timed(stats, "prefill"):
-                scored = self.pool.score(due, [row.unscored_tokens for row in due])
+                asked = [row.selector.to_score(row.finished, row.missed) for row in due]
+                scored = self.pool.score(due, asked)
             with timed(stats, "evaluate"):
-                self._evaluate(due, scored)
+                self._evaluate(due, asked, scored)
         later = self.overlaps and bool(due) and not any(row.finished for row in rows)
         with timed(stats, "learn"):
             self._observe(later)
@@ -232,7 +229,7 @@ class Batch:
         self.target.keep(counts)
         for row, one, end, count in zip(self.rows, logits, ends, warm):
             if row.selector.scores_all:
-                row.unscored.append(one[end - count : end])
+                row.to_be_scored(one[end - count : end])
         return torch.stack([one[end - 1 : end] for one, end in zip(logits, ends)])
 
     def _verify(
@@ -449,24 +446,21 @@ class Batch:
             backend=self.config.backend,
         )
 
-    def _evaluate(self, rows: list[Row], scored: Sequence[tuple[Heads | Singles, torch.Tensor]],
+    def _evaluate(self, rows: list[Row], asked: Sequence[np.ndarray], scored: Sequence[Scored],
                   of_prompt: bool = False) -> None:  # fmt: skip
-        """Compares what all drafters had for the rows' unscored tokens, as `Pool.score` gives it, with the target; `_observe`
-        sees what comes of it. What is `of_prompt` is compared as `DecodeConfig.warm_start` says."""
+        """Compares what the drafters that were asked had for the tokens they are not scored on, as `Pool.score` gives it, with
+        the target; `_observe` sees what comes of it. What is `of_prompt` is compared as `DecodeConfig.warm_start` says."""
         rule = WARM if of_prompt else self.rule
-        counts = [row.unscored_tokens for row in rows]
-        target_logits = stack([torch.cat(row.unscored) for row in rows], 0)
-        noise = None if of_prompt or not self.coupled else stack([torch.cat(row.unscored_noise) for row in rows], 0)
-        for row in rows:
-            row.unscored.clear()
-            row.unscored_noise.clear()
-        tokens = stack([row.tokens[row.length - count : row.length] for row, count in zip(rows, counts)], 0)
-        lengths = None if min(counts) == max(counts) else to_device(counts, self.device)
         lifted = rows[0].request.process_drafts is not None
-        self.under_way.append(_Scores(rows, counts, of_prompt, []))
-        with self.side.work(target_logits, tokens, lengths, noise, *(logits for _, logits in scored)):
-            target_threshold = rule.threshold(target_logits)
-            for part, logits in scored:
+        self.under_way.append(_Scores(rows, [int(row.missed.min()) for row in rows], of_prompt, []))
+        alike = [tuple((row.place, count) for row, count in zip(one.rows, one.counts)) for one in scored]
+        known = {key: self._unscored(one.rows, one.counts, of_prompt) for key, one in zip(alike, scored)}
+        for row, drafters in zip(rows, asked):
+            row.were_scored(drafters)
+        with self.side.work(*(tensor for each in known.values() for tensor in each), *(one.logits for one in scored)):
+            thresholds = {key: rule.threshold(target_logits) for key, (target_logits, *_) in known.items()}
+            for key, one in zip(alike, scored):
+                (target_logits, tokens, lengths, noise), logits = known[key], one.logits
                 finite = logits.amax(-1).isfinite()  # [n, R, T]
                 if not logits.is_cpu or not finite.all():
                     logits = logits.masked_fill(~finite[..., None], 0)  # what comes of NaN is for kernels to choose
@@ -474,8 +468,8 @@ class Batch:
                     finite |= torch.arange(finite.shape[2], device=self.device) >= lengths[:, None]
                 sound = finite.all(-1)
                 if lifted:
-                    logits = self._process(rows, counts, part.members, logits)
-                maps = None if lifted else part.maps
+                    logits = self._process(one.rows, one.counts, one.drafters, logits)
+                maps = None if lifted else one.maps
                 if noise is not None:
                     logits = self._perturb(logits, noise, None if maps is None else maps[:, None, None])
                 arguments = {
@@ -483,15 +477,25 @@ class Batch:
                     "draft_to_target": maps,
                     "target_temperature": rule.temperature,
                     "drafter_temperature": rule.temperature,
-                    "target_threshold": target_threshold,
+                    "target_threshold": thresholds[key],
                     "drafter_threshold": rule.threshold(logits),
                 }
                 if of_prompt:  # the first of all scores: the overlap of distributions
                     measured = evaluate(target_logits, logits, tokens, backend=self.config.backend, **arguments).scores[:1]
                 else:
-                    measured = self._measure(part, rows, target_logits, logits, tokens, arguments)
+                    measured = self._measure(one.part, one.rows, target_logits, logits, tokens, arguments)
                 found = torch.cat([measured.double(), sound[None, :, :, None].expand_as(measured[:1])])
-                self.under_way[-1].parts.append((part.members, self.side.to_host(found)))
+                self.under_way[-1].parts.append((one.rows, one.counts, one.drafters, self.side.to_host(found)))
+
+    def _unscored(self, rows: Sequence[Row], counts: Sequence[int], of_prompt: bool) -> tuple[torch.Tensor | None, ...]:
+        """Of the rows' last tokens the target's logits [R, T, V], they themselves [R, T], how many of each row [R], None where
+        all are as many, and in mode "coupled" their noise [R, T, V]."""
+        logits = stack([last(row.unscored, count) for row, count in zip(rows, counts)], 0)
+        noise = None
+        if self.coupled and not of_prompt:
+            noise = stack([last(row.unscored_noise, count) for row, count in zip(rows, counts)], 0)
+        tokens = stack([row.tokens[row.length - count : row.length] for row, count in zip(rows, counts)], 0)
+        return logits, tokens, None if min(counts) == max(counts) else to_device(counts, self.device), noise
 
     def _measure(self, part: Heads | Singles, rows, target_logits, logits, tokens, arguments: dict) -> torch.Tensor:
         """acceptance_prob and acceptance_ratio of the part's drafters as they draft, [2, n, R, T]; of trees for the nodes at
@@ -519,20 +523,33 @@ class Batch:
             one = self.under_way.pop(0)
             depths = 1 if self.config.tree is None else self.config.draft_length
             kinds = 1 if one.of_prompt else 2 * depths
-            scores = [np.zeros((kinds, len(row.drafters), count)) for row, count in zip(one.rows, one.counts)]
-            for members, bring in one.parts:
+            found: dict[tuple[Row, int], np.ndarray] = {}
+            for rows, counts, drafters, bring in one.parts:
                 *measured, sound = bring()
-                for place, (row, count) in enumerate(zip(one.rows, one.counts)):
-                    for member, drafter in enumerate(members):
+                for place, (row, count) in enumerate(zip(rows, counts)):
+                    for member, drafter in enumerate(drafters):
                         if not sound[member, place, 0]:
                             row.lose(drafter, ValueError(UNSOUND))
-                        if row.alive[drafter]:  # what a lost drafter is said to have scored is 0
-                            scores[place][:, drafter] = [values[member, place, :count] for values in measured]
-            for row, known in zip(one.rows, scores):
+                        found[row, drafter] = np.stack([values[member, place, :count] for values in measured])
+            for row, count in zip(one.rows, one.counts):
+                # What a lost drafter is said to have scored is 0.
+                known = np.full((kinds, len(row.drafters), count), np.nan)
+                known[:, ~row.alive] = 0
+                for drafter in np.flatnonzero(row.alive).tolist():
+                    if (values := found.get((row, drafter))) is None:
+                        continue
+                    missed = values.shape[1] - count
+                    known[:, drafter] = values[:, missed:]
+                    if missed:
+                        row.selector.catch_up(drafter, *self._by_kind(values[:, :missed]))
                 if one.of_prompt:
                     row.selector.warm_up(known[0], seconds)
-                    continue
-                row.selector.observe(*(known if depths == 1 else (known[::2], known[1::2])), seconds)
+                else:
+                    row.selector.observe(*self._by_kind(known), seconds)
+
+    def _by_kind(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """acceptance_prob and acceptance_ratio [...] of what `_measure` gives of them, of trees [K, ...]."""
+        return (scores[0], scores[1]) if self.config.tree is None else (scores[::2], scores[1::2])
 
     def _process(
         self, rows: Sequence[Row], counts: Sequence[int], members: Sequence[int], logits: torch.Tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -29,9 +29,59 @@ from hedgespec.verify import sample
 
 UNSOUND = "expected logits with a finite maximum, got NaN, +inf or -inf throughout"
 """Of logits. A row's maximum tells all three."""
+MOST_MAPS = 64
+"""Stacked maps of drafters that drafted, or were scored, together: as many are kept."""
 
 
-class Heads:
+@dataclass
+class Scored:
+    """What some drafters of a part had for the last tokens of some rows."""
+
+    part: Heads | Singles
+    members: tuple[int, ...]
+    """n of the part's."""
+    rows: list[Row]
+    """R rows."""
+    counts: list[int]
+    """Of each row how many tokens."""
+    logits: torch.Tensor
+    """[n, R, T, Vd], T of the longest, anything past a row's own."""
+
+    @property
+    def drafters(self) -> list[int]:
+        """Their indices in the pool."""
+        return [self.part.members[member] for member in self.members]
+
+    @property
+    def maps(self) -> torch.Tensor | None:
+        """int64 [n, Vd], their maps into the target's vocabulary, if they have some."""
+        return self.part.maps_of(self.members)
+
+
+class Part:
+    """What both kinds of parts are to an evaluation.
+
+    Args:
+        members: their indices in the pool.
+        maps: int64 [n, Vd], the target's id of each draft id; None where the vocabularies are the same.
+    """
+
+    def __init__(self, members: Sequence[int], maps: torch.Tensor | None):
+        self.members, self.maps = list(members), maps
+        self._maps_of: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def maps_of(self, members: tuple[int, ...]) -> torch.Tensor | None:
+        """Those of some members; the same tensor for the same ones, since what is checked of a map is remembered by tensor."""
+        if self.maps is None or len(members) == len(self.members):
+            return self.maps
+        if members not in self._maps_of:
+            if len(self._maps_of) >= MOST_MAPS:
+                self._maps_of.clear()
+            self._maps_of[members] = self.maps[list(members)]
+        return self._maps_of[members]
+
+
+class Heads(Part):
     """Some of the pool's drafters as one stack, at work on a batch.
 
     Args:
@@ -45,7 +95,8 @@ class Heads:
     """Tokens that a drafter takes in at one depth of a tree; None: any number."""
 
     def __init__(self, members: Sequence[int], stack: HeadStack, batch: int, window: int | None, captured: bool):
-        self.members, self.maps, self.map_of, self.layers = list(members), stack.maps, stack.map_of, stack.config.aux_layers
+        super().__init__(members, stack.maps)
+        self.map_of, self.layers = stack.map_of, stack.config.aux_layers
         self.session = stack.session(batch, window, captured=captured)
 
     @property
@@ -56,11 +107,12 @@ class Heads:
         """Goes on with the rows at these places only."""
         self.session.select(places)
 
-    def score(self, rows: Sequence[Row], counts: Sequence[int]) -> torch.Tensor:
-        """Logits [n, R, T, Vd] that the members had for each row's last `counts` tokens, T of the longest; they take in all
-        that is verified. Of what was verified before, the counts have to be those of the tokens not yet scored."""
+    def score(self, rows: Sequence[Row], counts: Sequence[int], members: Sequence[int]) -> torch.Tensor:
+        """Logits [n, R, T, Vd] that these members had for each row's last `counts` tokens, T of the longest; they take in all
+        that is verified. Of what was verified before, the counts have to be those of the tokens they are not yet scored on."""
         places = [row.place for row in rows]
-        return self.session.score(places, *self._since(rows, self.session.scored[places]), counts)
+        news = self._since(rows, self.session.scored[members[0], places])
+        return self.session.score(places, *news, counts, None if len(members) == len(self.members) else members)
 
     def lead(self, rows: Sequence[Row], members: Sequence[int]) -> tuple[list[int], torch.Tensor]:
         """Which of the rows draft, as places among them, and the logits [R', Vd] for their first tokens."""
@@ -84,7 +136,7 @@ class Heads:
         return [tokens for tokens, _ in news], [features for _, features in news]
 
 
-class Singles:
+class Singles(Part):
     """Some of the pool's drafters, whose logits are alike in shape, each at work on each row by itself.
 
     Whatever one of them does, its row goes on without it.
@@ -96,16 +148,17 @@ class Singles:
     """
 
     def __init__(self, members: Sequence[int], drafters: Sequence[Drafter], rows: Sequence[Row]):
-        self.members, self.drafters = list(members), list(drafters)
-        self.maps, self.rows = None, list(rows)
-        if self.drafters[0].draft_to_target is not None:
-            maps = [drafter.draft_to_target.to(rows[0].tokens.device) for drafter in self.drafters]
-            self.maps = torch.stack(maps)
-            self.map_of = list(self.maps)
+        maps = None
+        if drafters[0].draft_to_target is not None:
+            maps = torch.stack([drafter.draft_to_target.to(rows[0].tokens.device) for drafter in drafters])
+            self.map_of = list(maps)
+        super().__init__(members, maps)
+        self.drafters, self.rows = list(drafters), list(rows)
         self.sessions: dict[tuple[int, int], DrafterSession] = {}
         """By row and member."""
         self.given: dict[tuple[int, int], list[torch.Tensor]] = {}
-        """Logits, chunks [T, Vd], from the first unscored token to the one after the last that was taken in; likewise."""
+        """Logits, chunks [T, Vd], from the first token the member is not scored on to the one after the last it has taken in;
+        likewise."""
         for row in rows:
             for member, drafter in enumerate(self.drafters):
                 with row.quarantine(self.members[member]):
@@ -126,27 +179,26 @@ class Singles:
             for key in [key for key in held if key[0] not in left]:
                 del held[key]
 
-    def score(self, rows: Sequence[Row], counts: Sequence[int]) -> torch.Tensor:
+    def score(self, rows: Sequence[Row], counts: Sequence[int], members: Sequence[int]) -> torch.Tensor:
         known: dict[tuple[int, int], torch.Tensor] = {}
-        for row, count in zip(rows, counts):
-            for member, index in enumerate(self.members):
-                if not row.alive[index]:
+        for row_place, (row, count) in enumerate(zip(rows, counts)):
+            for place, member in enumerate(members):
+                if not row.alive[self.members[member]]:
                     continue
-                with row.quarantine(index):
+                with row.quarantine(self.members[member]):
                     self._take_in(row, member, count)
                     logits = torch.cat(self.given[row.index, member])
-                    known[row.index, member], self.given[row.index, member] = logits[:-1], [logits[-1:]]
+                    known[place, row_place], self.given[row.index, member] = logits[:-1], [logits[-1:]]
         width = draft_width(self.drafters[0])
         dtype = reduce(torch.promote_types, (logits.dtype for logits in known.values()), torch.float32)
-        out = rows[0].tokens.new_zeros(len(self.members), len(rows), max(counts), width, dtype=dtype)
-        for (index, member), logits in known.items():
-            place = next(place for place, row in enumerate(rows) if row.index == index)
-            out[member, place, : len(logits)] = logits
+        out = rows[0].tokens.new_zeros(len(members), len(rows), max(counts), width, dtype=dtype)
+        for (place, row_place), logits in known.items():
+            out[place, row_place, : len(logits)] = logits
         return out
 
     def lead(self, rows: Sequence[Row], members: Sequence[int]) -> tuple[list[int], torch.Tensor]:
         self._drafting = list(zip(rows, members))
-        going, logits = self._each(lambda row, member, place: self._take_in(row, member, row.unscored_tokens))
+        going, logits = self._each(lambda row, member, place: self._take_in(row, member, int(row.missed[self.members[member]])))
         self._places = {row: place for place, row in enumerate(going)}
         return going, logits
 
@@ -240,11 +292,24 @@ class Pool:
         for part in self.parts:
             part.select(places)
 
-    def score(self, rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[Heads | Singles, torch.Tensor]]:
-        """All drafters take in what is verified of some rows; by part their logits [n, R, T, Vd] for the last `counts` tokens
-        of each row, T of the longest, anything past a row's own."""
-        scored = [self._or_apart(number, _score, rows, counts) for number in range(len(self.parts))]
-        return list(zip(self.parts, scored))
+    def score(self, rows: Sequence[Row], asked: Sequence[np.ndarray]) -> list[Scored]:
+        """Drafters take in what is verified of some rows, of each those that are asked, bool [N]: what they had for the tokens
+        that they are not scored on yet. Drafters that missed as much as each other work together, and so do their rows."""
+        scored = []
+        for number in range(len(self.parts)):
+            together: dict[tuple[int, ...], list[tuple[Row, int]]] = {}
+            for row, some in zip(rows, asked):
+                alike: dict[int, list[int]] = {}
+                for member, drafter in enumerate(self.parts[number].members):
+                    if some[drafter]:
+                        alike.setdefault(int(row.missed[drafter]), []).append(member)
+                for count, members in alike.items():
+                    together.setdefault(tuple(members), []).append((row, count))
+            for members, of in together.items():
+                own, counts = [row for row, _ in of], [count for _, count in of]
+                logits = self._or_apart(number, _score, own, counts, members)
+                scored.append(Scored(self.parts[number], members, own, counts, logits))
+        return scored
 
     def draft(self, choices: Sequence[Choice], uniforms: torch.Tensor, sampling: Sampling, one_hot: bool,
               noise: torch.Tensor | None = None, now: Callable[[], float] | None = None) -> list[Draft]:  # fmt: skip
@@ -383,8 +448,8 @@ def _processed(row: Row, drafter: int, logits: torch.Tensor, drafted: Sequence[t
         return logits.new_full((1, row.vocabulary), -math.inf)
 
 
-def _score(part: Heads | Singles, rows: Sequence[Row], counts: Sequence[int]) -> torch.Tensor:
-    return part.score(rows, counts)
+def _score(part: Heads | Singles, rows: Sequence[Row], counts: Sequence[int], members: Sequence[int]) -> torch.Tensor:
+    return part.score(rows, counts, members)
 
 
 def no_draft(row: Row) -> Draft:

@@ -51,9 +51,11 @@ class Row:
         self.trees, self.widths = 0, np.zeros(config.draft_length)
         """Dynamic trees drafted, and their children of the likeliest node at each depth, summed, [K]."""
         self.unscored: list[torch.Tensor] = []
-        """The target's logits, chunks [T, V], of the verified tokens on which the drafters are not scored yet."""
+        """The target's logits, chunks [T, V], of the verified tokens on which some drafter is not scored yet."""
         self.unscored_noise: list[torch.Tensor] = []
         """In mode "coupled": their noise, likewise."""
+        self.missed = np.zeros(len(drafters), dtype=np.int64)
+        """Verified tokens on which each drafter is not scored yet, [N]; all chunks hold the most of them."""
         self.noise_key = 0
         """In mode "coupled": what the row's noise depends on beside position and token."""
         self.noise = self.padded.new_empty(0, vocabulary, dtype=torch.float32)
@@ -101,10 +103,22 @@ class Row:
                 return tokens[:count]
         return tokens
 
-    @property
-    def unscored_tokens(self) -> int:
-        """Verified tokens on which the drafters are not scored yet."""
-        return sum(map(len, self.unscored))
+    def to_be_scored(self, logits: torch.Tensor, noise: torch.Tensor | None = None) -> None:
+        """Takes note of the target's logits [T, V] for tokens that follow."""
+        if self.config.back_off is not None:  # they may be kept for long: alone, without what else was computed with them
+            logits, noise = logits.clone(), None if noise is None else noise.clone()
+        self.unscored.append(logits)
+        if noise is not None:
+            self.unscored_noise.append(noise)
+        self.missed += len(logits)
+
+    def were_scored(self, drafters: np.ndarray) -> None:
+        """Forgets what is kept for drafters, bool [N], and for nobody else."""
+        self.missed[drafters] = 0
+        kept, most = sum(map(len, self.unscored)), int(self.missed.max())
+        while self.unscored and kept - len(self.unscored[0]) >= most:
+            kept -= len(self.unscored.pop(0))
+        del self.unscored_noise[: max(len(self.unscored_noise) - len(self.unscored), 0)]  # a prompt's has none
 
     @property
     def warm_positions(self) -> int:
@@ -132,6 +146,7 @@ class Row:
 
     def close(self, seconds: float, drafter_cache_bytes: int) -> None:
         """Completes the statistics and lets go of what only decoding needs."""
+        self.selector.close()
         self.stats.emitted_tokens = self.length - self.prompt_length
         self.stats.learner_state = self.selector.learner.state_dict()
         self.stats.seconds, self.stats.drafter_cache_bytes = seconds, drafter_cache_bytes
@@ -151,6 +166,15 @@ class Row:
         if self.selector.lose(drafter, cause) and name not in self.warned:  # one row of a batch speaks for all
             self.warned.add(name)
             warnings.warn(f"drafter {name} is out of this request: {cause}", stacklevel=1)
+
+
+def last(chunks: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """The last positions of chunks [T, V], of which there are as many, [count, V]."""
+    first, held = len(chunks), 0
+    while held < count:
+        first -= 1
+        held += len(chunks[first])
+    return torch.cat([chunks[0][:0], *chunks[first:]])[held - count :]
 
 
 def draft_width(drafter: Drafter) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.arms import ARMS, Seconds
+from hedgespec.decoder.back_off import BackOff
 from hedgespec.delay import DelayQueue
 from hedgespec.depth import DepthCorrection
 from hedgespec.learners import Learner
@@ -73,11 +74,13 @@ class Selector:
         )
         self.waiting: list[Feedback] = []
         """What the queue has completed and the learner has not heard: nothing has a price yet."""
+        self.hears_all = learner.feedback == "full"
+        self.back_off = BackOff(self.queue, config.back_off if self.hears_all else None)
+        """Who is left out of evaluations."""
         self.depths = None
         if config.depth_correction:
             self.depths = DepthCorrection(own_features or [False] * len(drafters), config.draft_length)
         self.stats = DecodeStats(tuple(drafters), config.draft_length)
-        self.hears_all = learner.feedback == "full"
         self.scores_all = self.hears_all or learner.hears_scores or config.track_regret
         """Whether all drafters are scored."""
         self.every = config.evaluate_every if config.evaluate_every != "adaptive" else 1
@@ -115,6 +118,7 @@ class Selector:
                 rarest = RAREST if chosen.drafter >= 0 else RAREST_PLAIN
                 self.every = min(2 * self.every, rarest) if chosen.drafter == self.chosen.drafter else 1
             self.chosen, self.may_switch = chosen, not self.hears_all
+            self.back_off.wake(self.chosen.drafter)
         return Choice(self.chosen.drafter, min(self.chosen.draft_length, room - 1))
 
     def _to_measure(self, measure: Choice, weights: np.ndarray, uniform: float, room: int) -> Choice:
@@ -133,6 +137,13 @@ class Selector:
         one to go on from."""
         return self.scores_all and (finished or (self.stats.rounds + 1) % self.every == 0)
 
+    def to_score(self, finished: bool, missed: np.ndarray) -> np.ndarray:
+        """Whom the evaluation that is due scores, bool [N], of drafters that have missed so many tokens, int64 [N]; at the end
+        of the request everyone."""
+        asked = self.back_off.ask(finished, self.arms.by_drafter(self.weights()) > self.learner.negligible, missed)
+        self.stats.evaluations += asked
+        return asked
+
     def warm_up(self, acceptance_prob: np.ndarray, seconds: Seconds | None = None) -> None:
         """Lets the learner hear how every drafter fared at the warm start's positions, float64 [N, T], if what it learns of has
         a price, and that is known."""
@@ -146,20 +157,36 @@ class Selector:
 
     def observe(self, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray, seconds: Seconds | None = None) -> None:
         """Hands the learner every arm's completed losses; where they depend on what rounds cost and that is not known yet, they
-        wait. Both: float64 [N, T] of the tokens that come next; of draft trees [K, N, T], by depth."""
+        wait. Both: float64 [N, T] of the tokens that come next, NaN throughout for drafters that were not asked; of draft trees
+        [K, N, T], by depth."""
         self.scored.extend(np.moveaxis(acceptance_prob, -1, 0))
         if self.depths is not None:
             acceptance_prob, acceptance_ratio = map(self.depths.correct, (acceptance_prob, acceptance_ratio))
-        self.waiting += self.queue.push(acceptance_prob, acceptance_ratio)
+        for drafter, first, losses in self.back_off.late(acceptance_prob, acceptance_ratio):
+            here = slice(first, first + len(losses))
+            self.learner.catch_up(drafter, losses, self.stats.played[here])
+            for known, loss in zip(self.stats.losses[here], losses):
+                known[drafter] = loss
+        self.waiting += self.back_off.push(acceptance_prob, acceptance_ratio)
         self.may_switch = True
-        if seconds is None and self.arms.needs_seconds:
-            return
-        for feedback in self.waiting:
-            losses = self.arms.losses(feedback, seconds)
-            self.stats.record_loss(losses, self.learner.weights())
-            if self.hears_all:
-                self.learner.update(losses)
-        self.waiting.clear()
+        if seconds is not None or not self.arms.needs_seconds:
+            for feedback in self.waiting:
+                losses = self.arms.losses(feedback, seconds)
+                self.stats.record_loss(losses, self.learner.expected_loss(losses))
+                if self.hears_all:
+                    self.learner.update(losses)
+            self.waiting.clear()
+        self.back_off.judge(self.alive & (self.arms.by_drafter(self.weights()) <= self.learner.negligible))
+
+    def catch_up(self, drafter: int, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray) -> None:
+        """Takes what a drafter missed, float64 [T], of draft trees [K, T]: all tokens before those that `observe` gets next."""
+        self.back_off.catch_up(drafter, acceptance_prob, acceptance_ratio)
+
+    def close(self) -> None:
+        """Drops the last losses where they were not complete for all: a sleeper's may wait where the others' did not."""
+        while self.stats.losses and np.isnan(self.stats.losses[-1]).any():
+            self.stats.losses.pop()
+            self.stats.played.pop()
 
     def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int, tested: int) -> None:
         """Records a round: who drafted (None: nobody), the weights at its beginning, the tokens it emitted and drafted, and how

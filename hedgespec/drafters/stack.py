@@ -211,10 +211,10 @@ class StackSession:
         heads, config, weight = len(stack.heads), stack.config, stack.weights["fc.weight"]
         self.keys = weight.new_zeros(heads, batch, config.num_key_value_heads, 0, config.head_dim)
         self.values = self.keys.clone()
-        self.scored = np.zeros(batch, dtype=np.int64)
-        """Tokens of each row that all heads have taken in together, [B]."""
-        self.taken = np.zeros((heads, batch), dtype=np.int64)
-        """Tokens of each row that each head has taken in, [N, B]: one that drafts is ahead of the others."""
+        self.scored = np.zeros((heads, batch), dtype=np.int64)
+        """Tokens of each row that each head has been scored on, [N, B]."""
+        self.taken = self.scored.copy()
+        """Tokens of each row that each head has taken in, [N, B]: one that drafts is ahead."""
         self.base = np.zeros(batch, dtype=np.int64)
         """Position of each row's slot 0, [B]."""
         self.given = weight.new_zeros(heads, batch, config.draft_vocab_size)
@@ -237,11 +237,11 @@ class StackSession:
         index = to_device(rows, self.keys.device)
         for name in ("keys", "values", "given", "features"):
             setattr(self, name, getattr(self, name).index_select(1, index))
-        self.scored, self.taken, self.base = self.scored[rows], self.taken[:, rows], self.base[rows]
+        self.scored, self.taken, self.base = self.scored[:, rows], self.taken[:, rows], self.base[rows]
 
     def score(self, rows: Sequence[int], tokens: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
-              wanted: Sequence[int] | None = None) -> torch.Tensor:  # fmt: skip
-        """All heads take in what they have not yet taken in together.
+              wanted: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> torch.Tensor:  # fmt: skip
+        """Heads take in what they have not yet been scored on.
 
         Args:
             rows: R distinct rows of the batch, all of them at their first tokens or none.
@@ -249,24 +249,33 @@ class StackSession:
             features: of each row [T_r, W], the target's hidden states before each token.
             wanted: where the rows are at their first tokens: of how many of each row's last ones to return the logits, at most
                 T_r - 2, and less than the window; None: of none. Ignored elsewhere.
-        Returns: [N, R, T, Vd]: the logits that each head had for each of these tokens (at first the last `wanted` of them),
+            heads: n distinct ones, which have been scored on equally many tokens of a row, and on some; None: all. Nothing is
+                computed for the others. A pass is captured for each n.
+        Returns: [n, R, T, Vd]: the logits that each head had for each of these tokens (at first the last `wanted` of them),
             given what precedes it, T of the longest; anything past a row's end.
         """
-        known, counts = self.scored[rows], np.array([len(one) for one in tokens])
-        now = _Rows.at(rows, None, known, self.keys.device)
+        who = np.arange(len(self.taken)) if heads is None else np.asarray(heads)
+        shape, known = (len(who), len(rows)), self.scored[who[0], rows]
+        counts, asked = np.array([len(one) for one in tokens]), None
         if known[0] == 0:
             asked = np.ones(len(rows), dtype=np.int64) if wanted is None else 1 + np.asarray(wanted)
+        some = np.ix_(who, rows)
+        if heads is None:
+            now = _Rows.at(rows, None, known, self.keys.device)
             hidden, logits = self._take_in(now, tokens, features, asked)
-            had, last = logits[:, :, :-1], asked - 1
-        else:
-            hidden, logits = self._take_in(now, tokens, features)
-            had, last = torch.cat([self.given[:, now.index, None], logits[:, :, :-1]], 2), counts - 1
+            at = slice(None), now.index
+        else:  # each of them with rows of its own
+            now = _Rows.at(np.tile(rows, shape[0]), who.repeat(shape[1]), np.tile(known, shape[0]), self.keys.device)
+            found = self._take_in(now, [*tokens] * shape[0], [*features] * shape[0])
+            hidden, logits = (states.unflatten(0, shape) for states in found)
+            at = tuple(to_device(one, logits.device) for one in some)
+        had = logits[:, :, :-1] if asked is not None else torch.cat([self.given[at][:, :, None], logits[:, :, :-1]], 2)
         if logits.shape[2] > 1:
-            last = to_device(last, hidden.device)
+            last = to_device((counts if asked is None else asked) - 1, hidden.device)
             hidden, logits = _at(hidden, last), _at(logits, last)
-        self.given[:, now.index], self.features[:, now.index] = logits[:, :, 0], hidden[:, :, 0]
-        self.scored[rows] += counts
-        self.taken[:, rows] = self.scored[rows]
+        self.given[at], self.features[at] = logits[:, :, 0], hidden[:, :, 0]
+        self.scored[some] += counts
+        self.taken[some] = self.scored[some]
         return had
 
     def lead(self, rows: Sequence[int], heads: Sequence[int], tokens: Sequence[torch.Tensor],
@@ -453,13 +462,18 @@ class StackSession:
                 now: _Rows | None) -> torch.Tensor:  # fmt: skip
         """Attention of queries [N, R, A, T, D] or [R, A, T, D], a row's first at `slots` [R], to all slots up to their own."""
         keys, values, count = self.keys, self.values, queries.shape[-2]
+        own = slots[:, None] + torch.arange(count, device=slots.device)
         if now is not None:  # the host knows where the rows end
             ends = now.ends
             end = int(ends.max())
             if which is not None and (queries.is_cpu or len(ends) == 1):  # views, where a launch costs little
+                each = zip(queries, now.heads.tolist(), now.places.tolist(), ends.tolist(), own[..., None])
                 return torch.cat([
-                    _attention(query[None], keys[head, row, None, :, :last], values[head, row, None, :, :last])
-                    for query, head, row, last in zip(queries, now.heads.tolist(), now.places.tolist(), ends.tolist())
+                    _attention(
+                        query[None], keys[head, row, None, :, :last], values[head, row, None, :, :last],
+                        None if count == 1 else torch.arange(last, device=slots.device) <= until,
+                    )
+                    for query, head, row, last, until in each
                 ])  # fmt: skip
             keys, values = keys[:, :, :, :end], values[:, :, :, :end]
         if which is not None:
@@ -468,7 +482,6 @@ class StackSession:
             keys, values = keys[:, rows].flatten(0, 1), values[:, rows].flatten(0, 1)
         else:  # all rows, which come in order
             keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        own = slots[:, None] + torch.arange(count, device=slots.device)
         mask = torch.arange(keys.shape[2], device=slots.device) <= own[:, None, :, None]
         if which is not None:
             return _attention(queries, keys, values, mask)
@@ -488,8 +501,8 @@ class StackSession:
             return 0
         skipped = max(0, count - self.window) if last_only else 0
         first = position + skipped - max(0, self.window // 2 - count)  # of the tokens that stay
-        if self.scored[row] > 0:
-            first = min(first, self.scored[row])  # a head that drafts is ahead of what all still have to take in
+        if (scored := self.scored[:, row].min()) > 0:
+            first = min(first, scored)  # a head that drafts is ahead of what others still have to take in
         shift = first - 1 - self.base[row]
         if shift > 0:
             for buffer in (self.keys, self.values):

@@ -16,7 +16,7 @@ from hedgespec.experiments.hindsight import fixed_mats, long_enough
 from hedgespec.experiments.laboratory import Laboratory
 from hedgespec.experiments.measures import signature
 from hedgespec.experiments.recordings import EXIT_LAYERS, POOLS
-from hedgespec.experiments.statistics import mat, mean_interval, told
+from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, told
 from hedgespec.experiments.telling import bars, figure, titled
 from hedgespec.experiments.traces import Trace, replay
 from hedgespec.zoo import NAMES, Prompt, load_prompts
@@ -116,7 +116,7 @@ def summed(texts: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, An
         speeds = [one["tokens"] / one["seconds"] for one in every]
         times = np.divide(speeds, [text[PLAIN]["tokens"] / text[PLAIN]["seconds"] for text in texts])
         found[name] = {"tokens_per_second": sum(one["tokens"] for one in every) / sum(one["seconds"] for one in every),
-                       "times_plain": mean_interval(times)}  # fmt: skip
+                       "times_plain": ratio_interval(times, np.ones(len(times)))}  # fmt: skip
         if name != PLAIN:
             rounds = sum(one["rounds"] for one in every)
             shares = {drafter: sum(one["picks"].get(drafter, 0) for one in every) / rounds for drafter in every[0]["picks"]}
@@ -241,7 +241,7 @@ def draw(result: dict[str, Any]):
     if rows:
         bars(speed, np.arange(len(rows)), [of["times_plain"] for of in rows.values()])
         speed.axhline(1.0, color="black", linewidth=0.8)
-    speed.set_xticks(range(len(rows)), list(rows), rotation=45, ha="right")
+    speed.set_xticks(range(len(rows)), [name.replace(", ", ",\n") for name in rows], rotation=45, ha="right")
     speed.set(title="speed, decoded live", ylabel="times the target alone")
     return made
 
