@@ -27,6 +27,8 @@ LIVE_TEXTS = 6
 LIVE_TOKENS = 48
 LIVE_FIRST = 96
 """Number of the first prompt that is decoded live: none of the recorded ones."""
+LIVE_WARM = 4
+"""Prompts before it that pools decode untimed: an objective that measures costs begins by trying every drafter and length."""
 TOKENS, THROUGHPUT = "HedgeSpec, tokens a round", "HedgeSpec, tokens a second"
 EXPERT = "head of the domain"
 PLAIN = "target alone"
@@ -85,10 +87,21 @@ class Live:
         others = {name: decoder for name, decoder in self.fixed.items() if name not in NAMES}
         return {PLAIN: None, EXPERT: self.fixed[domain], **others, **self.pools}
 
+    def ids(self, prompt: Prompt) -> torch.Tensor:
+        return self.zoo.tokenizer(prompt.text, return_tensors="pt").input_ids[0].to(self.zoo.target.device)
+
+    @torch.inference_mode()
+    def warm_up(self, prompts: Sequence[Prompt]) -> None:
+        """What is done once, measuring included, before anything is timed: every row a text, and the pools some more."""
+        self.text(prompts[0], 0)
+        for prompt in prompts[1:]:
+            for decoder in self.pools.values():
+                self.decode(decoder, self.ids(prompt), 0)
+
     @torch.inference_mode()
     def text(self, prompt: Prompt, number: int) -> dict[str, dict[str, Any]]:
         """Every row's text, one after another, each text beginning with another row: tokens, seconds, rounds, picks."""
-        ids = self.zoo.tokenizer(prompt.text, return_tensors="pt").input_ids[0].to(self.zoo.target.device)
+        ids = self.ids(prompt)
         rows = list(self.rows(prompt.domain).items())
         turn = number % len(rows)
         return {name: self.decode(decoder, ids, number) for name, decoder in rows[turn:] + rows[:turn]}
@@ -142,10 +155,10 @@ def measure(lab: Laboratory) -> dict[str, Any]:
         nonlocal live
         if live is None:
             live = Live(lab.zoo)
-            live.text(prompts[number], number)  # what is done once, measuring included, is not timed
+            live.warm_up(load_prompts()[LIVE_FIRST - LIVE_WARM : LIVE_FIRST])
         return live.text(prompts[number], number)
 
-    key = f"{LIVE_TOKENS} tokens, K {DRAFT_LENGTH}, rows {list(live_configs())}, layers {EXIT_LAYERS}"
+    key = f"{LIVE_TOKENS} tokens, K {DRAFT_LENGTH}, rows {list(live_configs())}, layers {EXIT_LAYERS}, warm {LIVE_WARM}"
     texts = [lab.once(f"live {LIVE_FIRST + number}: {key}", lambda number=number: decoded(number))
              for number in lab.track(range(len(prompts)), "live")]  # fmt: skip
     result["live"] = {"texts": len(texts), "tokens": LIVE_TOKENS, "rows": summed(texts) if len(texts) > 1 else {}}
