@@ -27,6 +27,8 @@ LIVE_TEXTS = 6
 LIVE_TOKENS = 48
 LIVE_FIRST = 96
 """Number of the first prompt that is decoded live: none of the recorded ones."""
+LIVE_WARM = 4
+"""Prompts before it that pools decode untimed: an objective that measures costs begins by trying every drafter and length."""
 TOKENS, THROUGHPUT = "HedgeSpec, tokens a round", "HedgeSpec, tokens a second"
 EXPERT = "head of the domain"
 PLAIN = "target alone"
@@ -64,11 +66,11 @@ def replayed(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) -> 
 
 
 def live_configs() -> dict[str, DecodeConfig]:
-    """The objectives there are, by the words of a row."""
-    configs = {TOKENS: DecodeConfig(draft_length=DRAFT_LENGTH)}
-    if "objective" in DecodeConfig.__dataclass_fields__:
-        configs[THROUGHPUT] = DecodeConfig(draft_length=DRAFT_LENGTH, **{"objective": "throughput"})
-    return configs
+    """Both objectives, by the words of a row."""
+    return {
+        TOKENS: DecodeConfig(draft_length=DRAFT_LENGTH),
+        THROUGHPUT: DecodeConfig(draft_length=DRAFT_LENGTH, objective="throughput"),
+    }
 
 
 class Live:
@@ -85,10 +87,21 @@ class Live:
         others = {name: decoder for name, decoder in self.fixed.items() if name not in NAMES}
         return {PLAIN: None, EXPERT: self.fixed[domain], **others, **self.pools}
 
+    def ids(self, prompt: Prompt) -> torch.Tensor:
+        return self.zoo.tokenizer(prompt.text, return_tensors="pt").input_ids[0].to(self.zoo.target.device)
+
+    @torch.inference_mode()
+    def warm_up(self, prompts: Sequence[Prompt]) -> None:
+        """What is done once, measuring included, before anything is timed: every row a text, and the pools some more."""
+        self.text(prompts[0], 0)
+        for prompt in prompts[1:]:
+            for decoder in self.pools.values():
+                self.decode(decoder, self.ids(prompt), 0)
+
     @torch.inference_mode()
     def text(self, prompt: Prompt, number: int) -> dict[str, dict[str, Any]]:
         """Every row's text, one after another, each text beginning with another row: tokens, seconds, rounds, picks."""
-        ids = self.zoo.tokenizer(prompt.text, return_tensors="pt").input_ids[0].to(self.zoo.target.device)
+        ids = self.ids(prompt)
         rows = list(self.rows(prompt.domain).items())
         turn = number % len(rows)
         return {name: self.decode(decoder, ids, number) for name, decoder in rows[turn:] + rows[:turn]}
@@ -100,11 +113,10 @@ class Live:
             text = self.zoo.target.generate(ids[None], attention_mask=mask, max_new_tokens=LIVE_TOKENS, do_sample=False)[0]
             return {"tokens": len(text) - len(ids), "seconds": time.perf_counter() - start}
         stats = decoder.generate(ids, seed=seed, max_new_tokens=LIVE_TOKENS).stats[0]
-        lengths = getattr(stats, "lengths", None) or [DRAFT_LENGTH if one >= 0 else 0 for one in stats.choices]
         return {
             "tokens": stats.emitted_tokens, "seconds": time.perf_counter() - start, "rounds": stats.rounds,
             "emitted": sum(stats.emitted_by_round), "picks": dict(zip(stats.drafters, stats.picks.tolist())),
-            "drafted": sum(lengths),
+            "drafted": sum(stats.lengths),
         }  # fmt: skip
 
 
@@ -143,10 +155,10 @@ def measure(lab: Laboratory) -> dict[str, Any]:
         nonlocal live
         if live is None:
             live = Live(lab.zoo)
-            live.text(prompts[number], number)  # what is done once, measuring included, is not timed
+            live.warm_up(load_prompts()[LIVE_FIRST - LIVE_WARM : LIVE_FIRST])
         return live.text(prompts[number], number)
 
-    key = f"{LIVE_TOKENS} tokens, K {DRAFT_LENGTH}, rows {list(live_configs())}, layers {EXIT_LAYERS}"
+    key = f"{LIVE_TOKENS} tokens, K {DRAFT_LENGTH}, rows {list(live_configs())}, layers {EXIT_LAYERS}, warm {LIVE_WARM}"
     texts = [lab.once(f"live {LIVE_FIRST + number}: {key}", lambda number=number: decoded(number))
              for number in lab.track(range(len(prompts)), "live")]  # fmt: skip
     result["live"] = {"texts": len(texts), "tokens": LIVE_TOKENS, "rows": summed(texts) if len(texts) > 1 else {}}
