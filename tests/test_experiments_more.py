@@ -40,14 +40,7 @@ def drafted_of(ratio: np.ndarray, depth: int = DEPTH) -> np.ndarray:
 
 def trace_of(ratio: np.ndarray, prob: np.ndarray | None = None, **options) -> Trace:
     count, positions = ratio.shape
-    values = {
-        "domain": "python",
-        "number": 0,
-        "mode": "sampled",
-        "temperature": 0.0,
-        "seed": 0,
-        "drafters": NAMES[:count],
-    } | options
+    values = {"domain": "python", "number": 0, "mode": "sampled", "temperature": 0.0, "seed": 0} | options
     return Trace(
         **{"max_new_tokens": positions + 1, "prompt_length": 9, "drafters": NAMES[:count], "own_features": (True,) * count,
            "tokens": np.arange(10 + positions), "prompt_prob": np.full((count, 8), 0.5), "ratio": ratio,

@@ -50,13 +50,14 @@ class Selector:
         learner: a fresh one, over the objective's arms.
         state: a `Learner.state_dict()` to go on from.
         own_features: whether each drafter drafts on features of its own, [N], see `hedgespec.depth`; None: none does.
+        queue: as yet empty; None makes that of the configuration.
 
     Raises: ValueError for a state that is not of such a learner.
     """
 
     def __init__(
         self, drafters: Sequence[str], config: DecodeConfig, learner: Learner, state: Mapping[str, Any] | None = None,
-        own_features: Sequence[bool] | None = None,
+        own_features: Sequence[bool] | None = None, queue: DelayQueue | None = None,
     ) -> None:  # fmt: skip
         self.config, self.learner = config, learner
         self.alive = np.ones(len(drafters), dtype=bool)
@@ -69,7 +70,7 @@ class Selector:
                     f"{len(drafters)} drafters and draft_length {config.draft_length}, got one over {state.get('num_drafters')}"
                 )
             learner.load_state_dict(state)
-        self.queue = DelayQueue(
+        self.queue = queue or DelayQueue(
             len(drafters), config.draft_length, estimator=config.estimator, loss=config.loss, lengths=self.arms.needs_seconds
         )
         self.waiting: list[Feedback] = []

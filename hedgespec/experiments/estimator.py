@@ -209,8 +209,8 @@ def stops_early(cycles: int) -> Trace:
     after = np.pad(ratio, ((0, 0), (0, DRAFT_LENGTH)))
     drafted = np.stack([after[:, depth : depth + len(positions)] for depth in range(DRAFT_LENGTH)], -1).cumprod(-1)
     tokens = np.zeros(len(positions) + 2, dtype=np.int64)
-    return Trace("made up", 0, "sampled", 0.0, 0, len(positions) + 1, 1, ("every second", "in runs"), tokens, np.ones((2, 0)),
-                 ratio, ratio, drafted)  # fmt: skip
+    return Trace("made up", 0, "sampled", 0.0, 0, len(positions) + 1, 1, ("every second", "in runs"), (True, True), tokens,
+                 np.ones((2, 0)), ratio, ratio, drafted)  # fmt: skip
 
 
 def made_up(seeds: int) -> dict[str, Any]:

@@ -215,8 +215,7 @@ def replay(
     arms = ARMS[config.objective]
     prior = None if config.prior is None else arms.spread(np.array(config.prior), length)
     learner = learner or learners.make(config.learner, arms.count(count, length), prior=prior, **config.learner_options)
-    selector = Selector(trace.drafters, config, learner, state, trace.own_features)
-    selector.queue = queue or selector.queue
+    selector = Selector(trace.drafters, config, learner, state, trace.own_features, queue)
     random = generator(trace.seed if seed is None else seed, 0)
     random.random(2 if trace.mode == "coupled" and trace.temperature > 0 else 1)  # the noise's key, the first token
     warm = min(config.warm_start, trace.prompt_prob.shape[1])
