@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hedgespec.experiments.laboratory import Laboratory
 
 NAMES = (
-    "baseline", "selection", "pool-size", "delay", "estimator", "shift", "heterogeneous", "open-questions",
+    "baseline", "selection", "pool-size", "delay", "estimator", "shift", "heterogeneous", "open-questions", "features",
 )  # fmt: skip
 """What can be run, in the order in which docs/results.md tells it."""
 PACKAGES = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,17 @@ import numpy as np
 from hedgespec.config import DecodeConfig
 from hedgespec.experiments import Experiment
 from hedgespec.experiments.laboratory import Laboratory
+from hedgespec.experiments.measures import signature
 from hedgespec.experiments.statistics import by_seed, mat, mean_interval, told
+from hedgespec.experiments.telling import titled
+from hedgespec.experiments.traces import Trace
+from hedgespec.metrics import DecodeStats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SETS = {"greedy": "temperature 0", "sampled": "temperature 1, sampled", "coupled": "temperature 1, coupled"}
+DRAFT_LENGTH = 5
 
 
 @dataclass(frozen=True)
@@ -34,67 +39,187 @@ class Feature:
 FEATURES = (
     Feature("estimator", "estimator", ("exact", "product"), ("sampled",)),
     Feature("loss", "loss", ("length", "acceptance_rate")),
-    Feature("how a drafter follows from the weights", "selection", ("sample", "argmax")),
+    Feature("from weights to a drafter", "selection", ("sample", "argmax")),
     Feature("prompt warm start", "warm_start", (32, 0, 8, 64)),
     Feature("rounds between evaluations", "evaluate_every", ("adaptive", 1, 4, 8)),
+    Feature("back-off evaluation", "back_off", (None, 1, 2, 4)),
+    Feature("back-off, evaluated each round", "back_off", (None, 1, 2, 4), shared={"evaluate_every": 1}),
+    Feature("depth correction", "depth_correction", (False, True)),
+)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What rounds are taken to cost, in units of a forward over one token."""
+
+    title: str
+    draft: float
+    """To draft a token."""
+    verify: tuple[float, ...]
+    """To verify a round, by drafted length 0..K."""
+
+    def seconds(self, drafters: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `replay` takes them, for so many drafters."""
+        return np.full(drafters, self.draft), np.array(self.verify)
+
+    def of(self, stats: DecodeStats) -> float:
+        """Of all rounds of a request."""
+        lengths = np.array(stats.lengths)
+        return float(self.draft * lengths.sum() + np.array(self.verify)[lengths].sum())
+
+
+PRICES = (
+    Prices("as on the paper's GPU: any round one forward, a drafted token 1/30 of it", 1 / 30, (1.0,) * (DRAFT_LENGTH + 1)),
+    Prices("each drafted token makes the forward dearer by 1/8, and costs 1/15", 1 / 15, tuple(1 + k / 8 for k in range(6))),
+    Prices("each makes it dearer by 1/2, and costs 1/5", 1 / 5, tuple(1 + k / 2 for k in range(6))),
+    Prices("each makes it dearer by 1, and costs 1/2: nothing pays", 1 / 2, tuple(1.0 + k for k in range(6))),
 )
 
 
 def measure(lab: Laboratory) -> dict[str, Any]:
-    result: dict[str, Any] = {"features": {}}
-    for feature in lab.track(FEATURES, "features"):
-        of_sets: dict[str, Any] = {}
-        for name in feature.sets:
-            traces = [trace for trace in lab.traces(name) if trace.drafted.shape[1]]
-            found: dict[str, Any] = {}
-            for value in feature.values:
-                options = {**feature.shared, feature.option: value}
-                config = DecodeConfig(mode=traces[0].mode, **options)
-                key = f"{name} {len(traces)} {lab.seeds} {sorted(options.items())}"
-                found[str(value)] = lab.once(key, lambda: by_seed(traces, config, lab.seeds, lambda _, stats: mat(stats)))  # noqa: B023
-            default = np.array(found[str(feature.values[0])])
-            of_sets[name] = {
-                value: {"mat": mean_interval(mats), "less_default": mean_interval(np.array(mats) - default)}
-                for value, mats in found.items()
+    sets = {name: [trace for trace in lab.traces(name) if trace.drafted.shape[1]] for name in SETS}
+    return {
+        "features": {feature.title: _compare(lab, feature, sets) for feature in lab.track(FEATURES, "features")},
+        "depths": {name: _depths(lab, name, traces) for name, traces in sets.items()},
+        "prices": [_objectives(lab, prices, sets["greedy"]) for prices in lab.track(PRICES, "objectives")],
+    }
+
+
+def _compare(lab: Laboratory, feature: Feature, sets: Mapping[str, list[Trace]]) -> dict[str, Any]:
+    """MAT of every value, what it is less the default's, and how many of the drafters an evaluation scores."""
+    of_sets: dict[str, Any] = {}
+    for name in feature.sets:
+        traces, found = sets[name], {}
+        for value in feature.values:
+            options = {**feature.shared, feature.option: value}
+            config = DecodeConfig(mode=traces[0].mode, draft_length=DRAFT_LENGTH, **options)
+            key = f"{signature(traces)} {lab.seeds} {sorted(options.items())}"
+            found[str(value)] = lab.once(key, lambda: _mats(traces, config, lab.seeds))  # noqa: B023
+        default = np.array(found[str(feature.values[0])]["mat"])
+        of_sets[name] = {
+            value: {
+                "mat": mean_interval(one["mat"]),
+                "less_default": mean_interval(np.array(one["mat"]) - default),
+                "scored": float(np.mean(one["scored"])),
             }
-        result["features"][feature.title] = {"option": feature.option, "sets": of_sets}
+            for value, one in found.items()
+        }
+    return {"option": feature.option, "sets": of_sets}
+
+
+def _mats(traces: Sequence[Trace], config: DecodeConfig, seeds: int) -> dict[str, list[float]]:
+    """By seed: MAT, and scored drafters of all that every evaluation might have scored."""
+    scored: list[float] = []
+
+    def look(_: Sequence[Trace], stats: Sequence[DecodeStats]) -> float:
+        scored.append(
+            sum(one.evaluations.sum() for one in stats) / sum(len(one.drafters) * one.evaluations.max() for one in stats)
+        )
+        return mat(stats)
+
+    return {"mat": by_seed(traces, config, seeds, look), "scored": scored}
+
+
+def _depths(lab: Laboratory, name: str, traces: Sequence[Trace]) -> dict[str, list[float]]:
+    """Acceptance at each depth over the rounds that reached it, [K]: predicted, corrected, and what came."""
+    config = DecodeConfig(mode=traces[0].mode, draft_length=DRAFT_LENGTH, depth_correction=True)
+
+    def look(_: Sequence[Trace], stats: Sequence[DecodeStats]) -> list[list[float]]:
+        return [
+            np.sum([getattr(one, f"{kind}_by_depth") for one in stats], 0).tolist()
+            for kind in ("reached", "predicted", "corrected", "accepted")
+        ]
+
+    sums = lab.once(f"depths {signature(traces)} {lab.seeds}", lambda: by_seed(traces, config, lab.seeds, look))
+    reached, *others = np.sum(sums, 0)
+    return {kind: (of / reached).tolist() for kind, of in zip(("predicted", "corrected", "accepted"), others)}
+
+
+def _objectives(lab: Laboratory, prices: Prices, traces: Sequence[Trace]) -> dict[str, Any]:
+    """Both objectives under the same prices: speed over plain decoding, mean draft length, rounds without a draft."""
+    plain = sum(trace.drafted.shape[1] for trace in traces) * prices.verify[0]
+    result: dict[str, Any] = {"title": prices.title}
+    for objective in ("tokens", "throughput"):
+        config = DecodeConfig(draft_length=DRAFT_LENGTH, objective=objective)
+        options = {"seconds": prices.seconds(len(traces[0].drafters))} if objective == "throughput" else {}
+
+        def look(_: Sequence[Trace], stats: Sequence[DecodeStats]) -> list[float]:
+            lengths = np.concatenate([one.lengths for one in stats])
+            return [plain / sum(map(prices.of, stats)), float(lengths.mean()), float((lengths == 0).mean()), mat(stats)]
+
+        key = f"{signature(traces)} {lab.seeds} {objective} {prices}"
+        found = np.array(lab.once(key, lambda: by_seed(traces, config, lab.seeds, look, **options)))  # noqa: B023
+        names = ("speed", "length", "plain", "mat")
+        result[objective] = {name: mean_interval(column) for name, column in zip(names, found.T)}
     return result
 
 
 def tell(result: dict[str, Any]) -> str:
-    lines = [
-        f"Tokens a round (MAT) over the same texts, replayed with {result['seeds']} seeds; intervals of 95% over the seeds, "
-        "which tell how much is chance in the choice of drafters and nothing of other texts. The first value of each option "
-        "is the default. In brackets: what another value changes.",
-        "",
-        "| | option | " + " | ".join(SETS.values()) + " |",
-        "|---" * (2 + len(SETS)) + "|",
-    ]
+    rows = []
     for title, feature in result["features"].items():
-        values = list(next(iter(feature["sets"].values())))
-        for number, value in enumerate(values):
+        for number, value in enumerate(next(iter(feature["sets"].values()))):
             cells = []
             for name in SETS:
                 found = feature["sets"].get(name, {}).get(value)
-                cell = "" if found is None else told(found["mat"], 3)
-                if number and found is not None:
-                    cell = f"{found['mat']['mean']:.3f} [{told(found['less_default'], 3)}]"
-                cells.append(cell)
-            lines.append(f"| {title if number == 0 else ''} | `{feature['option']}={value}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+                if found is None:
+                    cells.append("")
+                elif number == 0:
+                    cells.append(f"{found['mat']['mean']:.3f}")
+                else:
+                    cells.append(f"{found['mat']['mean']:.3f}, by {told(found['less_default'], 3)}")
+            scored = feature["sets"].get("greedy", {}).get(value)
+            share = f"{100 * scored['scored']:.0f}" if scored else ""
+            rows.append([title if number == 0 else "", f"`{feature['option']}={value}`", *cells, share])
+    parts = [
+        titled(
+            f"Tokens a round (MAT) over the same texts, means of {result['seeds']} seeds, and by how much more that is than the "
+            "default's, which stands first; intervals of 95% over the seeds tell how much is chance in the choice of drafters, "
+            "nothing of other texts. Last: the share of drafters that an evaluation scores, at temperature 0.",
+            ["", "option", *SETS.values(), "scored, %"],
+            rows,
+        ),
+        titled(
+            "Depth correction: of drafted tokens that were looked at, the share predicted to be accepted from the scores, the "
+            "same corrected as known at the time, and what was accepted.",
+            ["", *(f"depth {depth + 1}" for depth in range(DRAFT_LENGTH))],
+            [
+                [f"{SETS[name]}: {kind}", *(f"{value:.3f}" for value in values)]
+                for name, kinds in result["depths"].items()
+                for kind, values in kinds.items()
+            ],
+        ),
+        titled(
+            "Objectives, temperature 0, under prices that are made up, in units of a forward over one token: speed over plain "
+            "decoding, tokens drafted a round, rounds without a draft, MAT.",
+            ["prices", "objective", "x plain", "drafted", "plain, %", "MAT"],
+            [
+                [
+                    one["title"] if objective == "tokens" else "",
+                    objective,
+                    told(one[objective]["speed"], 3),
+                    f"{one[objective]['length']['mean']:.2f}",
+                    f"{100 * one[objective]['plain']['mean']:.0f}",
+                    f"{one[objective]['mat']['mean']:.2f}",
+                ]
+                for one in result["prices"]
+                for objective in ("tokens", "throughput")
+            ],
+        ),
+    ]
+    return "\n".join(parts)
 
 
 def draw(result: dict[str, Any]) -> Figure:
     from matplotlib import pyplot
 
     rows = [
-        (f"{feature['option']}={value}", name, found["less_default"])
-        for feature in result["features"].values()
+        (f"{title}: {value}", name, found["less_default"])
+        for title, feature in result["features"].items()
         for name, values in feature["sets"].items()
         for value, found in list(values.items())[1:]
     ]
     labels = list(dict.fromkeys(label for label, _, _ in rows))
-    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.45 * len(labels)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.4 * len(labels)), layout="constrained")
     for place, name in enumerate(SETS):
         own = [(labels.index(label) + 0.22 * (place - 1), one) for label, of, one in rows if of == name]
         reach = [[one["mean"] - one["low"] for _, one in own], [one["high"] - one["mean"] for _, one in own]]
@@ -111,7 +236,8 @@ EXPERIMENT = Experiment(
     "features",
     "What goes past the paper, option by option",
     "Each option of `DecodeConfig` by itself, the others at their defaults: what it does to the tokens a round. The text's "
-    "distribution depends on none of them. Recorded acceptance, replayed.",
+    "distribution depends on none of them. Recorded acceptance, replayed; what an option saves in time is measured live, by "
+    "the benchmarks below.",
     measure,
     tell,
     draw,
