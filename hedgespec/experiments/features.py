@@ -76,6 +76,13 @@ PRICES = (
 )
 
 
+OBJECTIVES = {
+    "tokens": {},
+    "throughput": {"objective": "throughput"},
+    "throughput, depth correction": {"objective": "throughput", "depth_correction": True},
+}
+
+
 def measure(lab: Laboratory) -> dict[str, Any]:
     sets = {name: [trace for trace in lab.traces(name) if trace.drafted.shape[1]] for name in SETS}
     return {
@@ -112,9 +119,8 @@ def _mats(traces: Sequence[Trace], config: DecodeConfig, seeds: int) -> dict[str
     scored: list[float] = []
 
     def look(_: Sequence[Trace], stats: Sequence[DecodeStats]) -> float:
-        scored.append(
-            sum(one.evaluations.sum() for one in stats) / sum(len(one.drafters) * one.evaluations.max() for one in stats)
-        )
+        most = sum(len(one.drafters) * one.evaluations.max() for one in stats)
+        scored.append(sum(one.evaluations.sum() for one in stats) / most)
         return mat(stats)
 
     return {"mat": by_seed(traces, config, seeds, look), "scored": scored}
@@ -136,21 +142,21 @@ def _depths(lab: Laboratory, name: str, traces: Sequence[Trace]) -> dict[str, li
 
 
 def _objectives(lab: Laboratory, prices: Prices, traces: Sequence[Trace]) -> dict[str, Any]:
-    """Both objectives under the same prices: speed over plain decoding, mean draft length, rounds without a draft."""
+    """The objectives under the same prices: speed over plain decoding, mean draft length, rounds without a draft."""
     plain = sum(trace.drafted.shape[1] for trace in traces) * prices.verify[0]
     result: dict[str, Any] = {"title": prices.title}
-    for objective in ("tokens", "throughput"):
-        config = DecodeConfig(draft_length=DRAFT_LENGTH, objective=objective)
-        options = {"seconds": prices.seconds(len(traces[0].drafters))} if objective == "throughput" else {}
+    for name, chosen in OBJECTIVES.items():
+        config = DecodeConfig(draft_length=DRAFT_LENGTH, **chosen)
+        options = {"seconds": prices.seconds(len(traces[0].drafters))} if config.objective == "throughput" else {}
 
         def look(_: Sequence[Trace], stats: Sequence[DecodeStats]) -> list[float]:
             lengths = np.concatenate([one.lengths for one in stats])
             return [plain / sum(map(prices.of, stats)), float(lengths.mean()), float((lengths == 0).mean()), mat(stats)]
 
-        key = f"{signature(traces)} {lab.seeds} {objective} {prices}"
+        key = f"{signature(traces)} {lab.seeds} {name} {prices}"
         found = np.array(lab.once(key, lambda: by_seed(traces, config, lab.seeds, look, **options)))  # noqa: B023
-        names = ("speed", "length", "plain", "mat")
-        result[objective] = {name: mean_interval(column) for name, column in zip(names, found.T)}
+        measures = ("speed", "length", "plain", "mat")
+        result[name] = {measure: mean_interval(column) for measure, column in zip(measures, found.T)}
     return result
 
 
@@ -172,8 +178,8 @@ def tell(result: dict[str, Any]) -> str:
             rows.append([title if number == 0 else "", f"`{feature['option']}={value}`", *cells, share])
     parts = [
         titled(
-            f"Tokens a round (MAT) over the same texts, means of {result['seeds']} seeds, and by how much more that is than the "
-            "default's, which stands first; intervals of 95% over the seeds tell how much is chance in the choice of drafters, "
+            f"Tokens a round (MAT) over the same texts, means of {result['seeds']} seeds, and by how much more that is than "
+            "the default's, which stands first; intervals of 95% over the seeds tell how much is chance in the choice of drafters, "
             "nothing of other texts. Last: the share of drafters that an evaluation scores, at temperature 0.",
             ["", "option", *SETS.values(), "scored, %"],
             rows,
@@ -202,7 +208,7 @@ def tell(result: dict[str, Any]) -> str:
                     f"{one[objective]['mat']['mean']:.2f}",
                 ]
                 for one in result["prices"]
-                for objective in ("tokens", "throughput")
+                for objective in OBJECTIVES
             ],
         ),
     ]
