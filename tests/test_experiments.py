@@ -62,6 +62,7 @@ def folder(tmp_path_factory) -> Path:
 
 def decode_nothing(patch: pytest.MonkeyPatch) -> None:
     speeds = {"plain": 1.0, "generalist": 1.2, "hedgespec_mat": 2.2, "generalist_mat": 2.0, "same": True, "domain": "sql"}
+    speeds |= {"throughput": 1.3, "throughput_length": 2.0}
     patch.setattr(baseline._Live, "decode", lambda _, number: {**speeds, "hedgespec": 1.5 + number})
     patch.setattr(pool_size, "_live_over_replay", lambda laboratory: 50.0)
 
@@ -243,14 +244,14 @@ def recorded(zoo, number: int) -> Trace:
                   temperature=0.0, max_new_tokens=12, depth=5)  # fmt: skip
 
 
-def test_the_three_ways_are_decoded_in_turns(zoo, tmp_path, monkeypatch):
+def test_all_ways_are_decoded_in_turns(zoo, tmp_path, monkeypatch):
     monkeypatch.setattr(baseline, "LIVE_TOKENS", 12)
     laboratory = Laboratory(tmp_path, "baseline")
     laboratory.zoo = zoo
     trace = recorded(zoo, 0)
     found = baseline._Live(laboratory, [trace]).decode(0)
     assert found["same"] and found["domain"] == "sql"
-    assert all(found[way] > 0 for way in ("plain", "generalist", "hedgespec"))
+    assert all(found[way] > 0 for way in ("plain", "generalist", "hedgespec", "throughput"))
     assert found["hedgespec_mat"] == replay(trace, DecodeConfig(), seed=0).mean_accepted_tokens
     assert found["generalist_mat"] == 11 / measures.rounds_alone(trace, 5)[1]
 

@@ -179,7 +179,7 @@ def tell(result: dict[str, Any]) -> str:
     parts = [
         titled(
             f"Tokens a round (MAT) over the same texts, means of {result['seeds']} seeds, and by how much more that is than "
-            "the default's, which stands first; intervals of 95% over the seeds tell how much is chance in the choice of drafters, "
+            "the default's, which stands first; intervals of 95% over the seeds tell how much is chance in who drafts, "
             "nothing of other texts. Last: the share of drafters that an evaluation scores, at temperature 0.",
             ["", "option", *SETS.values(), "scored, %"],
             rows,
