@@ -27,8 +27,8 @@ def write(folder: Path, path: Path) -> None:
         "# Results",
         "Written by `hedgespec experiment report` from the figures of each experiment, none by hand. Every experiment is one "
         "command, named under its heading; the tables beside it have the same numbers. The zoo is small: a target of 135M "
-        "parameters and seven heads trained on two cores. What can be compared with the paper, whose targets have 8B and 32B, is "
-        "what selection does with the drafters there are, not how good they are.",
+        "parameters and seven heads trained on two cores. What can be compared with the paper, whose targets have 8B and 32B, "
+        "is what selection does with the drafters there are, not how good they are.",
         "## Goals",
         table(["goal", "", "measured"], [row for goal in GOALS if (row := goal(found)) is not None]),
     ]
