@@ -254,9 +254,9 @@ def test_meta_sd_hears_what_the_chosen_drafters_block_scored(target, monkeypatch
     """Each round's weights are UCB1's over the rounds that were scored before it, none left out and none twice."""
     scored, original = {}, Selector.observe
 
-    def observe(selector, prob, ratio):
+    def observe(selector, prob, ratio, seconds):
         scored.setdefault(id(selector), []).append((len(selector.stats.choices), np.array(prob)))
-        original(selector, prob, ratio)
+        original(selector, prob, ratio, seconds)
 
     monkeypatch.setattr(Selector, "observe", observe)
     config = DecodeConfig(draft_length=3, learner="meta_sd", evaluate_every=every, overlap=overlap, **shape)

@@ -95,9 +95,10 @@ class Learner(ABC):
 
     def expected_loss(self, losses: NDArray[np.float64]) -> float:
         """weights @ losses, [N]; where some are NaN, of the others, whose weights then count as all there is."""
+        expected = float(self._weights.dot(losses))
+        if expected == expected:  # no NaN among them
+            return expected
         known = ~np.isnan(losses)
-        if known.all():
-            return float(self._weights.dot(losses))
         weights = self._weights if self._weights[known].any() else self.prior
         # No division where the unknown weigh nothing: the sum is then what it would be if they were known, bit for bit.
         total = weights[known].sum() if weights[~known].any() else 1.0
