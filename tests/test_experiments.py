@@ -146,6 +146,12 @@ def test_bad_arguments(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_results_in_the_documentation_are_those_that_were_measured():
+    repository = Path(__file__).parent.parent
+    docs = repository / "docs"
+    assert (docs / "results.md").read_text() == report.compose(repository / "bench" / "results" / "experiments", docs)
+
+
 def test_the_report_tells_what_was_measured(folder, result_of, tmp_path):
     with pytest.raises(ValueError, match="the results of an experiment"):
         report.write(tmp_path, tmp_path / "results.md")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,13 @@ Result = dict[str, Any]
 
 
 def write(folder: Path, path: Path) -> None:
-    """Writes every experiment that has a result in a folder as one file of Markdown, and the benchmarks of the decoder's
-    options where their figures lie in the folder `decoder` beside it.
+    """Writes `compose` of a folder to a file. Raises: ValueError where there is no result."""
+    path.write_text(compose(folder, path.parent), encoding="utf-8")
+
+
+def compose(folder: Path, place: Path) -> str:
+    """Every experiment that has a result in a folder as one text of Markdown that is to lie in the folder `place`, and the
+    benchmarks of the decoder's options where their figures lie in the folder `decoder` beside the first.
 
     Raises: ValueError where there is no result.
     """
@@ -34,26 +38,27 @@ def write(folder: Path, path: Path) -> None:
     ]
     for name, result in found.items():
         experiment = load(name)
-        figure = Path(os.path.relpath(folder / f"{name}.svg", path.parent)).as_posix()
+        figure = Path(os.path.relpath(folder / f"{name}.svg", place)).as_posix()
         made = f"`{result['command']}`, {result['date']}, torch {result['versions']['torch']}."
         parts += [f"## {experiment.title}", experiment.question, made, experiment.tell(result)]
         parts += [f"![{experiment.title}]({figure})"]
-    live = [told for bench, tell in LIVE.items() if (told := _bench(folder.parent / "decoder" / f"{bench}.json", tell))]
+    live = [told for bench in LIVE if (told := _bench(folder.parent / "decoder", bench))]
     if live:
         parts += ["## Options by the clock", "Decoded live, the values of an option in turns over the same prompts.", *live]
-    path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def _read(path: Path) -> Result:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _bench(path: Path, tell: Callable[[Result], str]) -> str:
+def _bench(folder: Path, name: str) -> str:
     """What a benchmark found, under its command; nothing where it has not run."""
-    if not path.exists():
+    if not (path := folder / f"{name}.json").exists():
         return ""
     result = _read(path)
-    return f"`{result['command'].partition(' --json')[0]}`, {result['date']}:\n\n{tell(result)}"
+    told = f"`{result['command'].partition(' --json')[0]}`, {result['date']}{NOTES.get(name, '')}:"
+    return f"{told}\n\n{LIVE[name](result)}"
 
 
 # Goals
@@ -196,3 +201,5 @@ LIVE = {
     "trees-sampled": _trees,
 }  # fmt: skip
 """By the names of their files."""
+NOTES = {"cadence": ", with `warm_start=0`", "modes": ", with `warm_start=0`"}
+"""What the command of a recorded benchmark does not say: these were run before there was a warm start."""
