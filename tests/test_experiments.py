@@ -22,7 +22,7 @@ from hedgespec.experiments.traces import Trace, record, replay
 from hedgespec.metrics import DecodeStats
 from hedgespec.zoo import EXPERTS, GENERALIST, NAMES
 
-REPLAYED = ("baseline", "selection", "pool-size", "delay")
+REPLAYED = ("baseline", "selection", "pool-size", "delay", "features")
 TEXTS, TOKENS, DEPTH = 4, 24, 8
 GOOD, BAD = 0.9, 0.3
 """Chance that a drafter is accepted: that of the text's domain, and any other."""

@@ -138,7 +138,7 @@ def _depths(lab: Laboratory, name: str, traces: Sequence[Trace]) -> dict[str, li
 
     sums = lab.once(f"depths {signature(traces)} {lab.seeds}", lambda: by_seed(traces, config, lab.seeds, look))
     reached, *others = np.sum(sums, 0)
-    return {kind: (of / reached).tolist() for kind, of in zip(("predicted", "corrected", "accepted"), others)}
+    return {kind: (of / np.maximum(reached, 1)).tolist() for kind, of in zip(("predicted", "corrected", "accepted"), others)}
 
 
 def _objectives(lab: Laboratory, prices: Prices, traces: Sequence[Trace]) -> dict[str, Any]:
@@ -212,7 +212,35 @@ def tell(result: dict[str, Any]) -> str:
             ],
         ),
     ]
-    return "\n".join(parts)
+    return "\n".join([*parts, _verdict(result)])
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    """What differs from the defaults beyond chance, and what the objectives do where drafts are dear."""
+    above, below = [], []
+    for title, feature in result["features"].items():
+        for name, values in feature["sets"].items():
+            for value, found in values.items():
+                more = found["less_default"]
+                words = f"`{feature['option']}={value}` ({title}, {SETS[name]}: {more['mean']:+.3f})"
+                above += [words] if more["low"] > 0 else []
+                below += [words] if more["high"] < 0 else []
+    gaps = {
+        name: [float(np.sum(kinds[kind]) - np.sum(kinds["accepted"])) for kind in ("predicted", "corrected")]
+        for name, kinds in result["depths"].items()
+    }
+    promised = "; ".join(f"{SETS[name]} {before:.2f}, corrected {after:.2f}" for name, (before, after) in gaps.items())
+    gains = [one["throughput"]["speed"]["mean"] / one["tokens"]["speed"]["mean"] for one in result["prices"]]
+    first, last = result["prices"][0], result["prices"][-1]
+    dear = last["throughput"]
+    return (
+        f"Above its default beyond chance: {', '.join(above) or 'nothing'}. Below: {', '.join(below) or 'nothing'}. Summed "
+        f'over the depths, scores promise more acceptance than comes by: {promised}. Objective "throughput" has '
+        f'{", ".join(f"{gain:.2f}" for gain in gains)} times the speed of "tokens" under the four prices: where drafts cost '
+        f"next to nothing it drafts {first['throughput']['length']['mean']:.1f} tokens a round, and where nothing pays "
+        f"{100 * dear['plain']['mean']:.0f}% of its rounds are plain, at {dear['speed']['mean']:.2f} times plain decoding's "
+        "speed.\n"
+    )
 
 
 def draw(result: dict[str, Any]) -> Figure:
