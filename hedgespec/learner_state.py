@@ -88,7 +88,10 @@ def load_learner_state(path: str | Path, decoder: Decoder) -> dict[str, Any]:
     try:
         learner.load_state_dict(saved["state"])
     except ValueError as error:
-        raise LearnerStateError(f"{path}: {error}") from error
+        config = decoder.config
+        raise LearnerStateError(
+            f"{path}: {error} (for objective {config.objective!r} with draft_length {config.draft_length})"
+        ) from error
     return learner.state_dict()
 
 
