@@ -30,6 +30,8 @@ class Pool:
     def __init__(self, learner: str = "normal_hedge", names=NAMES, **options):
         self.drafters, self.learner, self.options = [NGramDrafter(5, name=name) for name in names], learner, options
 
+    config = DecodeConfig()
+
     def new_learner(self) -> learners.Learner:
         return learners.make(self.learner, len(self.drafters), **self.options)
 
