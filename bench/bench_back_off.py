@@ -13,14 +13,14 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from bench_cadence import SCORING, record, summary
-from bench_decoder import DRAFT_LENGTH, batches_of, cadence, positive
-from in_turns import add_temperature, add_times_first, gaps_of, in_turns, parsed, parser_of, told
+from bench_cadence import COLUMNS, SCORING, cells, requests_of, summary
+from bench_decoder import DRAFT_LENGTH, cadence, positive
+from in_turns import add_temperature, add_times_first, parsed, parser_of, told
 from rich.console import Console
 from rich.table import Table
 
 from hedgespec.config import DecodeConfig
-from hedgespec.zoo import load_prompts, load_zoo
+from hedgespec.zoo import load_zoo
 
 
 def patience(text: str) -> int | None:
@@ -42,12 +42,10 @@ def row_of(back_off: int | None, every: int | str, requests: list[dict]) -> dict
 def show(rows: list[dict], console: Console) -> None:
     title = f"{len(rows[0]['requests'])} requests by back_off, evaluated every {rows[0]['evaluate_every']}"
     table = Table(title=title, title_justify="left", box=None)
-    for column in ("back_off", "MAT", "regret in force", "regret", "tokens/s", "x first", "scored, %", "scoring, ms"):
+    for column in ("back_off", *COLUMNS, "scored, %", "scoring, ms"):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(str(row["back_off"]), f"{row['mat']:.3f}", f"{row['regret_in_force']:.2f}", f"{row['regret']:.2f}",
-                      f"{row['tokens_per_second']:.1f}", f"{row['times_first']:.2f}", f"{100 * row['scored_share']:.0f}",
-                      f"{row['scoring_ms']:.2f}")  # fmt: skip
+        table.add_row(str(row["back_off"]), *cells(row), f"{100 * row['scored_share']:.0f}", f"{row['scoring_ms']:.2f}")
     console.print(table)
 
 
@@ -63,15 +61,7 @@ def main() -> int:
     every = options.evaluate_every
     configs = {value: DecodeConfig(draft_length=DRAFT_LENGTH, evaluate_every=every, back_off=value) for value in values}
     console, zoo = Console(), load_zoo(device=options.device)
-    works = batches_of(zoo, load_prompts()[: options.prompts], 1, options.seed)
-    requests: dict[int | None, list[dict]] = {value: [] for value in values}
-    gaps: list[float] = []
-    arguments = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
-    for work, outputs in in_turns(zoo, configs, works, console, **arguments):
-        for value, out in outputs.items():
-            requests[value].append(record(work.prompts[0].domain, out.stats[0]))
-        if options.temperature == 0:
-            gaps += gaps_of(zoo, work, outputs)
+    requests, gaps = requests_of(zoo, configs, options, console)
     rows = [row_of(value, every, of) for value, of in requests.items()]
     add_times_first(rows)
     show(rows, console)

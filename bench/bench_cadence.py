@@ -15,7 +15,9 @@ bench/bench_decoder.py: the run fails if one differs by more than a tie of logit
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 from bench_decoder import DRAFT_LENGTH, batches_of, cadence
@@ -25,7 +27,7 @@ from rich.table import Table
 
 from hedgespec.config import DecodeConfig
 from hedgespec.metrics import DecodeStats
-from hedgespec.zoo import load_prompts, load_zoo
+from hedgespec.zoo import Zoo, load_prompts, load_zoo
 
 SCORING = ("evaluate", "prefill")
 
@@ -58,14 +60,37 @@ def summary(every: int | str, requests: list[dict]) -> dict:
     }
 
 
+def requests_of(
+    zoo: Zoo, configs: Mapping[Hashable, DecodeConfig], options: argparse.Namespace, console: Console
+) -> tuple[dict[Hashable, list[dict]], list[float]]:
+    """By configuration the record of every prompt, and how far logits are apart where texts differ."""
+    works = batches_of(zoo, load_prompts()[: options.prompts], 1, options.seed)
+    requests: dict[Hashable, list[dict]] = {name: [] for name in configs}
+    gaps: list[float] = []
+    arguments = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+    for work, outputs in in_turns(zoo, configs, works, console, **arguments):
+        for name, out in outputs.items():
+            requests[name].append(record(work.prompts[0].domain, out.stats[0]))
+        if options.temperature == 0:
+            gaps += gaps_of(zoo, work, outputs)
+    return requests, gaps
+
+
+COLUMNS = ("MAT", "regret in force", "regret", "tokens/s", "x first")
+
+
+def cells(row: dict) -> list[str]:
+    """Of `COLUMNS`."""
+    return [f"{row['mat']:.3f}", f"{row['regret_in_force']:.2f}", f"{row['regret']:.2f}", f"{row['tokens_per_second']:.1f}",
+            f"{row['times_first']:.2f}"]  # fmt: skip
+
+
 def show(rows: list[dict], console: Console) -> None:
     table = Table(title=f"{len(rows[0]['requests'])} requests by cadence", title_justify="left", box=None)
-    for column in ("m", "MAT", "regret in force", "regret", "tokens/s", "x first", "scoring, %"):
+    for column in ("m", *COLUMNS, "scoring, %"):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(str(row["evaluate_every"]), f"{row['mat']:.3f}", f"{row['regret_in_force']:.2f}",
-                      f"{row['regret']:.2f}", f"{row['tokens_per_second']:.1f}", f"{row['times_first']:.2f}",
-                      f"{100 * row['scoring_share']:.0f}")  # fmt: skip
+        table.add_row(str(row["evaluate_every"]), *cells(row), f"{100 * row['scoring_share']:.0f}")
     console.print(table)
 
 
@@ -81,15 +106,7 @@ def main() -> int:
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     console, zoo = Console(), load_zoo(device=options.device)
-    works = batches_of(zoo, load_prompts()[: options.prompts], 1, options.seed)
-    requests: dict[int | str, list[dict]] = {every: [] for every in configs}
-    gaps: list[float] = []
-    arguments = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
-    for work, outputs in in_turns(zoo, configs, works, console, **arguments):
-        for every, out in outputs.items():
-            requests[every].append(record(work.prompts[0].domain, out.stats[0]))
-        if options.temperature == 0:
-            gaps += gaps_of(zoo, work, outputs)
+    requests, gaps = requests_of(zoo, configs, options, console)
     rows = [summary(every, of) for every, of in requests.items()]
     add_times_first(rows)
     show(rows, console)

@@ -65,6 +65,11 @@ def gumbel(keys: Sequence[int], positions: Sequence[int], vocabulary: int, devic
     return u.log_().neg_().log_().neg_().float()
 
 
+def key_of(uniform: float) -> int:
+    """The key of a text's noise, of a uniform random number in [0, 1): all of its 53 bits."""
+    return int(uniform * 2**53)
+
+
 def perturb(
     logits: Tensor, noise: Tensor, *, temperature: float, threshold: Tensor | None = None, draft_to_target: Tensor | None = None
 ) -> Tensor:

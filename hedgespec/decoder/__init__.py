@@ -10,21 +10,19 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from hedgespec import learners
 from hedgespec.config import DecodeConfig
 from hedgespec.costs import Costs
-from hedgespec.decoder.arms import ARMS
 from hedgespec.decoder.batch import Batch, stack
 from hedgespec.decoder.pool import stacks_of
 from hedgespec.decoder.request import Request, eos_of, generator, rows_of, states_of
 from hedgespec.decoder.row import Row
-from hedgespec.decoder.selector import RAREST
+from hedgespec.decoder.selector import RAREST, new_learner
 from hedgespec.drafters import Drafter
 from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError
+from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
 from hedgespec.target import Captures, check_target, rows_may_differ
@@ -106,20 +104,9 @@ class Decoder:
                 self._stacks = stacks_of(self.drafters)
             return self._stacks
 
-    def new_learner(self) -> learners.Learner:
+    def new_learner(self) -> Learner:
         """A learner as the configuration has it, at the start of a request."""
-        config, count, arms = self.config, len(self.drafters), ARMS[self.config.objective]
-        prior = None if config.prior is None else np.array(config.prior)
-        if prior is not None and prior.shape != (count,):
-            raise ValueError(f"prior: expected shape ({count},), got {prior.shape}")
-        prior = None if prior is None else arms.spread(prior, config.draft_length)
-        learner = learners.make(config.learner, arms.count(count, config.draft_length), prior=prior, **config.learner_options)
-        if arms.needs_seconds and learner.feedback != "full":
-            raise ValueError(
-                f"learner: expected one that hears of all drafters with objective {config.objective!r}, such as normal_hedge, "
-                f"hedge or ada_normal_hedge, got {config.learner!r}"
-            )
-        return learner
+        return new_learner(self.config, len(self.drafters))
 
     def __call__(
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=None, **model_kwargs

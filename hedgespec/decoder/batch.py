@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from hedgespec.coupled import gumbel, perturb
+from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder.pool import MOST_MAPS, UNSOUND, Heads, Pool, Scored, Singles, no_draft
 from hedgespec.decoder.request import Request
 from hedgespec.decoder.row import Row, last
@@ -75,7 +75,7 @@ class Batch:
         ]
         if self.coupled:  # before the uniforms, of which there are as many as rounds
             for row in self.rows:
-                row.noise_key = int(row.uniforms(1)[0] * 2**53)
+                row.noise_key = key_of(row.uniforms(1)[0])
         self._place()
         self.pool = Pool(drafters, decoder.stacks(), self.rows, self.config)
         self.costs = decoder.costs

@@ -17,7 +17,7 @@ from hedgespec.decoder.arms import ARMS, Seconds
 from hedgespec.decoder.back_off import BackOff
 from hedgespec.delay import DelayQueue
 from hedgespec.depth import DepthCorrection
-from hedgespec.learners import Learner
+from hedgespec.learners import Learner, make
 from hedgespec.metrics import DecodeStats
 from hedgespec.records import NOBODY, Choice, Feedback
 from hedgespec.selection import select
@@ -27,6 +27,26 @@ RAREST = 8
 RAREST_PLAIN = 64
 """The same while nobody drafts. Each of the rounds emits one token, whose logits are kept until then: no more than of `RAREST`
 rounds with drafts."""
+
+
+def new_learner(config: DecodeConfig, num_drafters: int) -> Learner:
+    """A learner over the objective's arms as the configuration has it, at the start of a request.
+
+    Raises: ValueError for an unknown learner, one that does not go with the objective, or a prior of the wrong size; TypeError
+    for an option that it does not have.
+    """
+    arms = ARMS[config.objective]
+    prior = None if config.prior is None else np.array(config.prior)
+    if prior is not None and prior.shape != (num_drafters,):
+        raise ValueError(f"prior: expected shape ({num_drafters},), got {prior.shape}")
+    prior = None if prior is None else arms.spread(prior, config.draft_length)
+    learner = make(config.learner, arms.count(num_drafters, config.draft_length), prior=prior, **config.learner_options)
+    if arms.needs_seconds and learner.feedback != "full":
+        raise ValueError(
+            f"learner: expected one that hears of all drafters with objective {config.objective!r}, such as normal_hedge, "
+            f"hedge or ada_normal_hedge, got {config.learner!r}"
+        )
+    return learner
 
 
 @dataclass(frozen=True, slots=True)

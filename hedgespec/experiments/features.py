@@ -13,7 +13,7 @@ from hedgespec.experiments import Experiment
 from hedgespec.experiments.laboratory import Laboratory
 from hedgespec.experiments.measures import signature
 from hedgespec.experiments.statistics import by_seed, mat, mean_interval, told
-from hedgespec.experiments.telling import titled
+from hedgespec.experiments.telling import figure, titled
 from hedgespec.experiments.traces import Trace
 from hedgespec.metrics import DecodeStats
 
@@ -244,8 +244,6 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    from matplotlib import pyplot
-
     rows = [
         (f"{title}: {value}", name, found["less_default"])
         for title, feature in result["features"].items()
@@ -253,7 +251,8 @@ def draw(result: dict[str, Any]) -> Figure:
         for value, found in list(values.items())[1:]
     ]
     labels = list(dict.fromkeys(label for label, _, _ in rows))
-    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.4 * len(labels)), layout="constrained")
+    made, [axes] = figure(1)
+    made.set_size_inches(10, 1.5 + 0.4 * len(labels))
     for place, name in enumerate(SETS):
         own = [(labels.index(label) + 0.22 * (place - 1), one) for label, of, one in rows if of == name]
         reach = [[one["mean"] - one["low"] for _, one in own], [one["high"] - one["mean"] for _, one in own]]
@@ -263,7 +262,7 @@ def draw(result: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.set(xlabel="tokens a round (MAT) less the default's")
     axes.legend()
-    return figure
+    return made
 
 
 EXPERIMENT = Experiment(

@@ -22,9 +22,9 @@ def realised_lengths(trace: Trace, draft_length: int) -> np.ndarray:
     return 1 + trace.drafted[:, :starts, :draft_length].cumprod(-1).sum(-1)
 
 
-def length_losses(trace: Trace, draft_length: int, estimator: str = "exact") -> np.ndarray:
+def length_losses(trace: Trace, draft_length: int) -> np.ndarray:
     """What a learner that waits for nothing would hear at each of these positions, [T-K+1, N]."""
-    return length_loss(expected_accepted_length(trace.prob, trace.ratio, draft_length, estimator), draft_length).T
+    return length_loss(expected_accepted_length(trace.prob, trace.ratio, draft_length, "exact"), draft_length).T
 
 
 def fixed_mats(trace: Trace, draft_length: int, seeds: int) -> np.ndarray:

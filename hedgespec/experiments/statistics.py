@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from hedgespec.experiments.traces import Trace, replay
 from hedgespec.metrics import DecodeStats
 
 CONFIDENCE = 0.95
+T = TypeVar("T")
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, float]:
@@ -39,7 +41,7 @@ def mat(requests: Sequence[DecodeStats]) -> float:
 
 
 def by_seed(traces: Sequence[Trace], config: DecodeConfig, seeds: int,
-            measure: Callable[[Sequence[Trace], Sequence[DecodeStats]], float], **arguments) -> list[float]:  # fmt: skip
+            measure: Callable[[Sequence[Trace], Sequence[DecodeStats]], T], **arguments) -> list[T]:  # fmt: skip
     """`measure` of all texts replayed with each of as many seeds; arguments are `replay`'s."""
     values = []
     for seed in range(seeds):

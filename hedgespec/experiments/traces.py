@@ -15,21 +15,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hedgespec import learners
 from hedgespec.config import DecodeConfig
-from hedgespec.coupled import gumbel, perturb
+from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder import Decoder
-from hedgespec.decoder.arms import ARMS, Seconds
+from hedgespec.decoder.arms import Seconds
+from hedgespec.decoder.batch import WARM
 from hedgespec.decoder.request import generator
-from hedgespec.decoder.selector import Selector
+from hedgespec.decoder.selector import Selector, new_learner
 from hedgespec.delay import DelayQueue
 from hedgespec.drafters import Drafter
 from hedgespec.evaluate import evaluate
+from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
 from hedgespec.zoo import replay as texts
 
-WARM = Sampling(temperature=1.0)
 _ARRAYS = ("tokens", "prompt_prob", "prob", "ratio", "drafted")
 
 
@@ -121,11 +121,9 @@ def record(target, drafters: Sequence[Drafter], prompt_ids: torch.Tensor, *, dom
     first = max(length + 1 - warm_start, 2)  # a head says nothing of its first two tokens
     text = texts.read(target, tokens, first, drafters)
     count = length + 1 - first
-    coupled = mode == "coupled" and temperature > 0
-    sampling = Sampling(temperature)
-    rule, noise = sampling, None
-    if coupled:
-        key = int(generator(seed, 0).random(1)[0] * 2**53)
+    rule, noise = Sampling(temperature), None
+    if mode == "coupled" and temperature > 0:
+        key = key_of(generator(seed, 0).random(1)[0])
         positions = range(length + 1, len(tokens))
         noise = gumbel([key] * len(positions), positions, text.logits.shape[1], text.logits.device)
         rule = Sampling()
@@ -185,7 +183,7 @@ def _judge(drafter: Drafter, text: texts.Text, tokens: torch.Tensor, first: int,
 
 def replay(
     trace: Trace, config: DecodeConfig, *, seed: int | None = None, latency: int = 0, state: dict | None = None,
-    seconds: Seconds | None = None, learner: learners.Learner | None = None, queue: DelayQueue | None = None,
+    seconds: Seconds | None = None, learner: Learner | None = None, queue: DelayQueue | None = None,
 ) -> DecodeStats:  # fmt: skip
     """Decodes a recorded text again with a learner of one's choice, without a model.
 
@@ -212,9 +210,7 @@ def replay(
         raise ValueError(f"draft_length: expected at most the trace's depth {depth}, got {length}")
     if (config.objective == "throughput") != (seconds is not None):
         raise ValueError(f"seconds: expected them with objective 'throughput' alone, got objective {config.objective!r}")
-    arms = ARMS[config.objective]
-    prior = None if config.prior is None else arms.spread(np.array(config.prior), length)
-    learner = learner or learners.make(config.learner, arms.count(count, length), prior=prior, **config.learner_options)
+    learner = learner or new_learner(config, count)
     selector = Selector(trace.drafters, config, learner, state, trace.own_features, queue)
     random = generator(trace.seed if seed is None else seed, 0)
     random.random(2 if trace.mode == "coupled" and trace.temperature > 0 else 1)  # the noise's key, the first token
