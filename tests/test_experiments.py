@@ -11,13 +11,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_decoder import prompt_of, tiny_head, tiny_llama
 
 from hedgespec import experiments
 from hedgespec.config import DecodeConfig
-from hedgespec.experiments import baseline, measures, pool_size, report, statistics, telling
+from hedgespec.experiments import baseline, measures, pool_size, recordings, report, statistics, telling
 from hedgespec.experiments.laboratory import Laboratory
-from hedgespec.experiments.recordings import RECORDINGS, Recording
+from hedgespec.experiments.recordings import (
+    FRAMES,
+    RECORDINGS,
+    Recording,
+    first_layers,
+    load_traces,
+    prompts_of,
+    record_set,
+)  # fmt: skip
 from hedgespec.experiments.traces import Trace, record, replay
 from hedgespec.metrics import DecodeStats
 from hedgespec.zoo import EXPERTS, GENERALIST, NAMES
@@ -340,3 +349,42 @@ def test_intervals():
 
 def test_table():
     assert telling.table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
+
+
+# What is recorded
+
+
+def test_a_set_is_recorded_once_and_goes_on_where_it_was(zoo, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECORDINGS, "greedy", Recording("zoo", 2, 12))
+    monkeypatch.setattr(recordings, "prompts_of", lambda _: [SimpleNamespace(domain="sql", text=seed) for seed in (0, 1)])
+    zoo.tokenizer = lambda text, return_tensors: SimpleNamespace(input_ids=prompt_of(text))
+    asked = []
+
+    def track(items):
+        asked.append(list(items))
+        return items
+
+    record_set("greedy", tmp_path, zoo, track=track)
+    first = load_traces(tmp_path, "greedy")
+    assert [trace.number for trace in first] == [0, 1] and asked == [[0, 1]]
+    np.testing.assert_array_equal(first[0].tokens, recorded(zoo, 0).tokens)
+    (tmp_path / "greedy" / "001.npz").unlink()
+    record_set("greedy", tmp_path, zoo, track=track)
+    record_set("greedy", tmp_path, zoo, track=track)
+    assert asked == [[0, 1], [1]]
+    np.testing.assert_array_equal(load_traces(tmp_path, "greedy")[1].drafted, first[1].drafted)
+
+
+def test_first_layers_say_what_the_target_says_after_them(zoo):
+    small, ids = first_layers(zoo.target, 2), prompt_of(3)
+    hidden = zoo.target(ids, output_hidden_states=True).hidden_states[2]
+    expected = zoo.target.lm_head(zoo.target.model.norm(hidden))
+    torch.testing.assert_close(small(ids).logits, expected)
+    assert small.lm_head is zoo.target.lm_head and len(zoo.target.model.layers) == 4
+
+
+def test_reworded_prompts_stand_in_their_frames():
+    plain, framed = (prompts_of(Recording("zoo", 30, 12, reworded=reworded)) for reworded in (False, True))
+    assert [one.domain for one in plain] == [one.domain for one in framed]
+    words = [frame.split("{}")[0] for frame in FRAMES]
+    assert {next(one for one in words if prompt.text == one + was.text) for prompt, was in zip(framed, plain)} == set(words)
