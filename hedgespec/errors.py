@@ -17,6 +17,10 @@ class LearnerStateError(HedgeSpecError, ValueError):
     """A learner's state, as saved, that cannot be read, or that is not this decoder's."""
 
 
+class PoolError(HedgeSpecError, ValueError):
+    """A pool of drafters, given to an engine, that cannot be read, or that the engine cannot run."""
+
+
 class VocabularyMismatchError(HedgeSpecError, ValueError):
     """A drafter whose token ids do not mean what the target's mean."""
 

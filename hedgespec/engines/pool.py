@@ -1,0 +1,154 @@
+"""The pool of drafters that an engine is given: one JSON object, in a file or in an environment variable.
+
+    {"drafters": [{"name": "small", "type": "causal_lm", "model": "/models/small"},
+                  {"name": "lookup", "type": "ngram", "max_ngram": 3},
+                  {"name": "sql", "type": "datastore", "path": "/stores/sql.safetensors"}],
+     "learner": "normal_hedge", "objective": "throughput", "log_every": 60}
+
+Beside `drafters` it may hold the fields of `DecodeConfig` in `LEARNING`, `seed`, and `log_every`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hedgespec.config import DecodeConfig
+from hedgespec.decoder.selector import new_learner
+from hedgespec.errors import PoolError
+
+VARIABLE = "HEDGESPEC_POOL"
+"""The environment variable that holds the pool: a path, or the JSON itself."""
+LEARNING = (
+    "learner", "learner_options", "prior", "objective", "estimator", "loss", "selection", "evaluate_every", "warm_start",
+)  # fmt: skip
+"""What a pool may say of `DecodeConfig`."""
+OPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "causal_lm": {"model": str, "dtype": str, "max_cache_tokens": int},
+    "ngram": {"max_ngram": int},
+    "datastore": {"path": str},
+    "drafter": {"factory": str, "options": dict},
+    "eagle3": {"model": str},
+}
+"""Options of each type of drafter."""
+NEEDED = {"causal_lm": ("model",), "datastore": ("path",), "drafter": ("factory",), "eagle3": ("model",)}
+"""Options without a default."""
+
+
+@dataclass(frozen=True)
+class DrafterEntry:
+    """One drafter of the pool."""
+
+    name: str
+    type: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What an engine is to draft with."""
+
+    drafters: tuple[DrafterEntry, ...]
+    decode: DecodeConfig
+    seed: int
+    """Of the draws of drafters."""
+    log_every: float
+    """Seconds between two lines in the log; 0 for none."""
+    source: str
+    """Where it was found, for messages."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.drafters)
+
+
+def read_pool(draft_length: int, types: tuple[str, ...], *, environment: Mapping[str, str] = os.environ, seed: int = 0) -> Pool:
+    """The pool that the environment variable `HEDGESPEC_POOL` names or holds.
+
+    Args:
+        draft_length: K, the engine's number of speculative tokens.
+        types: of drafters that can run there.
+        seed: where the pool has none.
+
+    Raises: PoolError, a ValueError, that says what is wrong and where.
+    """
+    given = environment.get(VARIABLE, "").strip()
+    if not given:
+        raise PoolError(f"{VARIABLE}: expected a path to a JSON file, or JSON, that describes the pool of drafters, got nothing")
+    if given.startswith("{"):
+        source, text = VARIABLE, given
+    else:
+        source = given
+        try:
+            text = Path(given).expanduser().read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PoolError(f"{VARIABLE}: expected a readable JSON file, or JSON, got {given} ({error})") from error
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PoolError(f"{source}: expected JSON, got an error in line {error.lineno}: {error.msg}") from error
+    if not isinstance(found, dict):
+        raise PoolError(f"{source}: expected a JSON object, got {type(found).__name__}")
+    known = {"drafters", "seed", "log_every", *LEARNING}
+    if strange := sorted(set(found) - known):
+        raise PoolError(f"{source}: expected keys among {', '.join(sorted(known))}, got {', '.join(strange)}")
+    drafters = _entries(found.get("drafters"), types, source)
+    return Pool(
+        drafters, _decode(found, draft_length, len(drafters), source), _number(found, "seed", seed, int, source),
+        _number(found, "log_every", 60.0, (int, float), source), source,
+    )  # fmt: skip
+
+
+def _entries(found: Any, types: tuple[str, ...], source: str) -> tuple[DrafterEntry, ...]:
+    if not isinstance(found, list) or not found:
+        raise PoolError(f"{source}: drafters: expected a list of at least one drafter, got {found!r}")
+    entries = tuple(_entry(one, f"{source}: drafters[{index}]", types) for index, one in enumerate(found))
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PoolError(f"{source}: drafters: expected distinct names, got {', '.join(twice)} more than once")
+    return entries
+
+
+def _entry(found: Any, where: str, types: tuple[str, ...]) -> DrafterEntry:
+    if not isinstance(found, dict):
+        raise PoolError(f"{where}: expected an object, got {found!r}")
+    kind = found.get("type")
+    if kind not in types:
+        raise PoolError(f"{where}: type: expected one of {', '.join(types)}, got {kind!r}")
+    name = found.get("name", kind)
+    if not isinstance(name, str) or not name:
+        raise PoolError(f"{where}: name: expected a text, got {name!r}")
+    options = {key: value for key, value in found.items() if key not in ("name", "type")}
+    allowed = OPTIONS[kind]
+    if strange := sorted(set(options) - set(allowed)):
+        raise PoolError(f"{where}: expected options among {', '.join(sorted(allowed))} for type {kind}, got {', '.join(strange)}")
+    for needed in NEEDED.get(kind, ()):
+        if needed not in options:
+            raise PoolError(f"{where}: {needed}: expected one for type {kind}, got none")
+    for key, value in options.items():
+        if not isinstance(value, allowed[key]) or isinstance(value, bool):
+            raise PoolError(f"{where}: {key}: expected {allowed[key].__name__}, got {value!r}")
+    return DrafterEntry(name, kind, options)
+
+
+def _decode(found: dict, draft_length: int, count: int, source: str) -> DecodeConfig:
+    told = {key: found[key] for key in LEARNING if key in found}
+    if isinstance(told.get("prior"), list):
+        told["prior"] = tuple(told["prior"])
+    try:
+        config = DecodeConfig(draft_length=draft_length, mode="argmax", **told)
+        new_learner(config, count)
+    except (TypeError, ValueError) as error:
+        raise PoolError(f"{source}: {error}") from error
+    return config
+
+
+def _number(found: dict, key: str, default: float, kind: type | tuple[type, ...], source: str):
+    value = found.get(key, default)
+    if not isinstance(value, kind) or isinstance(value, bool) or value < 0:
+        raise PoolError(f"{source}: {key}: expected a number of at least 0, got {value!r}")
+    return value
