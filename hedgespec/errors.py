@@ -13,6 +13,10 @@ class CheckpointError(HedgeSpecError, ValueError):
     """Weights that are missing, corrupt, of the wrong shape, or in a format that is not safe to load."""
 
 
+class EngineError(HedgeSpecError, RuntimeError):
+    """An engine of a version, or in a configuration, in which HedgeSpec cannot work."""
+
+
 class LearnerStateError(HedgeSpecError, ValueError):
     """A learner's state, as saved, that cannot be read, or that is not this decoder's."""
 

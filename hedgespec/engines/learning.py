@@ -85,6 +85,11 @@ class RequestLearner:
         return self.selector.alive
 
     @property
+    def scores_all(self) -> bool:
+        """Whether all drafters are scored."""
+        return self.selector.scores_all
+
+    @property
     def picks(self) -> np.ndarray:
         """Rounds that each drafter drafted, int64 [N]."""
         return self.selector.stats.picks

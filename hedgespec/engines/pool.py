@@ -78,7 +78,9 @@ def read_pool(draft_length: int, types: tuple[str, ...], *, environment: Mapping
     """
     given = environment.get(VARIABLE, "").strip()
     if not given:
-        raise PoolError(f"{VARIABLE}: expected a path to a JSON file, or JSON, that describes the pool of drafters, got nothing")
+        raise PoolError(
+            f"{VARIABLE}: expected a path to a JSON file, or JSON, that describes the pool of drafters, got nothing"
+        )
     if given.startswith("{"):
         source, text = VARIABLE, given
     else:
@@ -125,7 +127,9 @@ def _entry(found: Any, where: str, types: tuple[str, ...]) -> DrafterEntry:
     options = {key: value for key, value in found.items() if key not in ("name", "type")}
     allowed = OPTIONS[kind]
     if strange := sorted(set(options) - set(allowed)):
-        raise PoolError(f"{where}: expected options among {', '.join(sorted(allowed))} for type {kind}, got {', '.join(strange)}")
+        raise PoolError(
+            f"{where}: expected options among {', '.join(sorted(allowed))} for type {kind}, got {', '.join(strange)}"
+        )
     for needed in NEEDED.get(kind, ()):
         if needed not in options:
             raise PoolError(f"{where}: {needed}: expected one for type {kind}, got none")

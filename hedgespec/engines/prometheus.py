@@ -1,0 +1,65 @@
+"""What all requests of an engine did, as Prometheus metrics, where `prometheus_client` is installed.
+
+An engine's web server shows what is registered in its own process. vLLM's engine runs in a process of its own, and what is
+counted there is shown only if both were started with `PROMETHEUS_MULTIPROC_DIR` naming an empty folder; then its `/metrics`
+holds these, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from hedgespec.engines.learning import Tally
+
+COUNTERS = {
+    "picks": "Rounds drafted, by drafter.",
+    "drafted": "Tokens proposed, by drafter.",
+    "accepted": "Proposed tokens that were accepted, by drafter.",
+    "scored": "Verified tokens on which a drafter was scored, whoever drafted.",
+    "acceptance": "Sum of acceptance probabilities over the scored tokens, whoever drafted.",
+}
+"""Fields of `Tally` by drafter."""
+
+
+@cache
+def _metrics() -> dict | None:
+    """The metrics, made once a process; None without the library."""
+    try:
+        from prometheus_client import Counter, Gauge
+    except ImportError:
+        return None
+    made = {name: Counter(f"hedgespec_{name}", text, ["drafter"]) for name, text in COUNTERS.items()}
+    made["requests"] = Counter("hedgespec_requests", "Requests that ended.")
+    made["emitted"] = Counter("hedgespec_emitted", "Tokens emitted in all rounds.")
+    text = "Sum over the requests that ended of the learner's loss less that of the request's best drafter."
+    made["regret"] = Gauge("hedgespec_regret", text, multiprocess_mode="livesum")
+    return made
+
+
+class Exporter:
+    """Hands what is new in a tally to Prometheus.
+
+    Args:
+        drafters: their names.
+    """
+
+    def __init__(self, drafters: Sequence[str]) -> None:
+        self._told = Tally(drafters)
+
+    def update(self, tally: Tally) -> None:
+        """Adds what happened since the last call."""
+        metrics = _metrics()
+        if metrics is None:
+            return
+        for name in COUNTERS:
+            now, told = getattr(tally, name), getattr(self._told, name)
+            for drafter, more in zip(tally.drafters, now - told):
+                if more > 0:
+                    metrics[name].labels(drafter=drafter).inc(float(more))
+            told[:] = now
+        for name in ("requests", "emitted"):
+            metrics[name].inc(getattr(tally, name) - getattr(self._told, name))
+            setattr(self._told, name, getattr(tally, name))
+        metrics["regret"].inc(tally.regret - self._told.regret)
+        self._told.regret = tally.regret
