@@ -6,6 +6,7 @@ Source: Saxena, "Prompt Lookup Decoding", 2023.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -37,37 +38,61 @@ class NGramDrafter:
 
 
 class NGramSession:
-    """One request's index from n-grams to the position after their latest occurrence."""
+    """One request's index, and what was drafted since."""
 
     def __init__(self, drafter: NGramDrafter):
         self.drafter = drafter
-        self.tokens: list[int] = []
+        self.index = NGramIndex(drafter.max_ngram)
+        self.drafted: list[int] = []
         self.verified = 0
-        self.follows: dict[tuple[int, ...], int] = {}
 
     def prefill(self, tokens: torch.Tensor, features: None, logits_to_keep: int) -> torch.Tensor:
-        del self.tokens[self.verified :]
+        self.drafted.clear()
         proposals = []
         for token in tokens.tolist():
-            # The n-grams that end before this token are indexed by where this token stands.
-            for length in range(1, min(self.drafter.max_ngram, len(self.tokens)) + 1):
-                self.follows[tuple(self.tokens[-length:])] = len(self.tokens)
-            self.tokens.append(token)
-            proposals.append(self._proposal())
-        self.verified = len(self.tokens)
+            self.index.append(token)
+            proposals.append(self._proposal(token))
+        self.verified += len(proposals)
         return self._one_hot(proposals[-logits_to_keep:], tokens.device)
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        self.tokens.append(int(token))
-        return self._one_hot([self._proposal()], token.device)[0]
+        self.drafted.append(int(token))
+        return self._one_hot([self._proposal(self.drafted[-1])], token.device)[0]
 
-    def _proposal(self) -> int:
-        for length in range(min(self.drafter.max_ngram, len(self.tokens)), 0, -1):
-            if (found := self.follows.get(tuple(self.tokens[-length:]))) is not None:
-                return self.tokens[found]
-        return self.tokens[-1]
+    def _proposal(self, last: int) -> int:
+        found = self.index.propose(self.drafted)
+        return last if found is None else found
 
     def _one_hot(self, proposals: list[int], device: torch.device) -> torch.Tensor:
         logits = torch.full((len(proposals), self.drafter.vocab_size), -math.inf, device=device)
         logits[range(len(proposals)), proposals] = 0.0
         return logits
+
+
+class NGramIndex:
+    """What followed the latest occurrence of every n-gram of a text that grows.
+
+    Args:
+        max_ngram: longest n-gram, >= 1.
+    """
+
+    def __init__(self, max_ngram: int):
+        self.max_ngram = max_ngram
+        self._last: list[int] = []
+        self._follows: dict[tuple[int, ...], int] = {}
+
+    def append(self, token: int) -> None:
+        """Takes in the text's next token, which now is what follows the n-grams that end before it."""
+        last = self._last
+        for start in range(len(last)):
+            self._follows[tuple(last[start:])] = token
+        last.append(token)
+        del last[: -self.max_ngram]
+
+    def propose(self, drafted: Sequence[int] = ()) -> int | None:
+        """What followed the longest n-gram that ends the text with `drafted` behind it; None where none was seen before."""
+        last = tuple([*self._last, *drafted[-self.max_ngram :]][-self.max_ngram :])
+        for start in range(len(last)):
+            if (found := self._follows.get(last[start:])) is not None:
+                return found
+        return None
