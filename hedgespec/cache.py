@@ -190,6 +190,94 @@ class _RaggedLayer(DynamicLayer):
             self.keys, self.values = grown(self.keys, 2, capacity), grown(self.values, 2, capacity)
 
 
+class RowCache(Cache):
+    """Keys and values of many requests, each in a row of its own, of which every forward takes some.
+
+    As in `RaggedCache` the token at position t of a row lies in slot t, and rolling back is bookkeeping; here the rows' lengths
+    are the caller's. Nothing is copied where a forward takes neighbouring rows in their order.
+    """
+
+    def __init__(self):
+        self.rows = self.capacity = 0
+        """How many rows there are, and slots of each."""
+        self._taken: slice | torch.Tensor = slice(0, 0)
+        self._slots: slice | torch.Tensor = slice(0, 0)
+        self._end = self._length = 0
+        super().__init__(layers=[])
+
+    def take(self, rows: Sequence[int], lengths: Sequence[int], slots: torch.Tensor, end: int) -> None:
+        """Says what the next forward is about.
+
+        Args:
+            rows: B of them, ascending.
+            lengths: tokens of each row that it looks back on.
+            slots: where the T tokens that it reads of each row go, int64 [B, T]; what fills up a shorter row may share one.
+            end: slots that it looks at; those of its tokens at or past `end` have to fit into the capacity all the same.
+        """
+        neighbours = rows[-1] - rows[0] == len(rows) - 1
+        self._taken = slice(rows[0], rows[-1] + 1) if neighbours else to_device(rows, slots.device)
+        self._length = max(lengths)
+        alike = neighbours and self._length == min(lengths)  # then the slots are neighbours too
+        self._slots = slice(self._length, self._length + slots.shape[1]) if alike else slots
+        self._end = end
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_RowLayer(self))
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def rebuild(self, kept: Sequence[int], rows: int, capacity: int) -> None:
+        """Makes place for `rows` of `capacity` slots. The first of them are those of `kept`, in this order, short of what does
+        not fit; the others are free."""
+        if not rows:
+            self.layers.clear()
+        for layer in self.layers:
+            layer.keys, layer.values = (_moved(states, kept, rows, capacity) for states in (layer.keys, layer.values))
+        self.rows, self.capacity = rows, capacity
+
+
+class _RowLayer(DynamicLayer):
+    """One layer of a `RowCache`."""
+
+    def __init__(self, cache: RowCache):
+        super().__init__()
+        self.cache = cache
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        cache = self.cache
+        if not self.is_initialized:
+            self.keys, self.values = (
+                states.new_zeros(cache.rows, states.shape[1], cache.capacity, states.shape[3])
+                for states in (key_states, value_states)
+            )
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        return self._put(self.keys, key_states), self._put(self.values, value_states)
+
+    def _put(self, held: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Writes the forward's tokens [B, heads, T, head_dim], and what it looks at, [B, heads, end, head_dim]."""
+        cache = self.cache
+        rows, slots = cache._taken, cache._slots
+        if isinstance(slots, slice):
+            held[rows, :, slots] = states
+        else:
+            slots = slots.to(held.device)
+            numbers = torch.arange(cache.rows, device=held.device)[rows] if isinstance(rows, slice) else rows.to(held.device)
+            held[numbers[:, None], :, slots] = states.transpose(1, 2)
+        seen = held[:, :, : cache._end]
+        return seen[rows] if isinstance(rows, slice) else seen.index_select(0, rows.to(held.device))
+
+    def get_seq_length(self) -> int:
+        return self.cache._length
+
+
+def _moved(states: torch.Tensor, kept: Sequence[int], rows: int, capacity: int) -> torch.Tensor:
+    """The rows `kept` as the first of `rows`, of `capacity` slots each; zeros where there is nothing to keep, as in `grown`."""
+    fresh = states.new_zeros(rows, states.shape[1], capacity, states.shape[3])
+    held = min(capacity, states.shape[2])
+    fresh[: len(kept), :, :held] = states[:, :, :held].index_select(0, to_device(kept, states.device).long())
+    return fresh
+
+
 def capacity_for(end: int) -> int:
     """Slots of a buffer that has to hold `end`: few sizes, since what is captured is captured for each."""
     return max(256, 1 << (end - 1).bit_length())

@@ -21,23 +21,23 @@ MASKABLE = ("sdpa", "eager")
 """Attention implementations that take a mask of their own for every row."""
 
 
-def check_target(model) -> None:
+def check_target(model, name: str = "target") -> None:
     """Refuses what cannot be decoded speculatively: an encoder-decoder, a recurrent state, a cache of the model's own kind.
 
-    Raises: ValueError.
+    Raises: ValueError about `name`.
     """
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        raise ValueError(f"target: expected a decoder-only model, got the encoder-decoder {type(model).__name__}")
+        raise ValueError(f"{name}: expected a decoder-only model, got the encoder-decoder {type(model).__name__}")
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION))
     if strange or getattr(model, "_is_stateful", False):
         state = f"layers of type {', '.join(strange)}" if strange else "a recurrent state"
         raise ValueError(
-            f"target: expected attention layers with a key-value cache, got {type(model).__name__} with {state}, "
+            f"{name}: expected attention layers with a key-value cache, got {type(model).__name__} with {state}, "
             "which cannot take back a rejected token"
         )
     if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"target: expected a model that takes past_key_values, got {type(model).__name__}")
+        raise ValueError(f"{name}: expected a model that takes past_key_values, got {type(model).__name__}")
 
 
 def context_of(model) -> int | None:
@@ -63,6 +63,64 @@ def rows_may_differ(model) -> bool:
     config = model.config.get_text_config(decoder=True)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     return config._attn_implementation in MASKABLE and takes_positions and not getattr(config, "alibi", False)
+
+
+def row_masks(
+    model, positions: torch.Tensor, end: int, tree: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Who may look at which of the slots 0..end-1, as the model would make it if all rows were at one position.
+
+    It is what the forward of a model whose `rows_may_differ` takes as `attention_mask`.
+
+    Args:
+        model: whose layers they are for.
+        positions: of the tokens read, int64 [B, T]; the token at position t of a row lies in slot t.
+        end: slots that the forward reads.
+        tree: where the tokens are no chain: each row's first slot [B, 1] and who descends from whom, bool [B, T, T].
+
+    Returns: [B, 1, T, end], bool for sdpa, else what is added to the scores, in the model's dtype; of a model with several
+        kinds of layers one for each.
+    """
+    slots = torch.arange(end, device=positions.device)
+    keys = slots.expand(len(positions), end)
+    seen = slots <= positions[..., None]
+    if tree is not None:
+        first, lines = tree
+        place = (slots - first).clamp(0, positions.shape[1] - 1)  # [B, end]
+        drafted = slots >= first
+        # What lies behind the row's own tokens has none of these places; it is nobody's ancestor.
+        drafted_seen = (
+            lines.gather(2, place[:, None].expand(-1, lines.shape[1], -1)) & (slots - first < lines.shape[2])[:, None]
+        )
+        seen = torch.where(drafted[:, None], drafted_seen, True)
+        keys = torch.where(drafted, positions.gather(1, place), slots)
+    config = model.config.get_text_config(decoder=True)
+
+    def mask(kind: str) -> torch.Tensor:
+        """[B, 1, T, end]: True or 0 where a query sees a key, False or the least number where it does not."""
+        visible = seen & _within(kind, config, positions[..., None], keys[:, None])
+        if config._attn_implementation == "sdpa":
+            return visible[:, None]
+        least = torch.finfo(model.dtype).min
+        return torch.zeros_like(visible[:, None], dtype=model.dtype).masked_fill(~visible[:, None], least)
+
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {kind: mask(kind) for kind in dict.fromkeys(kinds)}
+    if getattr(config, "sliding_window", None) is not None:
+        return mask("sliding_attention")
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return mask("chunked_attention")
+    return mask("full_attention")
+
+
+def _within(kind: str, config, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | bool:
+    """Whether a layer of this kind lets a position look at another that precedes it."""
+    if kind == "sliding_attention":
+        return keys > queries - config.sliding_window
+    if kind == "chunked_attention":
+        return keys // config.attention_chunk_size == queries // config.attention_chunk_size
+    return True
 
 
 def captures_graphs(model) -> bool:
@@ -197,9 +255,9 @@ class TargetSession:
         if "logits_to_keep" in self._arguments:
             arguments["logits_to_keep"] = logits_to_keep
         if tree is not None:
-            arguments["attention_mask"] = self._masks(positions, max(lengths) + count, (first, tree[1]))
+            arguments["attention_mask"] = row_masks(self.model, positions, max(lengths) + count, (first, tree[1]))
         elif min(lengths) != max(lengths):
-            arguments["attention_mask"] = self._masks(positions, max(lengths) + count)
+            arguments["attention_mask"] = row_masks(self.model, positions, max(lengths) + count)
         out = self.model(
             tokens, past_key_values=self.cache, use_cache=True, output_hidden_states=bool(self.aux_layers), **arguments
         )
@@ -243,11 +301,12 @@ class TargetSession:
         first = lengths[:, None]
         slots = first + torch.arange(tokens.shape[1], device=tokens.device)
         positions, tree = (slots, None) if depths is None else (first + depths, (first, lines))
+        mask = row_masks(self.model, positions, self.cache.capacity, tree)
         self.cache.fixed = slots
         try:
             out = self.model(
-                tokens, position_ids=self._known(positions), attention_mask=self._masks(positions, self.cache.capacity, tree),
-                past_key_values=self.cache, use_cache=True, output_hidden_states=bool(self.aux_layers),
+                tokens, position_ids=self._known(positions), attention_mask=mask, past_key_values=self.cache, use_cache=True,
+                output_hidden_states=bool(self.aux_layers),
             )  # fmt: skip
         finally:
             self.cache.fixed = None
@@ -283,55 +342,3 @@ class TargetSession:
         """Goes on with these rows only."""
         self.cache.select(rows)
         self.features = [self.features[row] for row in rows]
-
-    def _masks(
-        self, positions: torch.Tensor, end: int, tree: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Who may look at which of the slots 0..end-1, as the model would make it if all rows were at one position.
-
-        A model with several kinds of layers takes a mask for each.
-
-        Args:
-            positions: [B, T].
-            tree: where the tokens are no chain: each row's first slot [B, 1] and who descends from whom, bool [B, T, T].
-        """
-        slots = torch.arange(end, device=positions.device)
-        keys = slots.expand(len(positions), end)
-        seen = slots <= positions[..., None]
-        if tree is not None:
-            first, lines = tree
-            place = (slots - first).clamp(0, positions.shape[1] - 1)  # [B, end]
-            drafted = slots >= first
-            # What lies behind the row's own tokens has none of these places; it is nobody's ancestor.
-            drafted_seen = (
-                lines.gather(2, place[:, None].expand(-1, lines.shape[1], -1)) & (slots - first < lines.shape[2])[:, None]
-            )
-            seen = torch.where(drafted[:, None], drafted_seen, True)
-            keys = torch.where(drafted, positions.gather(1, place), slots)
-        config = self.model.config.get_text_config(decoder=True)
-
-        def mask(kind: str) -> torch.Tensor:
-            """[B, 1, T, end]: True or 0 where a query sees a key, False or the least number where it does not."""
-            visible = seen & _within(kind, config, positions[..., None], keys[:, None])
-            if config._attn_implementation == "sdpa":
-                return visible[:, None]
-            least = torch.finfo(self.model.dtype).min
-            return torch.zeros_like(visible[:, None], dtype=self.model.dtype).masked_fill(~visible[:, None], least)
-
-        kinds = getattr(config, "layer_types", None)
-        if kinds:
-            return {kind: mask(kind) for kind in dict.fromkeys(kinds)}
-        if getattr(config, "sliding_window", None) is not None:
-            return mask("sliding_attention")
-        if getattr(config, "attention_chunk_size", None) is not None:
-            return mask("chunked_attention")
-        return mask("full_attention")
-
-
-def _within(kind: str, config, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | bool:
-    """Whether a layer of this kind lets a position look at another that precedes it."""
-    if kind == "sliding_attention":
-        return keys > queries - config.sliding_window
-    if kind == "chunked_attention":
-        return keys // config.attention_chunk_size == queries // config.attention_chunk_size
-    return True

@@ -31,18 +31,12 @@ class CausalLMDrafter:
     aux_layers = ()
 
     def __init__(self, model, target, name: str = "causal_lm", *, tokenizer=None, target_tokenizer=None):
-        if (tokenizer is None) != (target_tokenizer is None):
-            raise ValueError("tokenizer: expected both tokenizers or neither, got one")
-        own, wanted = (one.config.get_text_config(decoder=True).vocab_size for one in (model, target))
-        if tokenizer is not None:
-            check_same_tokens(tokenizer, target_tokenizer, name)
-        else:
-            if abs(own - wanted) > wanted // 10:
-                raise VocabularyMismatchError(f"drafter {name}: expected a vocabulary of {wanted} tokens, got {own}")
+        wanted = target.config.get_text_config(decoder=True).vocab_size
+        usable = usable_vocabulary(model, wanted, name, tokenizer=tokenizer, target_tokenizer=target_tokenizer)
+        if tokenizer is None:
             _check_special(model.config, target.config, name)
-        self.model, self.name, self.vocab_size = few_row_view(model), name, min(own, wanted)
-        same = own >= wanted
-        self.draft_to_target = None if same else torch.arange(own, device=model.device)
+        self.model, self.name, self.vocab_size = few_row_view(model), name, usable
+        self.draft_to_target = None if usable == wanted else torch.arange(usable, device=model.device)
 
     def session(self) -> CausalLMSession:
         return CausalLMSession(self)
@@ -69,6 +63,29 @@ class CausalLMSession:
         out = self.drafter.model(tokens[None], past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep)
         self.cache.lengths[0] += tokens.shape[0]
         return out.logits[0, :, : self.drafter.vocab_size]
+
+
+def usable_vocabulary(model, wanted: int, name: str, *, tokenizer=None, target_tokenizer=None) -> int:
+    """How many ids a transformers causal LM and a target share, which are the first ones.
+
+    Args:
+        model: the drafter.
+        wanted: size of the target's vocabulary.
+        name: the drafter's, for errors.
+        tokenizer, target_tokenizer: with both, every id is compared, else only the sizes, which may differ by a tenth.
+
+    Raises:
+        ValueError: one tokenizer without the other.
+        VocabularyMismatchError: ids that do not mean the same.
+    """
+    if (tokenizer is None) != (target_tokenizer is None):
+        raise ValueError("tokenizer: expected both tokenizers or neither, got one")
+    own = model.config.get_text_config(decoder=True).vocab_size
+    if tokenizer is not None:
+        check_same_tokens(tokenizer, target_tokenizer, name)
+    elif abs(own - wanted) > wanted // 10:
+        raise VocabularyMismatchError(f"drafter {name}: expected a vocabulary of {wanted} tokens, got {own}")
+    return min(own, wanted)
 
 
 def check_same_tokens(tokenizer, target_tokenizer, name: str) -> None:
