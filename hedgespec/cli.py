@@ -368,7 +368,7 @@ def _find_tokenizer(spec: str):
         return AutoTokenizer.from_pretrained(spec)
     except Exception as error:
         raise CheckpointError(
-            f"--tokenizer: expected a folder with a tokenizer, or a repository of the hub that can be reached, got {spec} ({error})"
+            f"--tokenizer: expected a tokenizer's folder or a repository of the hub that can be reached, got {spec} ({error})"
         ) from error
 
 
