@@ -481,7 +481,7 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["datastore", "x", "--tokenizer", "x"], ["FILE"]),
         (["datastore", "x", "y"], ["--tokenizer"]),
         (["datastore", "no/such/x", "y", "--tokenizer", "x"], ["OUT", "a file that can be written", "x"]),
-        (["datastore", "x", "y", "--tokenizer", "x", "--max-ngram", "0"], ["--max-ngram", "an integer >= 1"]),
+        (["datastore", "x", "y", "--tokenizer", "x", "--max-ngram", "0"], ["--max-ngram", "an integer >= 1 and <= 64"]),
         (["zoo", "export"], ["FOLDER"]),
         (["zoo", "export", "x", "--only", "klingon"], ["--only", "generalist", "'klingon'"]),
         (["zoo", "export", "x", "--layout", "medusa"], ["--layout", "official", "speculators"]),

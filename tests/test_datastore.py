@@ -67,7 +67,7 @@ def test_a_long_text_has_the_hashes_of_its_parts():
 @pytest.mark.parametrize(
     ("sequences", "max_ngram", "message"),
     [
-        ([[1, 2]], 0, "max_ngram: expected at least 1, got 0"),
+        ([[1, 2]], 0, "max_ngram: expected 1..64, got 0"),
         ([[1, -2]], 2, "sequences: expected ids in 0.*got -2..1"),
         ([[1, 2**31]], 2, "sequences: expected ids in 0..2147483647"),
         ([[1.5]], 2, "sequences: expected integer ids.*float64"),
@@ -106,8 +106,9 @@ def spoilt(change: dict, **metadata: str) -> tuple[dict, dict]:
     [
         (spoilt({}, format="hedgespec-zoo-1"), "expected format hedgespec-datastore, got hedgespec-zoo-1"),
         (spoilt({}, version="2"), "expected version 1, got 2"),
-        (spoilt({}, max_ngram="0"), "expected max_ngram as an integer >= 1, got '0'"),
-        (spoilt({}, max_ngram="three"), "expected max_ngram as an integer >= 1, got 'three'"),
+        (spoilt({}, max_ngram="0"), "expected max_ngram as an integer in 1..64, got '0'"),
+        (spoilt({}, max_ngram="65"), "expected max_ngram as an integer in 1..64, got '65'"),
+        (spoilt({}, max_ngram="three"), "expected max_ngram as an integer in 1..64, got 'three'"),
         (spoilt({"tokens": None}), "expected tensors hashes of uint64 and tokens of int32"),
         (spoilt({"tokens": np.zeros(3)}), "expected tensors.*'tokens': 'float64'"),
         (spoilt({"tokens": np.zeros(3, np.int32)}), r"expected hashes and tokens \[E\]"),

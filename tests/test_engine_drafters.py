@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+)  # fmt: skip
 
 from hedgespec.cache import RowCache
 from hedgespec.drafters.causal_lm import CausalLMDrafter
@@ -274,6 +276,21 @@ def test_a_request_is_drafted_for_up_to_the_models_context():
     assert not drafter._requests[1].tokens and drafter._requests[1].row is None
     drafter.drop([1])
     assert drafter.extend([1], [np.array(text[:3])], [1])[0].tolist() == [says(text[:3], [])]
+
+
+def test_what_fills_up_a_row_stays_within_a_table_of_positions():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=CONTEXT, initializer_range=0.5)
+    ).double().eval()  # fmt: skip
+    drafter, says = CausalLMs(model, V), ByModel(model, CONTEXT)
+    texts = [[token % V for token in range(CONTEXT - 1)], [5, 6, 7], [8] * (CONTEXT - 3)]
+    drafter.extend([0, 1, 2], [np.array(text) for text in texts], [1, 1, 1])
+    parts = [[4], [1, 2, 3, 4, 5], [3, 2]]
+    said = drafter.extend([0, 1, 2], [np.array(part) for part in parts], [1, 1, 1])
+    assert [one.tolist() for one in said] == [[says(text + part, [])] for text, part in zip(texts, parts)]
+    wanted = [drafted_alone(says, text + part, 4) for text, part in zip(texts, parts)]
+    assert drafter.draft([0, 1, 2], [4, 4, 4]) == wanted and list(map(len, wanted)) == [1, 4, 2]
 
 
 def test_only_ids_that_both_know_are_said_and_read():
