@@ -368,7 +368,7 @@ def _find_tokenizer(spec: str):
         return AutoTokenizer.from_pretrained(spec)
     except Exception as error:
         raise CheckpointError(
-            f"--tokenizer: expected a folder with a tokenizer, or a repository of the hub that can be reached, got {spec} ({error})"
+            f"--tokenizer: expected a tokenizer's folder or a repository of the hub that can be reached, got {spec} ({error})"
         ) from error
 
 
@@ -627,7 +627,7 @@ def _parser() -> argparse.ArgumentParser:
     add("out", metavar="OUT", type=_output, help="the .safetensors file to write")
     add("--tokenizer", metavar="FOLDER_OR_ID", required=True, help="the target's: a folder, or a repository of the hub")
     add("files", metavar="FILE", type=Path, nargs="+", help="texts in UTF-8; no n-gram reaches from one into the next")
-    add("--max-ngram", metavar="n", type=_number(int, 1), default=6, help="longest n-gram looked up (default: %(default)s)")
+    add("--max-ngram", metavar="n", type=_number(int, 1, 64), default=6, help="longest n-gram looked up (default: %(default)s)")
 
     add = command("demo", demo, "decode a mixed stream plainly, with the generalist, with HedgeSpec").add_argument
     add("--json", metavar="FILE", type=_output_or_stdout, help="write the figures here; - is stdout")

@@ -19,6 +19,9 @@ from hedgespec.errors import CheckpointError, VocabularyMismatchError
 
 FORMAT, VERSION = "hedgespec-datastore", "1"
 MAX_NGRAM = 6
+"""By default."""
+LONGEST = 64
+"""What may be asked for."""
 TENSORS = {"hashes": np.uint64, "tokens": np.int32}
 
 
@@ -49,12 +52,12 @@ class Datastore:
 
         Args:
             sequences: of token ids >= 0; one of fewer than two tokens adds nothing.
-            max_ngram: >= 1.
+            max_ngram: 1..64.
 
-        Raises: ValueError for a negative id, a sequence that is not one of integers, or max_ngram < 1.
+        Raises: ValueError for a negative id, a sequence that is not one of integers, or another max_ngram.
         """
-        if max_ngram < 1:
-            raise ValueError(f"max_ngram: expected at least 1, got {max_ngram}")
+        if not 1 <= max_ngram <= LONGEST:
+            raise ValueError(f"max_ngram: expected 1..{LONGEST}, got {max_ngram}")
         sequences = [np.asarray(sequence) for sequence in sequences]
         for sequence in sequences:
             if sequence.size and (sequence.ndim != 1 or sequence.dtype.kind not in "iu"):
@@ -133,8 +136,8 @@ class Datastore:
         if metadata.get("version") != VERSION:
             raise CheckpointError(f"{path}: expected version {VERSION}, got {metadata.get('version')}")
         length = metadata.get("max_ngram", "")
-        if not length.isdecimal() or int(length) < 1:
-            raise CheckpointError(f"{path}: expected max_ngram as an integer >= 1, got {length!r}")
+        if length not in map(str, range(1, LONGEST + 1)):
+            raise CheckpointError(f"{path}: expected max_ngram as an integer in 1..{LONGEST}, got {length!r}")
         if {name: tensor.dtype for name, tensor in tensors.items()} != TENSORS:
             found = {name: str(tensor.dtype) for name, tensor in tensors.items()}
             raise CheckpointError(f"{path}: expected tensors hashes of uint64 and tokens of int32, got {found}")
