@@ -34,6 +34,7 @@ def test_json_and_a_file(tmp_path):
 def test_what_is_left_out():
     pool = read({"drafters": [LOOKUP]})
     assert (pool.decode.learner, pool.decode.objective, pool.log_every) == ("normal_hedge", "tokens", 60)
+    assert (pool.decode.warm_start, pool.decode.evaluate_every) == (4, 1)
     assert read_pool(2, TYPES, environment={VARIABLE: json.dumps({"drafters": [LOOKUP]})}, seed=7).seed == 7
 
 
