@@ -29,6 +29,8 @@ EXPECTED = (
     'hedgespec_picks_total{drafter="a"} 1.0',
     'hedgespec_picks_total{drafter="b"} 5.0',
     'hedgespec_drafted_total{drafter="a"} 4.0',
+    'hedgespec_drafted_total{drafter="b"} 0.0',
+    'hedgespec_accepted_total{drafter="b"} 0.0',
     'hedgespec_acceptance_total{drafter="a"} 0.5',
     'hedgespec_acceptance_total{drafter="b"} 0.25',
     "hedgespec_requests_total 1.0",

@@ -47,17 +47,20 @@ class Exporter:
 
     def __init__(self, drafters: Sequence[str]) -> None:
         self._told = Tally(drafters)
+        metrics = _metrics()
+        # Made now: a series that begins with its first count has no rate until its second.
+        self._series = {} if metrics is None else {name: [metrics[name].labels(one) for one in drafters] for name in COUNTERS}
 
     def update(self, tally: Tally) -> None:
         """Adds what happened since the last call."""
         metrics = _metrics()
         if metrics is None:
             return
-        for name in COUNTERS:
+        for name, series in self._series.items():
             now, told = getattr(tally, name), getattr(self._told, name)
-            for drafter, more in zip(tally.drafters, now - told):
+            for one, more in zip(series, now - told):
                 if more > 0:
-                    metrics[name].labels(drafter=drafter).inc(float(more))
+                    one.inc(float(more))
             told[:] = now
         for name in ("requests", "emitted"):
             metrics[name].inc(getattr(tally, name) - getattr(self._told, name))
