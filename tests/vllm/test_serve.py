@@ -20,10 +20,10 @@ import pytest
 openai = pytest.importorskip("openai")
 parser = pytest.importorskip("prometheus_client.parser")
 
-START = 180
+START = 300
 """Seconds in which a server begins to answer, or ends."""
 DRAFT_LENGTH = 4
-NEW = 32
+NEW = 24
 """Tokens asked for."""
 EQUAL = {
     "hedgespec_picks_total": "vllm:spec_decode_num_drafts_total",
