@@ -1,11 +1,11 @@
 """vLLM by itself and with HedgeSpec over the mixed stream: `python bench/bench_vllm.py --json FILE --table FILE`.
 
 In an environment with vLLM (`make test-vllm` makes one). Engines: without speculation; with vLLM's own ngram method; with one
-fixed drafter, the generalist's datastore or our prompt lookup; with HedgeSpec over six experts' datastores and prompt lookup, for
-either objective. Each engine is loaded by itself, in a process of its own, and decodes the same prompts greedily with 1, 4 and 16
-requests in flight; then all of that is done again, `--rounds` times in all, so that what the machine does meanwhile shows.
-Reported are tokens a second over those of the engine without speculation in the same round, and emitted tokens a draft (MAT).
-Texts must be the same as without speculation: those that differ are counted.
+fixed drafter, the generalist's datastore or our prompt lookup; with HedgeSpec over six experts' datastores and prompt lookup,
+for either objective. Each engine is loaded by itself, in a process of its own, and decodes the same prompts greedily with 1, 4
+and 16 requests in flight; then all of that is done again, `--rounds` times in all, so that what the machine does meanwhile
+shows. Reported are tokens a second over those of the engine without speculation in the same round, and emitted tokens a draft
+(MAT). Texts must be the same as without speculation: those that differ are counted.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def engine(monkeypatch, pool: dict | None, rows: int = 32, worker: str | None = 
     if worker is not None:
         options["worker_cls"] = worker
     made = LLM(
-        str(target_path()), dtype="float32", max_model_len=512, max_num_seqs=rows, enforce_eager=True, disable_log_stats=False,
-        **{"enable_prefix_caching": False} | options,
+        str(target_path()), dtype="float32", max_num_seqs=rows, enforce_eager=True, disable_log_stats=False,
+        **{"enable_prefix_caching": False, "max_model_len": 512} | options,
     )  # fmt: skip
     try:
         yield made
