@@ -265,6 +265,7 @@ def failures(target, tmp_path_factory):
             "HEDGESPEC_POOL: expected a path to a JSON file, or JSON, that describes the pool of drafters, got nothing",
         ),
     ],
+    ids=WRONG,
 )
 def test_a_pool_that_cannot_be_read_ends_the_server(failures, name, message):
     server = failures[name]
