@@ -15,7 +15,7 @@ demo: $(VENV)/.installed-zoo
 	$(BIN)/hedgespec demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not vllm"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

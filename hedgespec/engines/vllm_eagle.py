@@ -547,7 +547,12 @@ def _speculative(spec, folder: str):
     try:
         # What vLLM worked out of the first head's is left out; 0 for the prompt lookup is its own, and no value it accepts.
         return replace(
-            spec, model=folder, draft_model_config=None, draft_parallel_config=None, prompt_lookup_max=None, prompt_lookup_min=None
+            spec,
+            model=folder,
+            draft_model_config=None,
+            draft_parallel_config=None,
+            prompt_lookup_max=None,
+            prompt_lookup_min=None,
         )
     except Exception as error:
         raise PoolError(f"drafters: expected a folder with an EAGLE-3 head that vLLM reads, got {folder} ({error})") from error
