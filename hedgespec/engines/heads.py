@@ -1,8 +1,9 @@
 """Which of an engine's EAGLE heads drafts in each request, learned from what all of them would have drafted: numbers only.
 
-The engine takes drafts as they are, one-hot: a head's draft at a verified position is its argmax there, one token, which here is
-called its word. So a word and what the target thinks of it are all there is to know of a head at a position (`algorithm.md`,
-argmax mode), and of each request only the words for the token that comes next are kept from step to step.
+The engine takes drafts as they are, one-hot: a head's draft at a verified position is its argmax there, one token, which is
+called its word here. So a word and what the target thinks of it are all there is to know of a head at a position, the numbers
+of `hedgespec.evaluate` for mode "argmax" being p[word] and 1[word = x]; no head's logits need to be held beside another's. Of
+each request only the words for the token that comes next are kept from step to step.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ The pool's drafters are of type "eagle3", each with the `model` folder of a head
 worker is a subclass of the platform's, and gives its model runner a subclass of vLLM's proposer and of its samplers, before
 weights are loaded. vLLM's own code loads the heads, gives their layers pages of its KV cache, and verifies what is drafted.
 
-What needs the host: a step's words (see `heads.py`) come to it in one copy, learners pick, and the drafts follow in another. vLLM
-with `disable_padded_drafter_batch` has the step's tokens there already; without it, it would not wait for them, nor could it
-schedule a next step before this one has drafted (async scheduling, which vLLM leaves off then).
+What the host sees: a step's words (see `heads.py`) come to it in one copy, learners pick, and the drafts follow in another.
+With `disable_padded_drafter_batch` vLLM has the step's tokens there already, and leaves async scheduling off.
 
-Sizes: B rows of a step, A of them with new tokens, T tokens, N heads, H their width, V the target's vocabulary, K drafted tokens.
+Sizes: B rows of a step, A of them with new tokens, T such tokens, N heads, H their width, V the target's vocabulary, K tokens
+of a draft.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler  # noqa: E402
 from vllm.v1.spec_decode.eagle import EagleProposer  # noqa: E402
 
 MOST_WARM = 512
-"""Most positions that the warm start looks at in one step, whose logits are held, [V], for the target and one head at a time."""
+"""Most positions that the warm start looks at in one step, whose logits [V] are held for the target and one head at a time."""
 
 logger = init_logger("vllm.hedgespec")
 
@@ -118,7 +118,7 @@ class _Sampler(Sampler):
 
 
 class _RejectionSampler(RejectionSampler):
-    """vLLM's, which keeps the processed logits of all drafted positions, row after row, [tokens, V], where a request samples."""
+    """vLLM's, which keeps the processed logits of all drafted positions, [positions, V], where a request samples."""
 
     heard: torch.Tensor | None = None
 
@@ -158,17 +158,20 @@ class HedgeSpecEagleProposer(EagleProposer):
     """vLLM's proposer, for all heads of a pool.
 
     A step: each head reads the step's verified tokens, shifted by one, beside the target's hidden states, which writes its keys
-    and values and says its word for the token after each. The words for tokens that the target has emitted meanwhile are scored;
-    with those for the next tokens the picked heads go on drafting, each for its own rows.
+    and values, and says its word for the token after each. The words for tokens that the target has emitted meanwhile are
+    scored; from those for the next tokens the picked heads go on drafting, each for its own rows.
 
-    Prefix caching: the heads' layers are in the same group of the KV cache as vLLM's own head's would be, so a page holds all
-    heads' keys and values of its tokens, and a prefix found in the cache has been read by every head. A head reads a token with
-    the one after it, so the last token of a page depends on the first of the next page; vLLM leaves out the last page found
-    for any EAGLE method, for that reason. A head that fails is out for good, since pages lack its part from then on.
+    Prefix caching: the heads' layers are in one group of the KV cache, as one head's would be, so a block of it holds all
+    heads' keys and values of its tokens, and a prefix found in the cache has been read by every head. A head reads a token
+    together with the one after it, so the last token of a block depends on the first of the next one; for that reason vLLM
+    leaves out the last block found with any EAGLE method. A head that fails is out for good: blocks lack its part from then on.
 
-    Tensor parallelism: embeddings, LM heads and attention are shared out among ranks, so all must run the same heads on the same
-    rows. Picks follow from the scores and a generator with the same seed everywhere; the scores are taken from the first rank,
-    lest a float that differs in its last bit part them. Prices, for objective "throughput", are each rank's own: refused.
+    Steps without a draft: where any row of a batch is within K tokens of the context's end, vLLM asks no proposer, so the heads
+    miss tokens of all rows, as vLLM's own head does; the round is not counted, and the head's keys there are of nothing.
+
+    Tensor parallelism: embeddings, LM heads and attention are shared out among ranks, so all must run the same heads on the
+    same rows. Picks follow from the scores and a generator of the same seed everywhere; the scores are taken from the first
+    rank, or a float that differs in its last bit might part the ranks.
 
     Raises: PoolError for a pool that cannot be read, or heads that cannot work side by side.
     """
@@ -208,9 +211,8 @@ class HedgeSpecEagleProposer(EagleProposer):
             expected = of(self.first.speculative.draft_model_config)
             for head in self.heads:
                 if (got := of(head.speculative.draft_model_config)) != expected:
-                    raise PoolError(
-                        f"{self.pool.source}: drafter {head.name}: expected the {what} {expected} of {self.first.name}, got {got}"
-                    )
+                    of_first = f"the {what} {expected} of {self.first.name}"
+                    raise PoolError(f"{self.pool.source}: drafter {head.name}: expected {of_first}, got {got}")
 
     def listen(self) -> None:
         """Puts samplers in the runner's place for its own, and looks at the hidden states it drafts with."""
@@ -434,7 +436,8 @@ class HedgeSpecEagleProposer(EagleProposer):
     def _forward(self, head: Head, size: int, layers, mode, across, slots) -> tuple[torch.Tensor, torch.Tensor]:
         """A head's output and features, [size, H] each, of what is in the proposer's buffers."""
         with set_forward_context(
-            layers, self.vllm_config, num_tokens=size, num_tokens_across_dp=across, cudagraph_runtime_mode=mode, slot_mapping=slots,
+            layers, self.vllm_config, num_tokens=size, num_tokens_across_dp=across, cudagraph_runtime_mode=mode,
+            slot_mapping=slots,
         ):  # fmt: skip
             return head.model(
                 input_ids=self.input_ids[:size], positions=self._get_positions(size), inputs_embeds=None,

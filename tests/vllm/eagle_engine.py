@@ -1,8 +1,8 @@
 """One engine for `test_vllm_eagle.py`, in a process of its own: `python eagle_engine.py JOB.json RESULT.json`.
 
 The job holds `target`, `heads` (folders by name), `prompts` (token ids), `max_new_tokens`, `draft_length`, `engine` (options of
-vLLM's `LLM`), `who` ("nobody", "vllm": the first head as vLLM itself runs it, "hedgespec"), and `parts`, names of functions here.
-The result holds for each part what it returns.
+vLLM's `LLM`), `who` drafts ("nobody", "vllm": the first head as vLLM itself runs it, "hedgespec"), and `parts`, names of
+functions here. The result holds for each part what it returns.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is the engine's own
@@ -90,16 +91,20 @@ def generate(llm: LLM, job: dict, sampling=None, count: int | None = None) -> li
 
 
 def greedy(llm: LLM, job: dict) -> dict:
-    return {"requests": generate(llm, job)} | (_report(llm) if job["who"] == "hedgespec" else {})
+    found = {"requests": generate(llm, job)}
+    if job["who"] == "hedgespec":
+        found |= _report(llm)
+        found["preemptions"] = sum(one.value for one in llm.get_metrics() if one.name == "vllm:num_preemptions")
+    return found
 
 
 def again(llm: LLM, job: dict) -> dict:
     """The same prompts, which are in the cache now."""
-    return {"requests": generate(llm, job)}
+    return {"requests": generate(llm, job, count=6)}
 
 
 def _report(llm: LLM) -> dict:
-    return {"report": llm.collective_rpc("hedgespec_report")[0]}
+    return {"report": json.loads(json.dumps(llm.collective_rpc("hedgespec_report")[0]))}  # a copy, as of now
 
 
 def abort(llm: LLM, job: dict) -> dict:
@@ -107,7 +112,7 @@ def abort(llm: LLM, job: dict) -> dict:
     engine, kept = llm.llm_engine, []
     names = [f"abort-{place}" for place in range(6)]
     for name, ids in zip(names, job["prompts"]):
-        engine.add_request(name, {"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=job["max_new_tokens"]))
+        engine.add_request(name, {"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=24))
     texts = {}
     for step in range(10_000):
         if not engine.has_unfinished_requests():
@@ -127,12 +132,12 @@ def sampled(llm: LLM, job: dict) -> dict:
     """Greedy requests and ones that sample, side by side."""
     mended = mend()
     kinds = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 20}, {"temperature": 1.0, "top_p": 0.8}, {"temperature": 0}]
-    kinds = [kinds[place % len(kinds)] for place in range(len(job["prompts"]))]
+    kinds = [kinds[place % len(kinds)] for place in range(8)]
     sampling = [
         SamplingParams(max_tokens=job["max_new_tokens"], seed=place, ignore_eos=True, **kind)
         for place, kind in enumerate(kinds)
     ]
-    return {"requests": generate(llm, job, sampling), "kinds": kinds, "mended": mended}
+    return {"requests": generate(llm, job, sampling, len(kinds)), "kinds": kinds, "mended": mended}
 
 
 def not_a_number(llm: LLM, job: dict) -> dict:
@@ -140,7 +145,7 @@ def not_a_number(llm: LLM, job: dict) -> dict:
     heads = worker(llm).model_runner.drafter.heads
     with torch.no_grad():
         heads[1].model.model.norm.weight.fill_(float("nan"))
-    return {"requests": generate(llm, job, count=3)} | _report(llm)
+    return {"requests": generate(llm, job, count=2)} | _report(llm)
 
 
 def raises(llm: LLM, job: dict) -> dict:
@@ -156,7 +161,7 @@ def raises(llm: LLM, job: dict) -> dict:
         return forward(head, *rest)
 
     drafter._forward = fail
-    found = {"requests": generate(llm, job, count=3)} | _report(llm)
+    found = {"requests": generate(llm, job, count=2)} | _report(llm)
     drafter._forward = forward
     return found | {"lost": drafter.learning.lost, "calls": len(calls)}
 
@@ -165,7 +170,11 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     sys.modules["eagle_engine"] = sys.modules["__main__"]
     llm = load(job)
-    Path(sys.argv[2]).write_text(json.dumps({part: globals()[part](llm, job) for part in job["parts"]}))
+    found = {}
+    for part in job["parts"]:
+        began = time.perf_counter()
+        found[part] = globals()[part](llm, job) | {"seconds": time.perf_counter() - began}
+    Path(sys.argv[2]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def plain(run) -> list[dict]:
 @pytest.fixture(scope="module")
 def pool(run) -> dict:
     """All that is asked of the engine with the whole pool."""
-    return run("hedgespec", parts=("greedy", "again", "abort", "sampled", "not_a_number", "raises"))
+    parts = ("greedy", "again", "abort", "sampled", "not_a_number", "raises")
+    return run("hedgespec", parts=parts, engine={"block_size": 32})  # the CPU's default, 128, is longer than the prompts
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_prompts_warm_learners_up(zoo, pool):
 def test_a_cached_prefix_changes_nothing(zoo, plain, pool, target):
     """A prefix found in the cache has been read by all heads: what they say is the same."""
     first, second = pool["greedy"]["requests"], pool["again"]["requests"]
-    assert sum(request["cached"] > 0 for request in second) >= len(second) // 2
+    assert all(request["cached"] >= 32 for request in second)
     assert_same_texts(zoo, target, second, plain)
     same = differ = 0
     for one, other in zip(first, second):
@@ -199,7 +200,7 @@ def test_a_cached_prefix_changes_nothing(zoo, plain, pool, target):
 def test_ended_requests_leave_nothing(plain, pool):
     found = pool["abort"]
     assert sorted(found["texts"]) == [f"abort-{place}" for place in (1, 3, 5)]
-    assert all(found["texts"][f"abort-{place}"] == plain[place]["tokens"] for place in (1, 3, 5))
+    assert all(found["texts"][f"abort-{place}"] == plain[place]["tokens"][:24] for place in (1, 3, 5))
     assert all(found["kept"]) and found["in_the_end"] == 0
 
 
@@ -208,18 +209,14 @@ def test_sampled_requests_are_scored_with_the_targets_probabilities(pool):
     found = pool["sampled"]
     for kind in ({"temperature": 1.0}, {"temperature": 0.7, "top_k": 20}, {"temperature": 1.0, "top_p": 0.8}):
         requests = [one for one, of in zip(found["requests"], found["kinds"]) if of == kind]
-        prob, ratio = (
-            np.concatenate([np.array(heard[which])[head] for one in requests for heard in one["heard"]["rounds"]])
-            for head in (0,)
-            for which in (1, 2)
-        )
+        prob = np.concatenate([np.array(heard[1])[0] for one in requests for heard in one["heard"]["rounds"]])
         assert ((prob >= 0) & (prob <= 1)).all() and 0.02 < prob.mean() < 0.98
         assert not np.isin(prob, (0, 1)).all()
     rounds = [
         heard for one, of in zip(found["requests"], found["kinds"]) if of["temperature"] for heard in one["heard"]["rounds"]
     ]
     gap = np.concatenate([(np.array(prob) - np.array(ratio)).T for _, prob, ratio, _ in rounds])  # [tokens, N]
-    assert len(gap) > 300
+    assert len(gap) > 250
     assert (abs(gap.mean(axis=0)) < 4 * gap.std(axis=0) / len(gap) ** 0.5).all()
     for one, of in zip(found["requests"], found["kinds"]):
         if not of["temperature"]:
@@ -238,13 +235,20 @@ def test_a_head_that_fails_is_out(zoo, target, plain, pool, part):
         assert after[2] + after[3] > before[2] + before[3]
 
 
-def test_chunks_of_prompts_and_preempted_requests(zoo, target, run, plain):
-    """Prompts are read in pieces, and there is room for a few requests only, so that some are thrown out and read again."""
-    engine = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": 14, "block_size": 32}
+def test_chunks_of_prompts_preempted_requests_and_the_end_of_the_context(zoo, target, run, plain):
+    """Prompts are read in pieces, there is room for a few requests only, so that some are thrown out and read again, and most
+    texts end with the context, before which vLLM asks for no drafts."""
+    engine = {"max_model_len": 128, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 14, "block_size": 32}
     found = run("hedgespec", HEADS[:2], engine=engine)["greedy"]
-    assert_same_texts(zoo, target, found["requests"], plain)
-    for request in found["requests"]:
-        assert sum(len(prob[0]) for _, prob, _, _ in request["heard"]["rounds"]) >= len(request["tokens"]) - 1
+    assert found["preemptions"] > 0
+    cut = [one | {"tokens": one["tokens"][: len(other["tokens"])]} for one, other in zip(plain, found["requests"])]
+    assert any(one["tokens"] != other["tokens"] for one, other in zip(cut, plain))
+    assert_same_texts(zoo, target, found["requests"], cut)
+    for request, ours in zip(plain, found["requests"]):
+        prompt = len(zoo.prompts[plain.index(request)])
+        for place, prob, _, _ in ours["heard"]["rounds"]:
+            assert prompt < place and place + len(prob[0]) <= 128 + 1
+    assert found["report"]["rounds"] > 50 and found["report"]["failures"] == {}
 
 
 # Mistakes.
@@ -311,26 +315,43 @@ def test_pools_that_are_refused(monkeypatch, pool, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (
-            {"eagle_aux_hidden_state_layer_ids": [2, 15, 28]},
-            r"expected the layers of the target \(2, 15, 27\) of python, got \(2",
-        ),
-        ({"hidden_size": 640, "head_dim": 64}, "expected the hidden size 576 of python, got 640"),
-        ({"num_key_value_heads": 9}, "drafters: expected heads whose keys and values have one shape"),
-        (None, "expected a folder with an EAGLE-3 head that vLLM reads, got"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 15, 28]}, r"the layers of the target \(2, 15, 27\) of a, got \(2, 15, 28\)"),
+        ({"eagle_aux_hidden_state_layer_ids": None}, "the layers of the target .* of a, got default"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "the layers of the target .* of a, got last"),
+        ({"width": 640}, "the hidden size 576 of a, got 640"),
     ],
 )
-def test_heads_that_do_not_go_together(zoo, run, tmp_path, changed, message):
-    other = tmp_path / "other"
+def test_heads_that_read_something_else(changed, message):
+    from hedgespec.engines.vllm_eagle import Head, HedgeSpecEagleProposer
+    from hedgespec.errors import PoolError
+
+    def head(name, **changed):
+        told = SimpleNamespace(**{"width": 576, "eagle_aux_hidden_state_layer_ids": [2, 15, 27]} | changed)
+        model = SimpleNamespace(hf_config=told, get_hidden_size=lambda: told.width)
+        return Head(name, SimpleNamespace(draft_model_config=model))
+
+    proposer = object.__new__(HedgeSpecEagleProposer)
+    proposer.pool, proposer.heads = SimpleNamespace(source="pool.json"), [head("a"), head("b", **changed)]
+    proposer.first = proposer.heads[0]
+    with pytest.raises(PoolError, match=f"pool.json: drafter b: expected {message}"):
+        proposer._check_heads()
+
+
+@pytest.mark.parametrize(
+    ("narrow", "message"),
+    [
+        (False, "expected a folder with an EAGLE-3 head that vLLM reads, got"),
+        (True, "expected heads whose keys and values have one shape"),
+    ],
+)
+def test_heads_that_do_not_load_together(zoo, run, tmp_path, narrow, message):
+    python, other = Path(zoo.heads["python"]), tmp_path / "other"
     other.mkdir()
-    if changed is not None:
-        told = json.loads((Path(zoo.heads["python"]) / "config.json").read_text()) | changed
-        if "eagle_aux_hidden_state_layer_ids" in changed:
-            told["eagle_config"] |= changed
+    if narrow:
+        told = json.loads((python / "config.json").read_text()) | {"num_key_value_heads": 9}
         (other / "config.json").write_text(json.dumps(told))
-        weights = load_file(Path(zoo.heads["python"]) / "model.safetensors")
-        if "num_key_value_heads" in changed:
-            weights = {name: value.repeat(3, 1) if name.endswith(NARROW) else value for name, value in weights.items()}
+        weights = load_file(python / "model.safetensors")
+        weights = {name: value.repeat(3, 1) if name.endswith(NARROW) else value for name, value in weights.items()}
         save_file(weights, other / "model.safetensors")
     with pytest.raises(AssertionError, match=message):
-        run("hedgespec", {"python": zoo.heads["python"], "other": str(other)})
+        run("hedgespec", {"python": str(python), "other": str(other)})
