@@ -27,10 +27,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hedgespec.costs import Costs
 from hedgespec.engines.heads import SILENT, HeadLearning
+from hedgespec.engines.learning import EngineClock
 from hedgespec.engines.pool import read_pool
 from hedgespec.engines.prometheus import Exporter
-from hedgespec.engines.vllm import EXPORT_EVERY, TESTED, check_version
+from hedgespec.engines.vllm import EXPORT_EVERY, TESTED, _check_sampling, check_version
 from hedgespec.engines.vllm_worker import PlatformWorker
 from hedgespec.errors import EngineError, PoolError
 from hedgespec.evaluate import evaluate
@@ -179,9 +181,10 @@ class HedgeSpecEagleProposer(EagleProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner) -> None:
         spec = vllm_config.speculative_config
         self.pool = read_pool(spec.num_speculative_tokens, ("eagle3",), seed=vllm_config.model_config.seed or 0)
-        if self.pool.decode.objective != "tokens":
+        objective, ranks = self.pool.decode.objective, vllm_config.parallel_config.tensor_parallel_size
+        if objective != "tokens" and ranks > 1:  # every rank has a clock of its own, by which picks would differ
             raise PoolError(
-                f"{self.pool.source}: objective: expected tokens with EAGLE heads, got {self.pool.decode.objective}"
+                f"{self.pool.source}: objective: expected tokens with tensor_parallel_size {ranks}, got {objective}"
             )
         folders = [entry.options["model"] for entry in self.pool.drafters]
         chosen = [place for place, folder in enumerate(folders) if _same(folder, spec.model)]
@@ -196,6 +199,10 @@ class HedgeSpecEagleProposer(EagleProposer):
         """The one of vLLM's own configuration, whose layers of the target are read."""
         self._check_heads()
         self.learning = HeadLearning(self.pool.names, self.pool.decode, self.pool.seed, logger.warning)
+        self._clock: EngineClock | None = None
+        """What rounds cost. That all heads read is part of verifying: they do, whoever drafts."""
+        if objective == "throughput":
+            self._clock = EngineClock(Costs(len(self.heads), spec.num_speculative_tokens))
         self._step: _Step | None = None
         self._target_hidden: torch.Tensor | None = None
         self._sampler: _Sampler | None = None
@@ -246,6 +253,7 @@ class HedgeSpecEagleProposer(EagleProposer):
         specs = {name: context[name].get_kv_cache_spec(self.vllm_config) for name in sorted(layers)}
         if len(set(specs.values())) > 1:
             raise PoolError(f"{self.pool.source}: drafters: expected heads whose keys and values have one shape, got {specs}")
+        _check_sampling(self.device)
 
     def _get_model(self) -> torch.nn.Module:
         head = self._loading
@@ -283,7 +291,7 @@ class HedgeSpecEagleProposer(EagleProposer):
         token_indices_to_sample, common_attn_metadata, sampling_metadata, mm_embed_inputs=None, num_rejected_tokens_gpu=None,
         slot_mappings=None,
     ) -> list[list[int]]:  # fmt: skip
-        """As vLLM calls it. Returns: each row's draft, of K tokens or none."""
+        """As vLLM calls it. Returns: each row's draft, of 0..K tokens."""
         self.num_speculative_tokens = num_speculative_tokens
         step, metadata = self._step, common_attn_metadata
         ends = metadata.query_start_loc_cpu.tolist()
@@ -361,6 +369,10 @@ class HedgeSpecEagleProposer(EagleProposer):
         if (group := get_tp_group()).world_size > 1:
             told = group.broadcast(told, src=0)
         told = told.cpu().numpy()  # the step's first wait for the device
+        seconds = None
+        if self._clock is not None:
+            self._clock.enter(len(active))
+            seconds = self._clock.costs.of(len(active))
         words, sound, prompt, probs = np.split(told, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
         words, sound = words.astype(np.int64), sound.astype(bool)
         done = 0
@@ -370,38 +382,47 @@ class HedgeSpecEagleProposer(EagleProposer):
             ratio = (np.column_stack([before[column], words[:, tokens]]) == np.array(emitted)).astype(np.float64)
             prob = probs[:, done : done + len(emitted)] if probs.size else ratio
             done += len(emitted)
-            learning.learn(step.names[row], prob, ratio, step.drafted[row])
+            learning.learn(step.names[row], prob, ratio, step.drafted[row], seconds)
         done = 0
         for place, row in enumerate(active):
             name, tokens = step.names[row], slice(offsets[place], offsets[place + 1])
             if learning.is_new(name):
                 count = len(reading.warm.get(row, ()))
-                learning.begin(name, prompt[:, done : done + count])
+                learning.begin(name, prompt[:, done : done + count], seconds)
                 done += count
             learning.hear(name, step.lengths[row], words[:, tokens][:, -1], sound[:, tokens].all(axis=1))
 
     def _draft(self, step: _Step, active: Sequence[int], reading: _Reading, metadata) -> list[list[int]]:
         """The picked heads go on from their words."""
         drafts: list[list[int]] = [[] for _ in step.names]
-        room = self.num_speculative_tokens + 1
-        choices = [self.learning.choose(step.names[row], room) for row in active]
+        most, costs = self.num_speculative_tokens, None if self._clock is None else self._clock.costs
+        measure = costs.to_measure(len(active), most) if costs is not None and active else None
+        choices = [self.learning.choose(step.names[row], most + 1, measure) for row in active]
         done: list[tuple[list[int], torch.Tensor]] = []
         for index in sorted({choice.drafter for choice in choices if choice.draft_length}):
             own = [place for place, choice in enumerate(choices) if choice.drafter == index and choice.draft_length]
+            length, began = max(choices[place].draft_length for place in own), time.perf_counter()
             try:
-                rows = [active[place] for place in own]
-                done.append((rows, self._go_on(index, own, rows, reading, metadata)))
+                tokens = self._go_on(index, own, [active[place] for place in own], length, reading, metadata)
+                if costs is not None:
+                    tokens = tokens.cpu()  # waits, or nothing would be measured
+                    costs.drafted(len(active), index, (time.perf_counter() - began) / length)
+                done.append((own, torch.nn.functional.pad(tokens, (0, most - length))))
             except Exception as error:
                 self._lose(index, error)
         if done:
             tokens = torch.cat([tokens for _, tokens in done]).tolist()  # the second wait
-            for row, draft in zip((row for rows, _ in done for row in rows), tokens):
-                drafts[row] = draft
+            for place, draft in zip((place for own, _ in done for place in own), tokens):
+                drafts[active[place]] = draft[: choices[place].draft_length]
+        if self._clock is not None and len(active) == len(step.names):
+            self._clock.leave(len(active), max(map(len, drafts), default=0))
         return drafts
 
-    def _go_on(self, index: int, own: Sequence[int], rows: Sequence[int], reading: _Reading, metadata) -> torch.Tensor:
-        """One head's drafts for some rows, [rows, K]. It writes keys and values of its own layers only, behind what these rows
-        have verified, and reads them over once that is."""
+    def _go_on(
+        self, index: int, own: Sequence[int], rows: Sequence[int], length: int, reading: _Reading, metadata
+    ) -> torch.Tensor:
+        """One head's drafts for some rows, [rows, length]. It writes keys and values of its own layers only, behind what these
+        rows have verified; what is verified then is written over them."""
         head, said, count = self.heads[index], reading.said[index], len(own)
         here, host_rows = self._on_device(own), torch.tensor(rows)
         device_rows = self._on_device(rows)
@@ -423,7 +444,7 @@ class HedgeSpecEagleProposer(EagleProposer):
         )
         ends = self._on_device(reading.offsets[1:] - 1)
         tokens, features, positions = [said.words[ends[here]]], said.features[here], reading.positions[here]
-        for depth in range(1, self.num_speculative_tokens):
+        for depth in range(1, length):
             positions = self._update_positions_dependent_metadata(positions, metadata, count, size, self.block_size)
             _, layers = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=depth)
             self.input_ids[:count] = tokens[-1]

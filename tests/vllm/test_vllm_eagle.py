@@ -237,10 +237,12 @@ def test_a_head_that_fails_is_out(zoo, target, plain, pool, part):
 
 def test_chunks_of_prompts_preempted_requests_and_the_end_of_the_context(zoo, target, run, plain):
     """Prompts are read in pieces, there is room for a few requests only, so that some are thrown out and read again, and most
-    texts end with the context, before which vLLM asks for no drafts."""
+    texts end with the context, before which vLLM asks for no drafts. Drafts are of any length, as the objective has it."""
     engine = {"max_model_len": 128, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 14, "block_size": 32}
-    found = run("hedgespec", HEADS[:2], engine=engine)["greedy"]
+    found = run("hedgespec", HEADS[:2], engine=engine, pool={"objective": "throughput"})["greedy"]
     assert found["preemptions"] > 0
+    lengths = {drafted for request in found["requests"] for *_, drafted in request["heard"]["rounds"]}
+    assert lengths == set(range(DRAFT_LENGTH + 1))  # each is measured
     cut = [one | {"tokens": one["tokens"][: len(other["tokens"])]} for one, other in zip(plain, found["requests"])]
     assert any(one["tokens"] != other["tokens"] for one, other in zip(cut, plain))
     assert_same_texts(zoo, target, found["requests"], cut)
@@ -260,7 +262,7 @@ def config(tmp_path=None, **changed):
         "method": "eagle3", "disable_padded_drafter_batch": True, "draft_sample_method": "greedy", "num_speculative_tokens": 4,
         "rejection_sample_method": "standard", "parallel_drafting": False, "model": "/heads/python",
     }  # fmt: skip
-    parallel = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_eplb": False}
+    parallel = {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_eplb": False}
     whole = {
         "speculative_config": spec, "parallel_config": parallel, "scheduler_config": {"async_scheduling": False},
         "model_config": {"supports_multimodal_inputs": False, "uses_mrope": False, "seed": 0}, "use_v2_model_runner": False,
@@ -300,7 +302,10 @@ def test_configurations_that_are_refused(changed, message):
         ({"drafters": [{"type": "ngram"}]}, "type: expected one of eagle3, got 'ngram'"),
         ({"drafters": [{"type": "eagle3"}]}, "model: expected one for type eagle3, got none"),
         ({"drafters": [{"type": "eagle3", "model": "/heads/sql"}]}, "expected speculative_config's model /heads/python among"),
-        ({"drafters": [{"type": "eagle3", "model": "/heads/python"}], "objective": "throughput"}, "objective: expected tokens"),
+        (
+            {"drafters": [{"type": "eagle3", "model": "/heads/python"}], "objective": "throughput"},
+            "objective: expected tokens with tensor_parallel_size 2, got throughput",
+        ),
     ],
 )
 def test_pools_that_are_refused(monkeypatch, pool, message):
