@@ -154,6 +154,19 @@ def inspect(options: argparse.Namespace) -> None:
     _wide_console().print(Group(*map(escape, lines), table))
 
 
+def datastore(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from hedgespec.drafters.datastore import Datastore
+
+    texts = [_read_text(file) for file in options.files]
+    tokenizer = _find_tokenizer(options.tokenizer)
+    sequences = [np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int64) for text in texts]
+    built = Datastore.build(sequences, options.max_ngram)
+    built.save(options.out)
+    print(f"{options.out}: {len(built)} entries from {sum(map(len, sequences))} tokens")
+
+
 def demo(options: argparse.Namespace) -> None:
     from hedgespec.zoo.demo import run
 
@@ -341,6 +354,29 @@ def _load_tokenizer(folder: Path):
 
     with _reading(folder, "a folder with a tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _find_tokenizer(spec: str):
+    """A tokenizer from a folder, or by the name of a repository of the hub."""
+    from hedgespec.checkpoints import REPOSITORY
+
+    if Path(spec).is_dir() or not REPOSITORY.fullmatch(spec):
+        return _load_tokenizer(Path(spec))
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(spec)
+    except Exception as error:
+        raise CheckpointError(
+            f"--tokenizer: expected a tokenizer's folder or a repository of the hub that can be reached, got {spec} ({error})"
+        ) from error
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected a text in UTF-8, got what is none ({error})") from error
 
 
 @contextmanager
@@ -586,6 +622,12 @@ def _parser() -> argparse.ArgumentParser:
     add("path", metavar="PATH", help="a folder, its weights, or a repository of the hub")
     add("--json", action="store_true", help="as JSON")
     _add_allow_pickle(add)
+
+    add = command("datastore", datastore, "make of texts what the drafter that retrieves looks up").add_argument
+    add("out", metavar="OUT", type=_output, help="the .safetensors file to write")
+    add("--tokenizer", metavar="FOLDER_OR_ID", required=True, help="the target's: a folder, or a repository of the hub")
+    add("files", metavar="FILE", type=Path, nargs="+", help="texts in UTF-8; no n-gram reaches from one into the next")
+    add("--max-ngram", metavar="n", type=_number(int, 1, 64), default=6, help="longest n-gram looked up (default: %(default)s)")
 
     add = command("demo", demo, "decode a mixed stream plainly, with the generalist, with HedgeSpec").add_argument
     add("--json", metavar="FILE", type=_output_or_stdout, help="write the figures here; - is stdout")

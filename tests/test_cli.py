@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import hedgespec
 from hedgespec import Tree, cli, experiments, zoo
 from hedgespec.checkpoints import inspect_drafter
+from hedgespec.drafters.datastore import MAX_NGRAM, Datastore
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.learners import NAMES as LEARNERS
 from hedgespec.metrics import STAGES
@@ -434,7 +435,7 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["{generate,inspect,demo,experiment,zoo,doctor}"]),
+        ([], ["{generate,inspect,datastore,demo,experiment,zoo,doctor}"]),
         (["decode"], ["decode", "generate", "inspect", "demo", "zoo", "doctor"]),
         (["generate"], ["PROMPT"]),
         (["generate", ""], ["PROMPT", "expected some text"]),
@@ -477,6 +478,10 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["experiment", "report", "--report", "no/such/x.md"], ["--report", "a file that can be written", "x.md"]),
         (["zoo"], ["{list,path,export,train}"]),
         (["inspect"], ["PATH"]),
+        (["datastore", "x", "--tokenizer", "x"], ["FILE"]),
+        (["datastore", "x", "y"], ["--tokenizer"]),
+        (["datastore", "no/such/x", "y", "--tokenizer", "x"], ["OUT", "a file that can be written", "x"]),
+        (["datastore", "x", "y", "--tokenizer", "x", "--max-ngram", "0"], ["--max-ngram", "an integer >= 1 and <= 64"]),
         (["zoo", "export"], ["FOLDER"]),
         (["zoo", "export", "x", "--only", "klingon"], ["--only", "generalist", "'klingon'"]),
         (["zoo", "export", "x", "--layout", "medusa"], ["--layout", "official", "speculators"]),
@@ -659,6 +664,43 @@ def test_inspect_of_what_is_no_head(hub, place, capsys):
     for path, word in ((place.target, "expected an EAGLE head"), (place.head, "HedgeSpec's zoo"), (hub["pickled"], "pickle"),
                        ("klingon", "found none")):  # fmt: skip
         fails(capsys, 1, word, argv=["inspect", path])
+
+
+# datastore
+
+
+def test_datastore_looks_texts_up_by_their_tokens(place, capsys, tmp_path):
+    for name, text in (("one", STORY), ("two", DIGITS * 2)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    out = tmp_path / "store.safetensors"
+    command = ["datastore", str(out), "--tokenizer", str(place.target), str(tmp_path / "one"), str(tmp_path / "two")]
+    assert cli.main(command) == 0
+    ids = [place.tokenizer(text).input_ids for text in (STORY, DIGITS)]
+    assert f"store.safetensors: {len(Datastore.load(out))} entries from {len(ids[0]) + 20} tokens" in capsys.readouterr().out
+    built = Datastore.load(out)
+    assert built.max_ngram == MAX_NGRAM
+    assert built.next_tokens([ids[0][:4], ids[1], ids[0]]).tolist() == [ids[0][4], ids[1][0], -1]
+    assert cli.main([*command, "--max-ngram", "2"]) == 0
+    assert Datastore.load(out).max_ngram == 2
+
+
+def test_datastore_of_what_is_no_text_or_has_no_tokenizer(place, capsys, tmp_path, monkeypatch):
+    text, noise, out = tmp_path / "text", tmp_path / "noise", tmp_path / "store.safetensors"
+    text.write_text("abc", encoding="utf-8")
+    noise.write_bytes(b"\xff\xfe")
+    known = ["datastore", out, "--tokenizer", place.target]
+    fails(capsys, 1, str(noise), "expected a text in UTF-8", argv=[*known, text, noise])
+    fails(capsys, 1, "missing", argv=[*known, tmp_path / "missing"])
+    fails(capsys, 1, "a folder with a tokenizer", "twin", argv=["datastore", out, text, "--tokenizer", place.twin])
+    fails(capsys, 1, "a folder with a tokenizer", "nowhere", argv=["datastore", out, text, "--tokenizer", "nowhere"])
+
+    def unreachable(name, **_):
+        raise OSError(f"{name} is far")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
+    words = ("--tokenizer", "a repository of the hub", "someone/else is far")
+    fails(capsys, 1, *words, argv=["datastore", out, text, "--tokenizer", "someone/else"])
+    assert not out.exists()
 
 
 # demo

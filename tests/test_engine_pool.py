@@ -19,10 +19,9 @@ def read(found, types=TYPES, length=4):
 
 
 def test_json_and_a_file(tmp_path):
-    told = {
-        "drafters": [LOOKUP, {"type": "causal_lm", "model": "m", "dtype": "float32"}],
-        "learner": "hedge", "learner_options": {"eta": 0.3}, "prior": [0.75, 0.25], "objective": "throughput", "seed": 3, "log_every": 0.5,
-    }  # fmt: skip
+    drafters = [LOOKUP, {"type": "causal_lm", "model": "m", "dtype": "float32"}]
+    learning = {"learner": "hedge", "learner_options": {"eta": 0.3}, "prior": [0.75, 0.25], "objective": "throughput"}
+    told = {"drafters": drafters, **learning, "seed": 3, "log_every": 0.5}
     (path := tmp_path / "pool.json").write_text(json.dumps(told))
     for pool in (read(told), read(str(path))):
         assert pool.names == ("lookup", "causal_lm")
@@ -35,6 +34,7 @@ def test_json_and_a_file(tmp_path):
 def test_what_is_left_out():
     pool = read({"drafters": [LOOKUP]})
     assert (pool.decode.learner, pool.decode.objective, pool.log_every) == ("normal_hedge", "tokens", 60)
+    assert (pool.decode.warm_start, pool.decode.evaluate_every) == (4, 1)
     assert read_pool(2, TYPES, environment={VARIABLE: json.dumps({"drafters": [LOOKUP]})}, seed=7).seed == 7
 
 
@@ -44,7 +44,7 @@ def test_what_is_left_out():
         ("", "HEDGESPEC_POOL: expected a path to a JSON file, or JSON, that describes the pool of drafters, got nothing"),
         ("no/such/file.json", "expected a readable JSON file, or JSON, got no/such/file.json"),
         ("{", "HEDGESPEC_POOL: expected JSON, got an error in line 1"),
-        ({"drafters": []}, "drafters: expected a list of at least one drafter, got []"),
+        ({"drafters": []}, "drafters: expected a list of at least one drafter, got \\[\\]"),
         ({}, "drafters: expected a list of at least one drafter, got None"),
         ({"drafters": ["lookup"]}, "drafters\\[0\\]: expected an object, got 'lookup'"),
         ({"drafters": [{"type": "magic"}]}, "drafters\\[0\\]: type: expected one of causal_lm, .*, got 'magic'"),
@@ -55,7 +55,7 @@ def test_what_is_left_out():
         ({"drafters": [LOOKUP | {"max_ngram": True}]}, "max_ngram: expected int, got True"),
         ({"drafters": [{"type": "causal_lm"}]}, "drafters\\[0\\]: model: expected one for type causal_lm, got none"),
         ({"drafters": [LOOKUP], "lerner": "ucb"}, "expected keys among .*, got lerner"),
-        ({"drafters": [LOOKUP], "learner": "magic"}, "learner"),
+        ({"drafters": [LOOKUP], "learner": "magic"}, "normal_hedge.*got 'magic'"),
         ({"drafters": [LOOKUP], "learner_options": {"magic": 1}}, "magic"),
         ({"drafters": [LOOKUP], "learner": "ucb", "objective": "throughput"}, "learner: expected one that hears of all"),
         ({"drafters": [LOOKUP], "prior": [0.5, 0.5]}, "prior: expected shape"),

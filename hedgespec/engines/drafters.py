@@ -21,6 +21,7 @@ import torch
 from hedgespec.cache import RowCache
 from hedgespec.drafters import Drafter, DrafterSession
 from hedgespec.drafters.causal_lm import usable_vocabulary
+from hedgespec.drafters.datastore import Datastore, check_vocabulary
 from hedgespec.drafters.ngram import NGramDrafter, NGramIndex
 from hedgespec.linear import few_row_view
 from hedgespec.target import check_target, context_of, device_of, row_masks, rows_may_differ
@@ -408,6 +409,52 @@ class CausalLMs(_ByKey[_Text]):
         if request.row is not None:
             del self._rows[request.row]
         request.row, request.length = None, 0
+
+
+@dataclass(eq=False)
+class _Tail:
+    """The last verified tokens of a request, as many as the longest n-gram has."""
+
+    tokens: list[int] = field(default_factory=list)
+
+
+class Datastores(_ByKey[_Tail]):
+    """Retrieval from a corpus, one look-up for all the requests at hand.
+
+    Args:
+        datastore: of texts in the target's tokens.
+        vocab_size: the target's.
+        name: shown in statistics.
+
+    Raises: VocabularyMismatchError for a datastore that says ids beyond the vocabulary.
+    """
+
+    def __init__(self, datastore: Datastore, vocab_size: int, name: str = "datastore"):
+        super().__init__(name)
+        check_vocabulary(datastore, vocab_size, name)
+        self.datastore = datastore
+
+    def _begin(self) -> _Tail:
+        return _Tail()
+
+    def _extend(self, requests, tokens, keep):
+        contexts, longest = [], self.datastore.max_ngram
+        for request, new, count in zip(requests, tokens, keep):
+            text = [*request.tokens, *new[-(longest + count) :].tolist()]
+            contexts += [text[max(0, end - longest) : end] for end in range(len(text) - count + 1, len(text) + 1)]
+            request.tokens = text[-longest:]
+        return np.split(self.datastore.next_tokens(contexts), np.cumsum(keep)[:-1]) if requests else []
+
+    def _draft(self, requests, lengths):
+        drafts: list[list[int]] = [[] for _ in requests]
+        going = [place for place, length in enumerate(lengths) if length]
+        while going:
+            found = self.datastore.next_tokens([[*requests[place].tokens, *drafts[place]] for place in going])
+            for place, token in zip(going, found.tolist()):
+                if token != NOTHING:
+                    drafts[place].append(token)
+            going = [place for place, token in zip(going, found) if token != NOTHING and len(drafts[place]) < lengths[place]]
+        return drafts
 
 
 class _Session:

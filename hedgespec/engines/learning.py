@@ -117,18 +117,17 @@ class RequestLearner:
         self.tally.scored += acceptance_prob.shape[1]
         self.tally.acceptance += acceptance_prob.sum(axis=1)
 
-    def end_round(self, emitted: int, drafted: int, tested: int) -> None:
-        """Ends the round in which `drafted` of the chosen drafter's tokens came before the engine, `tested` of which are known
-        to have been accepted or not, and which emitted so many tokens, accepted and recovered or bonus. No round without a
-        token."""
+    def end_round(self, emitted: int, drafted: int, accepted: int) -> None:
+        """Ends the round in which `drafted` of the chosen drafter's tokens came before the engine, `accepted` of which it
+        accepted, and which emitted so many tokens, 1 or more."""
         drafter = self.choice.drafter if drafted else None
-        self.selector.end_round(drafter, self._weights, emitted, drafted, tested)
+        self.selector.end_round(drafter, self._weights, emitted, drafted, min(accepted + 1, drafted))
         self.tally.emitted += emitted
         if drafter is not None:
             self.tally.rounds += 1
             self.tally.picks[drafter] += 1
             self.tally.drafted[drafter] += drafted
-            self.tally.accepted[drafter] += min(emitted - 1, tested)
+            self.tally.accepted[drafter] += accepted
 
     def lose(self, drafter: int, cause: str) -> bool:
         """Goes on without a drafter; whether it is the first time that any request does."""

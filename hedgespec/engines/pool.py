@@ -5,7 +5,8 @@
                   {"name": "sql", "type": "datastore", "path": "/stores/sql.safetensors"}],
      "learner": "normal_hedge", "objective": "throughput", "log_every": 60}
 
-Beside `drafters` it may hold the fields of `DecodeConfig` in `LEARNING`, `seed`, and `log_every`.
+Beside `drafters` it may hold the fields of `DecodeConfig` in `LEARNING`, `seed`, and `log_every`. Where it does not, `DEFAULTS`
+differ from those of `DecodeConfig`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ LEARNING = (
     "learner", "learner_options", "prior", "objective", "estimator", "loss", "selection", "evaluate_every", "warm_start",
 )  # fmt: skip
 """What a pool may say of `DecodeConfig`."""
+DEFAULTS = {"warm_start": 4, "evaluate_every": 1}
+"""Where only tokens are seen, a prompt's tell little, and nothing of what prompt lookup will be worth once there is text to
+look up; and most drafters that need tokens only are scored at next to no cost. Measured in docs/engines.md."""
 OPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "causal_lm": {"model": str, "dtype": str, "max_cache_tokens": int},
     "ngram": {"max_ngram": int},
@@ -140,7 +144,7 @@ def _entry(found: Any, where: str, types: tuple[str, ...]) -> DrafterEntry:
 
 
 def _decode(found: dict, draft_length: int, count: int, source: str) -> DecodeConfig:
-    told = {key: found[key] for key in LEARNING if key in found}
+    told = DEFAULTS | {key: found[key] for key in LEARNING if key in found}
     if isinstance(told.get("prior"), list):
         told["prior"] = tuple(told["prior"])
     try:

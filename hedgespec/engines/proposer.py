@@ -173,7 +173,7 @@ class TokenProposer:
         if one.length - new > request.prompt:
             drafted, came = request.draft, one.tokens[one.length - new :].tolist()
             right = next((place for place, (ours, theirs) in enumerate(zip(drafted, came)) if ours != theirs), len(drafted))
-            request.learner.end_round(new, len(drafted), min(right + 1, len(drafted), new))
+            request.learner.end_round(new, len(drafted), min(right, new - 1))
 
     def _bring_up(self, drafter: int, some: Sequence[Tracked[_Request]]) -> None:
         """Has a drafter take in what it lacks of these requests."""

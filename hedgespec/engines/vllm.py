@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hedgespec.engines.drafters import NGrams, Sessions, TokenDrafter
+from hedgespec.engines.drafters import CausalLMs, Datastores, NGrams, Sessions, TokenDrafter
 from hedgespec.engines.pool import DrafterEntry, Pool, read_pool
 from hedgespec.engines.prometheus import Exporter
 from hedgespec.engines.proposer import TokenProposer

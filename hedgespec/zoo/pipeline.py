@@ -1,4 +1,5 @@
-"""`hedgespec zoo train`: held-out prompts, continuations, heads, each only where it is missing, and the acceptance matrix."""
+"""`hedgespec zoo train`: held-out prompts, continuations, stores, heads, each only where it is missing, and the acceptance
+matrix."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ import torch
 from rich.console import Console
 
 from hedgespec.paths import cache_dir
-from hedgespec.zoo import EXPERTS, NAMES, continuations, corpora, matrix, train
+from hedgespec.zoo import EXPERTS, NAMES, continuations, corpora, matrix, stores, train
 from hedgespec.zoo.storage import load_head
 from hedgespec.zoo.target import load_target
 
-STAGES = ("collect", "heads", "matrix")
+STAGES = ("collect", "stores", "heads", "matrix")
 HELD_OUT_PROMPTS = 40
 HELD_OUT_CHARACTERS = 250
 
@@ -22,7 +23,7 @@ def run(names: tuple[str, ...] | None = None, stage: str = "all", out: Path | No
     """Reproduces the zoo and returns the folder its heads are in.
 
     Args:
-        names: heads to train, see `hedgespec.zoo.NAMES`; None is all. An expert starts from the generalist.
+        names: heads to train, and stores to make, see `hedgespec.zoo.NAMES`; None is all. An expert starts from the generalist.
         stage: one of `STAGES`, or "all".
         out: where heads and matrix go; None is a folder in the cache.
         console: where progress is shown.
@@ -42,6 +43,8 @@ def run(names: tuple[str, ...] | None = None, stage: str = "all", out: Path | No
         if not (folder / "prompts.jsonl").exists():
             write_prompts(folder / "prompts.jsonl")
         continuations.collect(target, tokenizer, report=console.print)
+    if stage in ("stores", "all"):
+        stores.build(folder, tuple(names or NAMES), report=console.print)
     if stage in ("heads", "all"):
         train.train(target, names or NAMES, folder=folder, report=console.print)
     if stage in ("matrix", "all"):

@@ -60,8 +60,8 @@ def main() -> None:
     from hedgespec.zoo.target import target_path
 
     llm = LLM(
-        str(target_path()), dtype="float32", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64, block_size=16,
-        num_gpu_blocks_override=44, enforce_eager=True, enable_prefix_caching=False,
+        str(target_path()), dtype="float32", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64, block_size=32,
+        num_gpu_blocks_override=26, enforce_eager=True, enable_prefix_caching=False,
         worker_cls="hedgespec.engines.vllm_worker.Worker",
         speculative_config={
             "method": "custom_class", "model": f"{Path(__file__).stem}.Recorder", "num_speculative_tokens": 3,
