@@ -19,7 +19,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 HEADS = ("python", "sql", "scripture", "french")
