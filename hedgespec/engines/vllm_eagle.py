@@ -340,6 +340,8 @@ class HedgeSpecEagleProposer(EagleProposer):
 
     def _learn(self, step: _Step, active: Sequence[int], reading: _Reading, sampling: SamplingMetadata) -> None:
         """Scores the words, and lets the learners know."""
+        if not active:
+            return
         learning, offsets = self.learning, reading.offsets
         rounds: list[tuple[int, int]] = []  # place in `active`, column of its first token's words
         before: list[NDArray[np.int64]] = []
