@@ -248,6 +248,19 @@ def zoo_path(options: argparse.Namespace) -> None:
     print(path)
 
 
+def zoo_pool(options: argparse.Namespace) -> None:
+    from hedgespec import zoo
+    from hedgespec.zoo.stores import store_path
+
+    stores = [{"type": "datastore", "name": name, "path": str(store_path(name))} for name in zoo.EXPERTS]
+    drafters = [*stores, {"type": "ngram", "name": "lookup"}]
+    if options.heads is not None:
+        drafters = [{"type": "eagle3", "name": name, "model": str((options.heads / name).resolve())} for name in zoo.NAMES]
+        if absent := [one["model"] for one in drafters if not Path(one["model"]).is_dir()]:
+            raise UsageError(f"argument --heads: expected a folder written by `hedgespec zoo export`, got none at {absent[0]}")
+    _print_json({"drafters": drafters})
+
+
 def zoo_train(options: argparse.Namespace) -> None:
     _check_heads("--only", options.only or ())
     from hedgespec.zoo.pipeline import run
@@ -313,11 +326,14 @@ def _load_drafter(spec: str, target, tokenizer, allow_pickle: bool):
     from hedgespec import zoo
     from hedgespec.checkpoints import PICKLES, WEIGHTS, is_head, load_drafter
     from hedgespec.drafters.causal_lm import CausalLMDrafter
+    from hedgespec.drafters.datastore import Datastore, DatastoreDrafter, is_datastore
     from hedgespec.drafters.ngram import NGramDrafter
     from hedgespec.zoo.storage import load_head
 
     if spec == "ngram":
         return NGramDrafter(target.config.vocab_size)
+    if spec not in zoo.NAMES and is_datastore(spec):
+        return DatastoreDrafter(Datastore.load(spec), target.config.vocab_size, Path(spec).stem)
     absent = not Path(spec).exists() and Path(spec).suffix not in WEIGHTS
     if spec not in zoo.NAMES and (absent or is_head(spec, allow_pickle=allow_pickle)):
         return load_drafter(spec, target, allow_pickle=allow_pickle)
@@ -659,6 +675,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="as JSON")
     add = command("path", zoo_path, "where the converted target, or a head, is", zoo).add_argument
     add("name", metavar="NAME", nargs="?", help="a head; without it the target's folder, made on the first call")
+    add = command("pool", zoo_pool, "a pool of drafters for an engine (HEDGESPEC_POOL), as JSON", zoo).add_argument
+    add("--heads", metavar="FOLDER", type=Path,
+        help="of EAGLE heads, from where `zoo export` wrote them (default: the datastores and prompt lookup)")  # fmt: skip
     add = command("export", zoo_export, "write heads as other engines load them", zoo).add_argument
     add("folder", metavar="FOLDER", type=Path, help="where they go, a folder for each")
     add("--only", metavar="NAME", nargs="+", help="heads to write (default: all)")
@@ -680,8 +699,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("prompt", metavar="PROMPT", help="the text to continue; - reads stdin, less one newline at its end")
     add("--target", metavar="FOLDER", type=Path, help="a causal language model (default: the zoo's target)")
     add("--drafter", metavar="NAME", action="append",
-        help="a zoo head's name, ngram, a zoo-format .safetensors head, an EAGLE head (its folder or a repository of the hub), "
-        "or the folder of a causal language model; repeatable (default: all the zoo's heads)")  # fmt: skip
+        help="a zoo head's name, ngram, a datastore or zoo-format head (.safetensors), an EAGLE head (folder or "
+        "repository of the hub), or the folder of a causal model; repeatable (default: all the zoo's heads)")  # fmt: skip
     _add_allow_pickle(add)
     add("--learner", choices=hedgespec.learners.NAMES, default=DecodeConfig.learner, help="(default: %(default)s)")
     add("--learner-state", metavar="FILE", type=_kept,

@@ -24,6 +24,7 @@ from hedgespec import Tree, cli, experiments, zoo
 from hedgespec.checkpoints import inspect_drafter
 from hedgespec.drafters.datastore import MAX_NGRAM, Datastore
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
+from hedgespec.engines.pool import VARIABLE, read_pool
 from hedgespec.learners import NAMES as LEARNERS
 from hedgespec.metrics import STAGES
 from hedgespec.zoo.storage import load_head, save_head
@@ -476,7 +477,7 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["experiment", "delay", "--seeds", "1"], ["--seeds", "an integer >= 2", "'1'"]),
         (["experiment", "delay", "--report", "x.md"], ["--report", "with report", "delay"]),
         (["experiment", "report", "--report", "no/such/x.md"], ["--report", "a file that can be written", "x.md"]),
-        (["zoo"], ["{list,path,export,train}"]),
+        (["zoo"], ["{list,path,pool,export,train}"]),
         (["inspect"], ["PATH"]),
         (["datastore", "x", "--tokenizer", "x"], ["FILE"]),
         (["datastore", "x", "y"], ["--tokenizer"]),
@@ -682,6 +683,9 @@ def test_datastore_looks_texts_up_by_their_tokens(place, capsys, tmp_path):
     assert built.next_tokens([ids[0][:4], ids[1], ids[0]]).tolist() == [ids[0][4], ids[1][0], -1]
     assert cli.main([*command, "--max-ngram", "2"]) == 0
     assert Datastore.load(out).max_ngram == 2
+    command = ["generate", STORY, "--target", str(place.target), "--drafter", str(out), "--max-new-tokens", "4", "--json"]
+    assert cli.main(command) == 0
+    assert '"store"' in capsys.readouterr().out
 
 
 def test_datastore_of_what_is_no_text_or_has_no_tokenizer(place, capsys, tmp_path, monkeypatch):
@@ -869,6 +873,19 @@ def test_zoo_path(heads, capsys):
     (made / "COMPLETE").touch()
     assert cli.main(["zoo", "path"]) == 0
     assert capsys.readouterr().out == f"{made}\n"
+
+
+def test_zoo_pool(tmp_path, capsys, monkeypatch):
+    assert cli.main(["zoo", "pool"]) == 0
+    monkeypatch.setenv(VARIABLE, capsys.readouterr().out)
+    assert read_pool(4, ("datastore", "ngram")).names == (*zoo.EXPERTS, "lookup")
+    fails(capsys, 2, "--heads", "zoo export", str(tmp_path / "python"), argv=["zoo", "pool", "--heads", tmp_path])
+    for name in zoo.NAMES:
+        (tmp_path / name).mkdir()
+    assert cli.main(["zoo", "pool", "--heads", str(tmp_path)]) == 0
+    monkeypatch.setenv(VARIABLE, capsys.readouterr().out)
+    pool = read_pool(4, ("eagle3",))
+    assert [entry.options["model"] for entry in pool.drafters] == [str(tmp_path / name) for name in zoo.NAMES]
 
 
 def test_zoo_train(monkeypatch):

@@ -149,6 +149,15 @@ class Datastore:
         return cls(hashes, tokens, int(length))
 
 
+def is_datastore(path: str | Path) -> bool:
+    """Whether that is a file which says it holds one."""
+    try:
+        with safe_open(path, "np") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
 def _mixed(values: np.ndarray, salts: int | np.ndarray) -> np.ndarray:
     """Hashes uint64 of integers, others for every salt: the finaliser of SplitMix64.
 

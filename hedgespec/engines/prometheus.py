@@ -1,8 +1,8 @@
 """What all requests of an engine did, as Prometheus metrics, where `prometheus_client` is installed.
 
-An engine's web server shows what is registered in its own process. vLLM's engine runs in a process of its own, and what is
-counted there is shown only if both were started with `PROMETHEUS_MULTIPROC_DIR` naming an empty folder; then its `/metrics`
-holds these, too.
+An engine's web server shows what is registered in its own process, and vLLM's engine runs in another. What is counted there is
+shown only where PROMETHEUS_MULTIPROC_DIR names an empty folder before vLLM starts: then all processes write into files there,
+of which `/metrics` is the sum. Files stay when their processes end, so the folder must be emptied between two servers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def _metrics() -> dict | None:
     made["requests"] = Counter("hedgespec_requests", "Requests that ended.")
     made["emitted"] = Counter("hedgespec_emitted", "Tokens emitted in all rounds.")
     text = "Sum over the requests that ended of the learner's loss less that of the request's best drafter."
-    made["regret"] = Gauge("hedgespec_regret", text, multiprocess_mode="livesum")
+    # "sum", as counters are: what a process counted that has ended stays in both.
+    made["regret"] = Gauge("hedgespec_regret", text, multiprocess_mode="sum")
     return made
 
 
@@ -46,17 +47,20 @@ class Exporter:
 
     def __init__(self, drafters: Sequence[str]) -> None:
         self._told = Tally(drafters)
+        metrics = _metrics()
+        # Made now: a series that begins with its first count has no rate until its second.
+        self._series = {} if metrics is None else {name: [metrics[name].labels(one) for one in drafters] for name in COUNTERS}
 
     def update(self, tally: Tally) -> None:
         """Adds what happened since the last call."""
         metrics = _metrics()
         if metrics is None:
             return
-        for name in COUNTERS:
+        for name, series in self._series.items():
             now, told = getattr(tally, name), getattr(self._told, name)
-            for drafter, more in zip(tally.drafters, now - told):
+            for one, more in zip(series, now - told):
                 if more > 0:
-                    metrics[name].labels(drafter=drafter).inc(float(more))
+                    one.inc(float(more))
             told[:] = now
         for name in ("requests", "emitted"):
             metrics[name].inc(getattr(tally, name) - getattr(self._told, name))

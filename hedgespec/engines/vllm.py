@@ -118,6 +118,8 @@ class HedgeSpecProposer:
         """Ends the requests that the engine knows no more, where it lets us know."""
         if self.core is not None and self.runner is not None and self.core.requests:
             self.core.retain(list(self.runner.requests))
+            if not self.core.requests:
+                self._export()  # it may be long until there is another step
 
     def report(self) -> dict:
         """The sums over all requests (`Tally`), and how many something is kept of."""
@@ -128,11 +130,14 @@ class HedgeSpecProposer:
     def _kept(self) -> dict[str, int]:
         return {drafter.name: drafter.requests for drafter in self.core.drafters}
 
+    def _export(self) -> None:
+        self._exported = time.monotonic()
+        self.exporter.update(self.core.tally)
+
     def _tell(self) -> None:
         now = time.monotonic()
         if now - self._exported >= EXPORT_EVERY:
-            self._exported = now
-            self.exporter.update(self.core.tally)
+            self._export()
         tally = self.core.tally
         if self.pool.log_every and now - self._logged >= self.pool.log_every and tally.rounds > self._rounds:
             self._logged, self._rounds = now, tally.rounds

@@ -52,8 +52,8 @@ def engine(monkeypatch, pool: dict | None, rows: int = 32, worker: str | None = 
     if worker is not None:
         options["worker_cls"] = worker
     made = LLM(
-        str(target_path()), dtype="float32", max_model_len=512, max_num_seqs=rows, enforce_eager=True, disable_log_stats=False,
-        **{"enable_prefix_caching": False} | options,
+        str(target_path()), dtype="float32", max_num_seqs=rows, enforce_eager=True, disable_log_stats=False,
+        **{"enable_prefix_caching": False, "max_model_len": 512} | options,
     )  # fmt: skip
     try:
         yield made
@@ -72,6 +72,14 @@ def report(made) -> dict:
     return made.collective_rpc("hedgespec_report")[0]
 
 
+def report_when_idle(made) -> dict:
+    """The report once the engine has told its worker of the last ends, which it does in a step of its own."""
+    for _ in range(100):
+        if (told := report(made))["kept_requests"] == 0:
+            break
+    return told
+
+
 def counters(made) -> dict[str, int]:
     return {metric.name: getattr(metric, "value", 0) for metric in made.get_metrics()}
 
@@ -84,23 +92,23 @@ def plain() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def served(small_model):
+def served(plain, small_model):
     """An engine with six datastores, prompt lookup and a language model, all the requests it is sent running together."""
     pool = {"drafters": [*STORES, LOOKUP, {"type": "causal_lm", "name": "small", "model": small_model}]}
     with pytest.MonkeyPatch.context() as patch, engine(patch, pool, rows=36) as made:
         yield made
 
 
-def test_greedy_text_is_the_engines_own(served, plain):
+def test_greedy_text_is_the_engines_own(plain, served):
     before = counters(served)
     texts = greedy(served, PROMPTS)
     assert texts == plain
-    told, after = report(served), counters(served)
+    told, after = report_when_idle(served), counters(served)
     assert told["failures"] == {} and min(told["scored"]) == max(told["scored"]) > 0
     # Our sums are vLLM's: drafts, tokens drafted, tokens accepted.
     for name, ours in [("drafts", "rounds"), ("draft_tokens", "drafted"), ("accepted_tokens", "accepted")]:
         key = f"vllm:spec_decode_num_{name}"
-        assert after[key] - before[key] == np.sum(told[ours])
+        assert after[key] - before.get(key, 0) == np.sum(told[ours])
     assert sum(told["accepted"]) > 0.5 * told["rounds"]
     assert told["kept_requests"] == 0 and set(told["kept_by_drafter"].values()) == {0}
 
@@ -128,9 +136,8 @@ def test_any_requests_leave_nothing_behind(served):
         if running and draw.random() < 0.2:
             running.remove(gone := draw.choice(sorted(running)))
             made.abort_request([gone])
-    greedy(served, PROMPTS[:1], max_tokens=2)  # the engine lets go of requests when it next has work
-    told = report(served)
-    assert told["kept_requests"] <= 1 and set(told["kept_by_drafter"].values()) <= {0, 1}
+    told = report_when_idle(served)
+    assert told["kept_requests"] == 0 and set(told["kept_by_drafter"].values()) == {0}
     assert told["requests"] >= 200
 
 
