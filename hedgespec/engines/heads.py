@@ -114,8 +114,7 @@ class HeadLearning:
             if learner.evaluation_is_due:
                 learner.scored(*(np.concatenate(parts, axis=1) for parts in zip(*request.unscored)), seconds)
                 request.unscored.clear()
-        # All that came before the last token was accepted; of the draft one more token at most was looked at.
-        learner.end_round(emitted, drafted, min(emitted, drafted))
+        learner.end_round(emitted, drafted, min(emitted - 1, drafted))  # the last token is recovered, or the bonus
 
     def choose(self, name: str, room: int, measure: Choice | None = None) -> Choice:
         """Who drafts in the request's next round, which may emit `room` tokens."""
