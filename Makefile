@@ -17,7 +17,7 @@ demo: $(VENV)/.installed-zoo
 	$(BIN)/hedgespec demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not vllm"
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/vllm

@@ -18,7 +18,7 @@ _spec = importlib.util.find_spec("vllm")
 HAS_VLLM = _spec is not None and _spec.origin is not None
 """Without an origin it is this very folder, found as a package without code."""
 
-collect_ignore = ["record_calls.py"]  # a program, which sets its environment when it is imported
+collect_ignore = ["record_calls.py", "eagle_engine.py", "mended_worker.py"]  # programs, or only for inside vLLM
 if HAS_VLLM:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
