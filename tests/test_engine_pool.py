@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from hedgespec.engines.pool import VARIABLE, read_pool
+from hedgespec.config import DecodeConfig
+from hedgespec.engines.pool import TOKENS_ONLY, VARIABLE, read_pool
 from hedgespec.errors import PoolError
 
 TYPES = ("causal_lm", "ngram", "datastore", "drafter")
@@ -34,7 +35,10 @@ def test_json_and_a_file(tmp_path):
 def test_what_is_left_out():
     pool = read({"drafters": [LOOKUP]})
     assert (pool.decode.learner, pool.decode.objective, pool.log_every) == ("normal_hedge", "tokens", 60)
-    assert (pool.decode.warm_start, pool.decode.evaluate_every) == (4, 1)
+    assert (pool.decode.warm_start, pool.decode.evaluate_every) == (DecodeConfig.warm_start, DecodeConfig.evaluate_every)
+    told = {"drafters": [LOOKUP], "warm_start": 9}
+    pool = read_pool(2, TYPES, defaults=TOKENS_ONLY, environment={VARIABLE: json.dumps(told)})
+    assert (pool.decode.warm_start, pool.decode.evaluate_every) == (9, 1)
     assert read_pool(2, TYPES, environment={VARIABLE: json.dumps({"drafters": [LOOKUP]})}, seed=7).seed == 7
 
 

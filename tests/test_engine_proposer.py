@@ -331,7 +331,7 @@ def pool(monkeypatch, *drafters, **more):
 def test_what_vllm_calls(fake_vllm, monkeypatch):
     pool(monkeypatch, {"type": "ngram", "name": "lookup"})
     made = HedgeSpecProposer(config_of())
-    monkeypatch.setattr("hedgespec.engines.vllm._check_sampling", lambda device: None)
+    monkeypatch.setattr("hedgespec.engines.vllm.check_sampling", lambda device: None)
     made.load_model(torch.nn.Linear(1, 1))
     table = np.zeros((8, 256), dtype=np.int32)
     table[0, :9] = [5, 6, 7, 8, 9, 5, 6, 7, 8]
@@ -383,7 +383,7 @@ def test_mistakes_are_named(fake_vllm, monkeypatch):
 def test_a_drafter_of_ones_own(fake_vllm, monkeypatch):
     factory = {"factory": "hedgespec.drafters.ngram.NGramDrafter", "options": {"vocab_size": 300, "max_ngram": 2}}
     pool(monkeypatch, {"type": "drafter", "name": "mine", **factory})
-    monkeypatch.setattr("hedgespec.engines.vllm._check_sampling", lambda device: None)
+    monkeypatch.setattr("hedgespec.engines.vllm.check_sampling", lambda device: None)
     made = HedgeSpecProposer(config_of())
     made.load_model(torch.nn.Linear(1, 1))
     table = np.array([[5, 6, 7, 8, 5]], dtype=np.int32)

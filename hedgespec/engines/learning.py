@@ -114,7 +114,7 @@ class RequestLearner:
     def scored(self, acceptance_prob: np.ndarray, acceptance_ratio: np.ndarray, seconds: Seconds | None = None) -> None:
         """Takes the scores, float64 [N, T], of the verified tokens since the last evaluation."""
         self.selector.observe(acceptance_prob, acceptance_ratio, seconds)
-        self.tally.scored += acceptance_prob.shape[1]
+        self.tally.scored += np.where(self.alive, acceptance_prob.shape[1], 0)
         self.tally.acceptance += acceptance_prob.sum(axis=1)
 
     def end_round(self, emitted: int, drafted: int, accepted: int) -> None:

@@ -5,8 +5,7 @@
                   {"name": "sql", "type": "datastore", "path": "/stores/sql.safetensors"}],
      "learner": "normal_hedge", "objective": "throughput", "log_every": 60}
 
-Beside `drafters` it may hold the fields of `DecodeConfig` in `LEARNING`, `seed`, and `log_every`. Where it does not, `DEFAULTS`
-differ from those of `DecodeConfig`.
+Beside `drafters` it may hold the fields of `DecodeConfig` in `LEARNING`, `seed`, and `log_every`.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hedgespec.config import DecodeConfig
@@ -28,9 +28,9 @@ LEARNING = (
     "learner", "learner_options", "prior", "objective", "estimator", "loss", "selection", "evaluate_every", "warm_start",
 )  # fmt: skip
 """What a pool may say of `DecodeConfig`."""
-DEFAULTS = {"warm_start": 4, "evaluate_every": 1}
-"""Where only tokens are seen, a prompt's tell little, and nothing of what prompt lookup will be worth once there is text to
-look up; and most drafters that need tokens only are scored at next to no cost. Measured in docs/engines.md."""
+TOKENS_ONLY = MappingProxyType({"warm_start": 4, "evaluate_every": 1})
+"""Defaults where only tokens are seen: a prompt's tell little, and nothing of what prompt lookup will be worth once there is
+text to look up; and most drafters that need tokens only are scored at next to no cost. Measured in docs/engines.md."""
 OPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "causal_lm": {"model": str, "dtype": str, "max_cache_tokens": int},
     "ngram": {"max_ngram": int},
@@ -70,12 +70,17 @@ class Pool:
         return tuple(entry.name for entry in self.drafters)
 
 
-def read_pool(draft_length: int, types: tuple[str, ...], *, environment: Mapping[str, str] = os.environ, seed: int = 0) -> Pool:
+def read_pool(
+    draft_length: int, types: tuple[str, ...], *, defaults: Mapping[str, Any] = MappingProxyType({}),
+    environment: Mapping[str, str] = os.environ, seed: int = 0,
+) -> Pool:  # fmt: skip
     """The pool that the environment variable `HEDGESPEC_POOL` names or holds.
 
     Args:
         draft_length: K, the engine's number of speculative tokens.
         types: of drafters that can run there.
+        defaults: where the pool has none of `LEARNING`, and `DecodeConfig` another; `TOKENS_ONLY`, say.
+        environment: where the variable is looked for.
         seed: where the pool has none.
 
     Raises: PoolError, a ValueError, that says what is wrong and where.
@@ -104,7 +109,7 @@ def read_pool(draft_length: int, types: tuple[str, ...], *, environment: Mapping
         raise PoolError(f"{source}: expected keys among {', '.join(sorted(known))}, got {', '.join(strange)}")
     drafters = _entries(found.get("drafters"), types, source)
     return Pool(
-        drafters, _decode(found, draft_length, len(drafters), source), _number(found, "seed", seed, int, source),
+        drafters, _decode(found, draft_length, len(drafters), source, defaults), _number(found, "seed", seed, int, source),
         _number(found, "log_every", 60.0, (int, float), source), source,
     )  # fmt: skip
 
@@ -143,8 +148,8 @@ def _entry(found: Any, where: str, types: tuple[str, ...]) -> DrafterEntry:
     return DrafterEntry(name, kind, options)
 
 
-def _decode(found: dict, draft_length: int, count: int, source: str) -> DecodeConfig:
-    told = DEFAULTS | {key: found[key] for key in LEARNING if key in found}
+def _decode(found: dict, draft_length: int, count: int, source: str, defaults: Mapping[str, Any]) -> DecodeConfig:
+    told = {**defaults, **{key: found[key] for key in LEARNING if key in found}}
     if isinstance(told.get("prior"), list):
         told["prior"] = tuple(told["prior"])
     try:

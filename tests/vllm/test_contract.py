@@ -449,7 +449,7 @@ def _no_second_runner(tree):
 
 
 @promise(
-    "what spreads temperatures over drafted tokens", SAMPLER, "_check_sampling in engines/vllm.py, which tries it",
+    "what spreads temperatures over drafted tokens", SAMPLER, "check_sampling in engines/vllm.py, which tries it",
     ("def expand_batch_to_tokens(\n    x: torch.Tensor,", "def expand_batch_to_tokens(\n    n: int,\n    x: torch.Tensor,"),
     ("def expand_batch_to_tokens(", "def expand_to_tokens("),
 )  # fmt: skip

