@@ -121,7 +121,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> str:
-    """Markdown: speed over plain by requests in flight, its least and most over the rounds, and MAT."""
+    """Markdown: speed over plain by requests in flight, its least and most over the rounds where there are several, and MAT."""
     counts = [str(count) for count in result["in_flight"]]
     lines = ["| engine | " + " | ".join(f"speed at {count}" for count in counts) + " | MAT at " + " / ".join(counts) + " |"]
     lines.append("|---|" + "---:|" * (len(counts) + 1))
@@ -129,7 +129,8 @@ def table(result: dict) -> str:
         cells, mats = [], []
         for count in counts:
             ratios = [one["speed"][count] for one in rounds]
-            cells.append(f"{mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+            cells.append(f"{mean(ratios):.2f}{spread}")
             mats.append(f"{rounds[0]['mat'][count]:.2f}" if rounds[0]["mat"][count] else "1")
         lines.append("| " + " | ".join([name, *cells, " / ".join(mats)]) + " |")
     return "\n".join(lines) + "\n"
