@@ -13,11 +13,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hedgespec import DecodeConfig, Decoder, load_zoo
 from hedgespec.drafters.causal_lm import CausalLMDrafter
+from hedgespec.drafters.datastore import Datastore, check_vocabulary
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.errors import CheckpointError, VocabularyMismatchError
+from hedgespec.errors import CheckpointError, VocabularyMismatchError, ZooError
 from hedgespec.learners import NAMES as LEARNERS
-from hedgespec.zoo import EXPERTS, FOLDER, GENERALIST, NAMES, corpora, head_path, load_prompts, replay, storage, templates
+from hedgespec.zoo import (
+    EXPERTS,
+    FOLDER,
+    GENERALIST,
+    NAMES,
+    corpora,
+    head_path,
+    load_prompts,
+    replay,
+    storage,
+    stores,
+    templates,
+)
 from hedgespec.zoo.demo import run as run_demo
 
 ROOT = Path(__file__).parent.parent
@@ -212,3 +225,27 @@ def test_bad_files_are_refused_in_one_line(small, tmp_path):
 def test_unknown_heads_are_refused():
     with pytest.raises(ValueError, match=f"drafters: expected names among python.*{GENERALIST}, got 'poetry'"):
         load_zoo(["poetry"])
+
+
+def test_stores():
+    for name in NAMES:
+        store = stores.load_store(name)
+        assert len(store) > 10_000 and store.max_ngram == 6
+        check_vocabulary(store, 49152, name)
+    with pytest.raises(ValueError, match="name: expected one of python, .*, got 'klingon'"):
+        stores.load_store("klingon")
+
+
+def test_stores_are_made_of_continuations(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEDGESPEC_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ZooError, match="domain sql: expected continuations in the cache, found none"):
+        stores.build(tmp_path, ("sql",))
+    folder = tmp_path / "cache" / "continuations"
+    folder.mkdir(parents=True)
+    tokens = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 8, 0]], dtype=torch.int32)
+    save_file({"tokens": tokens, "length": torch.tensor([4, 5])}, folder / "sql-000.safetensors")
+    told = []
+    stores.build(tmp_path, ("sql",), told.append)
+    made = Datastore.load(stores.store_path("sql", tmp_path))
+    assert made.next_tokens([[5, 6], [7, 8], [9]]).tolist() == [7, 0, -1]  # what lies behind a text's end is not read
+    assert told == [f"sql: {len(made)} entries from 9 tokens of 2 texts"]
