@@ -116,7 +116,7 @@ def test_greedy_text_is_the_engines_own(plain, served):
 def test_any_requests_leave_nothing_behind(served):
     from vllm import SamplingParams
 
-    draw, made = random.Random(7), served.llm_engine
+    draw, made, before = random.Random(7), served.llm_engine, report(served)["requests"]
     waiting = [
         (
             str(number), draw.choice(PROMPTS).text[: draw.randint(20, 250)],
@@ -138,7 +138,7 @@ def test_any_requests_leave_nothing_behind(served):
             made.abort_request([gone])
     told = report_when_idle(served)
     assert told["kept_requests"] == 0 and set(told["kept_by_drafter"].values()) == {0}
-    assert told["requests"] >= 200
+    assert 150 < told["requests"] - before <= 201  # one that is aborted before its first token was never ours
 
 
 def test_the_right_store_wins_in_every_domain(monkeypatch):
