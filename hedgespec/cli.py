@@ -206,16 +206,18 @@ def experiment(options: argparse.Namespace) -> None:
 def zoo_list(options: argparse.Namespace) -> None:
     from hedgespec import zoo
     from hedgespec.paths import cache_dir
+    from hedgespec.zoo.stores import store_path
     from hedgespec.zoo.target import NAME
 
-    target = cache_dir() / NAME / "model.safetensors"
-    files = [(NAME, "target", target), *((name, _role(name), zoo.head_path(name)) for name in zoo.NAMES)]
+    files = [(NAME, "target", cache_dir() / NAME / "model.safetensors")]
+    files += [(name, _role(name), zoo.head_path(name)) for name in zoo.NAMES]
+    files += [(name, f"{STORE}: {'all' if name == zoo.GENERALIST else name}", store_path(name)) for name in zoo.NAMES]
     rows = [
         {
             "name": name,
             "role": role,
             "bytes": path.stat().st_size if path.exists() else None,
-            "draft_vocabulary": _draft_vocabulary(path) if path.exists() and role != "target" else None,
+            "draft_vocabulary": _draft_vocabulary(path) if path.exists() and _is_head(role) else None,
             "path": str(path),
         }
         for name, role, path in files
@@ -486,6 +488,14 @@ def _role(name: str) -> str:
     from hedgespec.zoo import EXPERTS
 
     return f"expert: {name}" if name in EXPERTS else "all domains"
+
+
+STORE = "datastore"
+"""Begins the role of one of the zoo's datastores."""
+
+
+def _is_head(role: str) -> bool:
+    return role != "target" and not role.startswith(STORE)
 
 
 def _draft_vocabulary(path: Path) -> int:

@@ -819,6 +819,10 @@ def heads(place, monkeypatch, tmp_path):
 def test_zoo_list_json(heads, capsys):
     assert cli.main(["zoo", "list", "--json"]) == 0
     target, *rows = json.loads(capsys.readouterr().out)
+    rows, stored = rows[: len(zoo.NAMES)], rows[len(zoo.NAMES) :]
+    assert [row["role"] for row in stored] == [*(f"datastore: {name}" for name in zoo.EXPERTS), "datastore: all"]
+    assert all(row["bytes"] is None and row["draft_vocabulary"] is None for row in stored)  # none are in this zoo's folder
+    assert all(row["path"].startswith(str(heads / "stores")) for row in stored)
     assert (target["role"], target["bytes"], target["draft_vocabulary"]) == ("target", None, None)
     assert target["path"].startswith(str(heads / "cache"))
     assert [row["name"] for row in rows] == list(zoo.NAMES)

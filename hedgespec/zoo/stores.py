@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from hedgespec import zoo
 from hedgespec.drafters.datastore import Datastore
 from hedgespec.errors import ZooError
-from hedgespec.zoo import EXPERTS, FOLDER, GENERALIST, NAMES, continuations
+from hedgespec.zoo import EXPERTS, GENERALIST, NAMES, continuations
 from hedgespec.zoo.corpora import DOMAINS
 
 
-def store_path(name: str, folder: Path = FOLDER) -> Path:
-    """The file of one of the zoo's stores, of the same names as its heads."""
-    return folder / "stores" / f"{name}.safetensors"
+def store_path(name: str, folder: Path | None = None) -> Path:
+    """The file of one of the zoo's stores, which have the names of its heads; in another folder than the zoo's, if one is given."""
+    return (folder or zoo.FOLDER) / "stores" / f"{name}.safetensors"
 
 
 def load_store(name: str) -> Datastore:
