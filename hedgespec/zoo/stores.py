@@ -16,7 +16,7 @@ from hedgespec.zoo.corpora import DOMAINS
 
 
 def store_path(name: str, folder: Path | None = None) -> Path:
-    """The file of one of the zoo's stores, which have the names of its heads; in another folder than the zoo's, if one is given."""
+    """The file of one of the zoo's stores, named as its heads are; in another folder than its own, if one is given."""
     return (folder or zoo.FOLDER) / "stores" / f"{name}.safetensors"
 
 
