@@ -6,7 +6,6 @@ drafts are left for tables and chains.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from hedgespec.drafters.ngram import one_hot
 from hedgespec.errors import CheckpointError, VocabularyMismatchError
 
 FORMAT, VERSION = "hedgespec-datastore", "1"
@@ -223,18 +223,16 @@ class DatastoreSession:
         self.last = text[-longest:]
         self.drafted.clear()
         self.verified += len(tokens)
-        return self._one_hot([text[max(0, end - longest) : end] for end in ends], tokens.device)
+        return self._proposed([text[max(0, end - longest) : end] for end in ends], tokens.device)
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         self.drafted.append(int(token))
-        return self._one_hot([[*self.last, *self.drafted]], token.device)[0]
+        return self._proposed([[*self.last, *self.drafted]], token.device)[0]
 
-    def _one_hot(self, contexts: list[list[int]], device: torch.device) -> torch.Tensor:
-        found = self.drafter.datastore.next_tokens(contexts)
-        again = np.array([context[-1] for context in contexts])
-        logits = torch.full((len(contexts), self.drafter.vocab_size), -math.inf, device=device)
-        logits[range(len(contexts)), np.where(found < 0, again, found)] = 0.0
-        return logits
+    def _proposed(self, contexts: list[list[int]], device: torch.device) -> torch.Tensor:
+        found = self.drafter.datastore.next_tokens(contexts).tolist()
+        proposals = [context[-1] if token < 0 else token for token, context in zip(found, contexts)]
+        return one_hot(proposals, self.drafter.vocab_size, device)
 
 
 def check_vocabulary(datastore: Datastore, vocab_size: int, name: str) -> None:

@@ -53,20 +53,22 @@ class NGramSession:
             self.index.append(token)
             proposals.append(self._proposal(token))
         self.verified += len(proposals)
-        return self._one_hot(proposals[-logits_to_keep:], tokens.device)
+        return one_hot(proposals[-logits_to_keep:], self.drafter.vocab_size, tokens.device)
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         self.drafted.append(int(token))
-        return self._one_hot([self._proposal(self.drafted[-1])], token.device)[0]
+        return one_hot([self._proposal(self.drafted[-1])], self.drafter.vocab_size, token.device)[0]
 
     def _proposal(self, last: int) -> int:
         found = self.index.propose(self.drafted)
         return last if found is None else found
 
-    def _one_hot(self, proposals: list[int], device: torch.device) -> torch.Tensor:
-        logits = torch.full((len(proposals), self.drafter.vocab_size), -math.inf, device=device)
-        logits[range(len(proposals)), proposals] = 0.0
-        return logits
+
+def one_hot(proposals: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:
+    """Logits [n, vocab_size] that propose these n tokens with certainty."""
+    logits = torch.full((len(proposals), vocab_size), -math.inf, device=device)
+    logits[range(len(proposals)), proposals] = 0.0
+    return logits
 
 
 class NGramIndex:

@@ -89,11 +89,6 @@ class RequestLearner:
         """Whether all drafters are scored."""
         return self.selector.scores_all
 
-    @property
-    def picks(self) -> np.ndarray:
-        """Rounds that each drafter drafted, int64 [N]."""
-        return self.selector.stats.picks
-
     def warm_up(self, acceptance: np.ndarray, seconds: Seconds | None = None) -> None:
         """Lets the learner hear how the drafters fare at the prompt's last positions, float64 [N, T]."""
         if self.selector.hears_all and acceptance.size:
