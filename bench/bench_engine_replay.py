@@ -27,7 +27,7 @@ VOCABULARY = 49152
 
 def decode(traces: Sequence[Trace], drafters: Sequence[TokenDrafter], draft_length: int, **options) -> float:
     """MAT over all texts, tokens by rounds."""
-    config = DecodeConfig(draft_length=draft_length, mode="argmax", **{**TOKENS_ONLY, **options})
+    config = DecodeConfig(draft_length=draft_length, proposal="argmax", **{**TOKENS_ONLY, **options})
     proposer, rounds, tokens = TokenProposer(drafters, config, max_length=1 << 20), 0, 0
     for trace in traces:
         text, length, emitted = trace.tokens, trace.prompt_length + 1, 1

@@ -89,11 +89,11 @@ def main() -> int:
     if options.prompts * options.seeds < 2:
         parser.error("--prompts: expected at least 2 requests, one has no standard error")
     console, zoo = Console(), load_zoo(options.drafters, device=options.device)
-    configs = {mode: DecodeConfig(draft_length=DRAFT_LENGTH, mode=mode) for mode in options.modes}
+    configs = {mode: DecodeConfig(draft_length=DRAFT_LENGTH, proposal=mode) for mode in options.modes}
     some = load_prompts()[: options.prompts]
     works = [work for turn in range(options.seeds) for work in batches_of(zoo, some, 1, options.seed + turn * len(some))]
     requests: dict[str, list[dict]] = {mode: [] for mode in configs}
-    check(zoo, works[0], DecodeConfig(draft_length=DRAFT_LENGTH, mode="coupled"), options)
+    check(zoo, works[0], DecodeConfig(draft_length=DRAFT_LENGTH, proposal="coupled"), options)
     arguments = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
     for work, outputs in in_turns(zoo, configs, works, console, **arguments):
         for mode, out in outputs.items():

@@ -40,12 +40,12 @@ SHAPES = ("chain", "2", "4,2,1,1,1", "4/8", "8/16", "8/32")
 
 def config_of(shape: str) -> DecodeConfig:
     if shape in ("chain", "argmax"):
-        return DecodeConfig(draft_length=DRAFT_LENGTH, mode="argmax" if shape == "argmax" else "sampled")
+        return DecodeConfig(draft_length=DRAFT_LENGTH, proposal="argmax" if shape == "argmax" else "sampled")
     mode, counts = ("sampled", shape.removeprefix("sampled:")) if shape.startswith("sampled:") else ("argmax", shape)
     counts, _, size = counts.partition("/")
     branching = tuple(map(int, counts.split(",")))
     tree = Tree(branching if len(branching) > 1 else branching[0], int(size) if size else None)
-    return DecodeConfig(draft_length=DRAFT_LENGTH, mode=mode, tree=tree)
+    return DecodeConfig(draft_length=DRAFT_LENGTH, proposal=mode, tree=tree)
 
 
 def lengths(stats: DecodeStats) -> list[tuple[float, int]]:

@@ -276,7 +276,7 @@ def main() -> int:
             if drafter.name == options.control:
                 told.append(run_vllm(one_layer_late(head, Path(scratch)), works, [0.0], options))
             figures |= {"vllm_versions": told[0]["versions"], "mended": told[0]["mended"]}
-            decoder = Decoder(zoo.target, [drafter], DecodeConfig(options.draft_length, mode=options.mode, learner="fixed"))
+            decoder = Decoder(zoo.target, [drafter], DecodeConfig(options.draft_length, proposal=options.mode, learner="fixed"))
             for temperature in options.temperatures:
                 ours = run_hedgespec(decoder, works, options.max_new_tokens, temperature)
                 for control, result in enumerate(told):

@@ -73,7 +73,7 @@ def generate(options: argparse.Namespace) -> None:
     try:
         config = DecodeConfig(
             draft_length=options.draft_length,
-            mode=options.mode,
+            proposal=options.proposal,
             learner=options.learner,
             objective=options.objective,
             evaluate_every=options.evaluate_every,
@@ -716,7 +716,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--learner-state", metavar="FILE", type=_kept,
         help="go on from what the learner left in this file, if there is one, and leave there what it knows at the end; "
         "a learner that goes on takes no warm start")  # fmt: skip
-    add("--mode", choices=CHOICES["mode"], default=DecodeConfig.mode,
+    add("--proposal", choices=CHOICES["proposal"], default=DecodeConfig.proposal,
         help="draft from the drafter's distribution, its argmax, or coupled to the target by shared noise, with which a "
         "seed's text is the same whatever the drafters (default: %(default)s)")  # fmt: skip
     add("--objective", choices=CHOICES["objective"], default=DecodeConfig.objective,

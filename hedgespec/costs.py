@@ -12,7 +12,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from hedgespec.records import NOBODY, Choice
+from hedgespec.records import NO_DRAFT, Choice
 
 WINDOW = 31
 """Measurements of a kind that are kept, the newest."""
@@ -82,7 +82,7 @@ class Costs:
                 length = 1 + _least(plan.lengths[1 : most + 1])
             plan.lengths[length] += 1
             if length == 0:
-                return NOBODY
+                return NO_DRAFT
             drafter = _least(plan.drafters)
             plan.drafters[drafter] += 1
             return Choice(drafter, length)

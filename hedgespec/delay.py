@@ -1,8 +1,6 @@
-"""The QPM-D delay queue: losses wait until they are complete and leave in the order they came."""
+"""The QPM-D delay queue: a loss waits until it is complete, and losses leave in the order of their positions."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,32 +13,29 @@ _ROUNDING = 1e-5
 
 
 class DelayQueue:
-    """Turns the acceptance of each drafter at each verified position into losses for the learner.
+    """Converts the acceptance of each drafter at each verified position into the losses of the learner.
 
-    A round that started at position t with drafter i would emit, in expectation,
+    A round that starts at position t with drafter i emits, in expectation,
 
-        exact:    L = 1 + sum_{k=1..K} prod_{j<k-1} acceptance_ratio[i, t+j] * acceptance_prob[i, t+k-1]
-        product:  L = 1 + sum_{k=1..K} prod_{j<k}   acceptance_prob[i, t+j]
+        L = 1 + sum_{k=1..K} prod_{j<k-1} acceptance_ratio[i, t+j] * acceptance_prob[i, t+k-1]
 
-    tokens, and its loss is 1 - L / (K + 1); in a draft tree the factors of t+j are those of a node at depth j. That takes K
-    positions, while a round reveals only as many as it emits; a sum cut short there would flatter drafters that stop early.
-    So each position opens a pending loss, complete once K positions are seen, or once every drafter's running product is 0
-    and the rest of the sum with it. The learner then sees a stream without delay in its own clock.
+    tokens, and its loss is 1 - L / (K + 1). In a draft tree the factors of position t+j are those of a node at depth j. The sum
+    reads K positions, while a round reveals only as many as it emits, and a sum that ends there would favour drafters whose
+    drafts end early. So every position opens a pending loss. The loss is complete once K positions are known, or once the
+    running product of every drafter is 0, which makes the rest of the sum 0. The learner then receives a stream without delay
+    in its own clock.
 
     Args:
         num_drafters: N >= 1.
         draft_length: K >= 1.
-        estimator: exact is unbiased for the emitted length; product replaces the emitted tokens' own ratios by their
-            mean, with less variance and a bias where acceptance is correlated along the draft.
-        loss: length, as above, or acceptance_rate, 1 - acceptance_prob, which needs no waiting (nor the estimator).
-        lengths: also hand out the sums of the first 1..K terms, `Feedback.lengths`: what shorter drafts would emit. Takes the
-            loss "length".
+        lengths: whether `Feedback.lengths` is computed as well: the sums of the first 1..K terms, which are the expected
+            lengths of shorter drafts.
 
     Raises:
-        ValueError: a value outside its range or choices.
+        ValueError: a value outside its range.
 
-    Source: Joulani, Gyorgy, Szepesvari, "Online Learning under Delayed Feedback", ICML 2013; losses arXiv 2510.20064;
-    the exact estimator and the early completion are ours.
+    Source: Joulani, Gyorgy, Szepesvari, "Online Learning under Delayed Feedback", ICML 2013; losses arXiv 2510.20064. The
+    estimator, which is unbiased for the emitted length, and the early completion are ours.
 
     >>> queue = DelayQueue(1, 2)
     >>> queue.push([[0.5]], [[1.0]])
@@ -55,22 +50,13 @@ class DelayQueue:
         num_drafters: int,
         draft_length: int,
         *,
-        estimator: Literal["exact", "product"] = "exact",
-        loss: Literal["length", "acceptance_rate"] = "length",
         lengths: bool = False,
     ) -> None:
         if num_drafters < 1:
             raise ValueError(f"num_drafters: expected at least 1, got {num_drafters}")
         if draft_length < 1:
             raise ValueError(f"draft_length: expected at least 1, got {draft_length}")
-        if estimator not in ("exact", "product"):
-            raise ValueError(f"estimator: expected 'exact' or 'product', got {estimator!r}")
-        if loss not in ("length", "acceptance_rate"):
-            raise ValueError(f"loss: expected 'length' or 'acceptance_rate', got {loss!r}")
-        self.num_drafters, self.draft_length = num_drafters, draft_length
-        if lengths and loss != "length":
-            raise ValueError(f"loss: expected 'length' where lengths are asked for, got {loss!r}")
-        self.estimator, self.loss, self.lengths = estimator, loss, lengths
+        self.num_drafters, self.draft_length, self.lengths = num_drafters, draft_length, lengths
         self._reset()
 
     def _reset(self) -> None:
@@ -84,22 +70,6 @@ class DelayQueue:
     def pending(self) -> int:
         """Losses still waiting for positions."""
         return self._seen.shape[1]
-
-    @property
-    def next_position(self) -> int:
-        """Of the loss that leaves next."""
-        return self._position
-
-    @property
-    def positions(self) -> int:
-        """Positions pushed so far in this request."""
-        return self._position + self.pending
-
-    def of(self, drafter: int) -> DelayQueue:
-        """A queue of one drafter's own losses, from the one on that leaves next: all that is pending of it."""
-        own = DelayQueue(1, self.draft_length, estimator=self.estimator, loss=self.loss)
-        own._seen, own._position = self._seen[..., drafter : drafter + 1].copy(), self._position
-        return own
 
     def push(
         self, acceptance_prob: NDArray[np.floating] | torch.Tensor, acceptance_ratio: NDArray[np.floating] | torch.Tensor
@@ -137,11 +107,7 @@ class DelayQueue:
             raise ValueError(_out_of_range(probs, ratios))
         if highest > 1:
             np.minimum(seen, 1.0, out=seen)
-        lengths = None
-        if self.loss == "length":
-            losses, lengths = self._complete(seen, lowest) if seen.ndim == 3 else self._complete_by_depth(seen)
-        else:
-            losses = 1.0 - (seen[0] if seen.ndim == 3 else seen[0, :, 0])
+        losses, lengths = self._complete(seen, lowest) if seen.ndim == 3 else self._complete_by_depth(seen)
         first, complete = self._position, len(losses)
         self._seen, self._position = seen[:, complete:], first + complete
         told = [None] * complete if lengths is None else lengths
@@ -156,7 +122,7 @@ class DelayQueue:
     def _complete(self, seen: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         """The losses [complete, N] of the oldest positions in `seen` [2, positions, N], whose smallest entry is `lowest`, and
         the lengths [complete, K, N] if they are asked for."""
-        probs, ratios = seen[0], seen[1 if self.estimator == "exact" else 0]
+        probs, ratios = seen
         last, positions = self.draft_length - 1, len(probs)
         complete = max(positions - last, 0)
         if lowest == 0:
@@ -190,7 +156,7 @@ class DelayQueue:
 
     def _complete_by_depth(self, seen: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         """`_complete` of `seen` [2, positions, K, N]: a loss reads the position j after its own at depth j."""
-        probs, ratios = seen[0], seen[1 if self.estimator == "exact" else 0]
+        probs, ratios = seen
         losses, lengths = [], []
         for position in range(len(probs)):
             known = min(self.draft_length, len(probs) - position)

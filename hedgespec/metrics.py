@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-STAGES = ("prompt", "select", "draft", "verify", "evaluate", "prefill", "learn")
-"""What a request's time is told by: its prompt, then the stages of a round. `evaluate` compares the drafters with the target,
-`prefill` is their pass over the verified tokens. The rest is what no stage accounts for, `on_tokens` above all."""
+STAGES = ("prompt", "select", "draft", "verify", "drafter_forward", "evaluate", "learn")
+"""Stages by which the time of a request is reported: reading the prompt, then the stages of a round. `drafter_forward` is the
+pass of all drafters over the verified tokens; `evaluate` compares their logits with the target's. Time outside all stages,
+mostly `on_tokens`, is reported as the rest."""
 
 
 @dataclass
@@ -41,13 +42,12 @@ class DecodeStats:
     drafters' share handed to the others, [R] of float64 [N]. With objective "throughput" a drafter's weight is that of all its
     lengths, and what lacks to 1 is plain decoding's."""
     losses: list[np.ndarray] = field(default_factory=list)
-    """Completed losses in the order the learner took them, [F] of float64 [N]; with objective "throughput" [A], of every arm
-    (drafter, length) and last of plain decoding, A = N * draft_length + 1. Under way NaN stands for those of drafters that
-    sleep, see `DecodeConfig.back_off`; they are filled in by the request's end."""
+    """Completed losses in the order of the learner's updates, [F] of float64 [N]; with objective "throughput" [A], one for each
+    arm (drafter, length) and the last one for plain decoding, A = N * draft_length + 1."""
     played: list[float] = field(default_factory=list)
-    """Expected loss under the weights that the learner held when it took each of them, [F]; of those known then."""
-    evaluations: np.ndarray = field(init=False, repr=False)
-    """Evaluations that each drafter was part of, the warm start's left out, int64 [N]."""
+    """Expected loss under the learner's weights at each of these updates, [F]."""
+    evaluations: int = 0
+    """Evaluations of all drafters, the warm start's not counted."""
     prompt_losses: list[np.ndarray] = field(default_factory=list)
     """What the learner took from the prompt before the first round, see `DecodeConfig.warm_start`: one entry a position, as
     in `losses`. They are no part of `losses`, `played` and `regret`."""
@@ -56,9 +56,6 @@ class DecodeStats:
     This and what follows is of chains, not of trees."""
     predicted_by_depth: np.ndarray = field(init=False, repr=False)
     """Sum over these rounds of the drafter's acceptance_prob at that position of the verified text, float64 [K]."""
-    corrected_by_depth: np.ndarray = field(init=False, repr=False)
-    """The same with the factors of `DecodeConfig.depth_correction` known before the round was learned from, [K]; without it
-    `predicted_by_depth`."""
     accepted_by_depth: np.ndarray = field(init=False, repr=False)
     """How many of these rounds' tokens at that depth were accepted, [K]."""
     began: float = field(default_factory=time.perf_counter, repr=False)
@@ -76,8 +73,7 @@ class DecodeStats:
     """Wall time from the batch's beginning to the request's end, `on_tokens` included."""
 
     def __post_init__(self) -> None:
-        self.evaluations = np.zeros(len(self.drafters), dtype=np.int64)
-        for name in ("reached", "predicted", "corrected", "accepted"):
+        for name in ("reached", "predicted", "accepted"):
             setattr(self, f"{name}_by_depth", np.zeros(self.draft_length))
 
     def record_round(self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int) -> None:
@@ -90,11 +86,15 @@ class DecodeStats:
         self.losses.append(losses)
         self.played.append(played)
 
-    def record_depths(self, predicted: np.ndarray, corrected: np.ndarray, accepted: int) -> None:
-        """Of a round in which as many depths were reached as there are predictions, [k]."""
+    def record_depths(self, predicted: np.ndarray, accepted: int) -> None:
+        """Records a round whose draft was tested at `len(predicted)` depths.
+
+        Args:
+            predicted: acceptance_prob of the drafter at each of these depths, [k].
+            accepted: number of tokens accepted.
+        """
         self.reached_by_depth[: len(predicted)] += 1
         self.predicted_by_depth[: len(predicted)] += predicted
-        self.corrected_by_depth[: len(predicted)] += corrected
         self.accepted_by_depth[:accepted] += 1
 
     @property
@@ -154,16 +154,14 @@ class DecodeStats:
             "mean_accepted_tokens": self.mean_accepted_tokens if self.rounds else None,
             "picks": self.picks.tolist(),
             "lengths": self.lengths,
-            "evaluations": self.evaluations.tolist(),
+            "evaluations": self.evaluations,
             "final_weights": self.weights[-1].tolist() if self.weights else [],
             "regret": float(self.regret[-1]) if self.losses else 0.0,
             "seconds": self.seconds,
             "seconds_by_stage": self.seconds_by_stage,
             "drafter_cache_bytes": self.drafter_cache_bytes,
             "prompt_losses": len(self.prompt_losses),
-            "by_depth": {
-                name: getattr(self, f"{name}_by_depth").tolist() for name in ("reached", "predicted", "corrected", "accepted")
-            },
+            "by_depth": {name: getattr(self, f"{name}_by_depth").tolist() for name in ("reached", "predicted", "accepted")},
             "failures": self.failures,
         }
 

@@ -10,12 +10,25 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 def to_device(values: np.ndarray | torch.Tensor | Sequence, device: torch.device) -> torch.Tensor:
     """Numbers of the host as a tensor on the device. From pageable memory a copy would wait for all work before it."""
     values = torch.as_tensor(values)
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def index_of(places: Sequence[int], everyone: Sequence, device: torch.device) -> slice | torch.Tensor:
+    """Returns an index for ascending places of a sequence, on the device: a slice where it is all of them."""
+    return slice(None) if len(places) == len(everyone) else to_device(places, device)
+
+
+def stack(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:
+    """Stacks tensors [T_b, ...] into one, [B, max T_b, ...], padded on the right."""
+    if len(tensors) == 1:
+        return tensors[0][None]
+    return pad_sequence(list(tensors), batch_first=True, padding_value=padding)
 
 
 class SideStream:

@@ -288,16 +288,16 @@ def test_learner_mode_and_compile_reach_the_decoder(learner, stats, monkeypatch)
     monkeypatch.setattr(hedgespec, "Decoder", Spy)
     for mode in ("sampled", "argmax", "coupled"):
         # One token comes from the prompt's forward, and there is nothing yet to compile for.
-        stats("0", "--learner", learner, "--mode", mode, "--max-new-tokens", 1, *["--compile"] * (mode == "argmax"))
-    found = [(config.learner, config.mode, config.compile) for config in configs]
+        stats("0", "--learner", learner, "--proposal", mode, "--max-new-tokens", 1, *["--compile"] * (mode == "argmax"))
+    found = [(config.learner, config.proposal, config.compile) for config in configs]
     assert found == [(learner, "sampled", False), (learner, "argmax", True), (learner, "coupled", False)]
 
 
 @pytest.mark.parametrize(
     ("options", "tree"),
     [(("--tree", 2), Tree(2)), (("--tree", "3,2"), Tree((3, 2))),
-     (("--tree", 4, "--tree-size", 6, "--mode", "argmax"), Tree(4, 6)),
-     (("--tree", 4, "--tree-size", 6, "--mode", "coupled"), Tree(4, 6))],
+     (("--tree", 4, "--tree-size", 6, "--proposal", "argmax"), Tree(4, 6)),
+     (("--tree", 4, "--tree-size", 6, "--proposal", "coupled"), Tree(4, 6))],
 )  # fmt: skip
 def test_a_tree_reaches_the_decoder(options, tree, stats, monkeypatch):
     configs = []
@@ -388,7 +388,7 @@ def test_each_filter_alone_leaves_the_likeliest_token(option, stats):
 def test_stats_are_a_table_on_stderr(run, place):
     code, out, err = run("0", "--max-new-tokens", 13, "--stats", drafters=[place.twin, "ngram"])
     assert (code, out) == (0, "1234567890123\n")
-    for word in ("MAT", "tokens/s", "13 tokens", "twin", "ngram", "picks", "final weight", "prefill", "learn"):
+    for word in ("MAT", "tokens/s", "13 tokens", "twin", "ngram", "picks", "final weight", "drafter_forward", "learn"):
         assert word in err
     assert "MAT" not in run("0", "--max-new-tokens", 13)[2]
     alone = run("0", "--max-new-tokens", 13, "--stats", drafters=[place.twin])[2]
@@ -444,14 +444,14 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["generate", "x", "--drafter", "klingon"], ["--drafter", "generalist", "ngram", "safetensors", "'klingon'"]),
         (["generate", "x", "--drafter", "ngram", "--drafter", "ngram"], ["--drafter", "once", "ngram"]),
         (["generate", "x", "--learner", "oracle"], ["--learner", "normal_hedge", "'oracle'"]),
-        (["generate", "x", "--mode", "guess"], ["--mode", "sampled", "argmax", "coupled", "'guess'"]),
+        (["generate", "x", "--proposal", "guess"], ["--proposal", "sampled", "argmax", "coupled", "'guess'"]),
         (["generate", "x", "--draft-length", "0"], ["--draft-length", "an integer >= 1", "'0'"]),
         (["generate", "x", "--draft-length", "2.5"], ["--draft-length", "an integer >= 1", "'2.5'"]),
         (["generate", "x", "--tree", "2,x"], ["--tree", "an integer >= 1", "'x'"]),
         (["generate", "x", "--tree", "99"], ["branching", "1..32", "99"]),
         (["generate", "x", "--tree", "2,2"], ["branching", "each of the 5 depths", "2"]),
         (["generate", "x", "--tree-size", "8"], ["--tree-size", "--tree"]),
-        (["generate", "x", "--tree", "2", "--tree-size", "8"], ["mode", "argmax", "'sampled'"]),
+        (["generate", "x", "--tree", "2", "--tree-size", "8"], ["proposal", "argmax", "'sampled'"]),
         (["generate", "x", "--temperature", "-1"], ["--temperature", "a number >= 0", "'-1'"]),
         (["generate", "x", "--temperature", "nan"], ["--temperature", "'nan'"]),
         (["generate", "x", "--temperature", "inf"], ["--temperature", "'inf'"]),

@@ -95,7 +95,15 @@ def test_the_device_is_waited_for_at_both_ends_of_a_stage_only_while_profiled(mo
 @pytest.fixture
 def told(stats):
     """Four rounds in 100 ms, of which no stage accounts for 12."""
-    spans = [("prompt", 20), ("select", 1), ("draft", 20), ("verify", 30), ("prefill", 9), ("evaluate", 4), ("learn", 4)]
+    spans = [
+        ("prompt", 20),
+        ("select", 1),
+        ("draft", 20),
+        ("verify", 30),
+        ("drafter_forward", 9),
+        ("evaluate", 4),
+        ("learn", 4),
+    ]
     at = 0.0
     for stage, milliseconds in spans:
         stats.spans.append((stage, at, at + milliseconds / 1e3))
@@ -121,7 +129,7 @@ def test_the_profile_tells_milliseconds_a_round_share_and_sum(told):
         "draft": ["5.000", "20.0", "20.0"],
         "verify": ["7.500", "30.0", "30.0"],
         "evaluate": ["1.000", "4.0", "4.0"],
-        "prefill": ["2.250", "9.0", "9.0"],
+        "drafter_forward": ["2.250", "9.0", "9.0"],
         "learn": ["1.000", "4.0", "4.0"],
         "rest": ["3.000", "12.0", "12.0"],
         "total": ["20.000", "100.0", "100.0"],
@@ -148,7 +156,7 @@ def test_the_profile_is_drawn_to_scale(told, tmp_path, monkeypatch):
     named = {bars.get_label(): bars for bars in axes.collections if not bars.get_label().startswith("_")}
     assert set(named) == {*STAGES, "rest"}
     extent = {name: bars.get_paths()[0].get_extents().intervalx.tolist() for name, bars in named.items()}
-    expected = {"prompt": [0, 20], "select": [20, 21], "draft": [21, 41], "verify": [41, 71], "prefill": [71, 80],
+    expected = {"prompt": [0, 20], "select": [20, 21], "draft": [21, 41], "verify": [41, 71], "drafter_forward": [71, 80],
                 "evaluate": [80, 84], "learn": [84, 88], "rest": [0, 100]}  # fmt: skip
     for name, milliseconds in expected.items():
         assert extent[name] == pytest.approx(milliseconds), name

@@ -80,7 +80,7 @@ def assert_same(stats, expected, tolerance: float = 0.0) -> None:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
 def test_a_replay_is_what_the_decoder_did(way, recorded, target, drafters):
     trace = recorded[0]
-    config = DecodeConfig(draft_length=LENGTH, mode=trace.mode, warm_start=0, **{"evaluate_every": 1, **way})
+    config = DecodeConfig(draft_length=LENGTH, proposal=trace.mode, warm_start=0, **{"evaluate_every": 1, **way})
     expected = live(trace, target, drafters, config)
     again = replay(trace, config, latency=int(config.overlap is True))
     assert_same(again, expected)
@@ -92,21 +92,21 @@ def test_a_replay_is_what_the_decoder_did(way, recorded, target, drafters):
 def test_a_replay_hears_the_prompt_as_the_decoder_does(warm_start, recorded, target, drafters):
     """Here acceptance is no 0 or 1, and other forwards round otherwise."""
     for trace in recorded:
-        config = DecodeConfig(draft_length=LENGTH, mode=trace.mode, warm_start=warm_start)
+        config = DecodeConfig(draft_length=LENGTH, proposal=trace.mode, warm_start=warm_start)
         expected = live(trace, target, drafters, config)
         assert len(expected.prompt_losses) == min(warm_start, trace.prompt_length - 1)
         assert_same(replay(trace, config), expected, 1e-5)
 
 
 def test_a_replay_goes_on_from_a_state(recorded, target, drafters):
-    config = DecodeConfig(draft_length=LENGTH, mode=recorded[0].mode)
+    config = DecodeConfig(draft_length=LENGTH, proposal=recorded[0].mode)
     first, second = recorded
     state = live(first, target, drafters, config).learner_state
     assert_same(replay(second, config, state=state), live(second, target, drafters, config, learner_state=state))
 
 
 def test_a_replay_with_part_of_the_pool(recorded, target, drafters):
-    config = DecodeConfig(draft_length=LENGTH, mode=recorded[0].mode, warm_start=0)
+    config = DecodeConfig(draft_length=LENGTH, proposal=recorded[0].mode, warm_start=0)
     part = recorded[0].of([2, 0])
     assert part.drafters == (drafters[2].name, drafters[0].name)
     assert_same(replay(part, config), live(recorded[0], target, [drafters[2], drafters[0]], config))
@@ -116,14 +116,14 @@ def test_a_replay_with_part_of_the_pool(recorded, target, drafters):
 def test_alone_is_a_decoder_with_one_drafter(length, recorded, target, drafters):
     trace = recorded[0]
     for number, drafter in enumerate(drafters):
-        config = DecodeConfig(draft_length=length, mode=trace.mode, learner="fixed", warm_start=0)
+        config = DecodeConfig(draft_length=length, proposal=trace.mode, learner="fixed", warm_start=0)
         assert alone(trace, number, length) == live(trace, target, [drafter], config).emitted_by_round
 
 
 def test_seed_is_that_of_the_draws(recorded, target, drafters):
     """At temperature 0 a request's seed decides the draws alone; coupled it decides the text too."""
     trace = recorded[0]
-    config = DecodeConfig(draft_length=LENGTH, mode=trace.mode, learner="uniform")
+    config = DecodeConfig(draft_length=LENGTH, proposal=trace.mode, learner="uniform")
     if trace.temperature == 0:
         assert_same(replay(trace, config, seed=9), live(trace, target, drafters, config, seed=9))
     assert replay(trace, config, seed=trace.seed).choices == replay(trace, config).choices
@@ -146,7 +146,7 @@ def test_a_replay_is_what_the_zoo_did(mode):
     trace = record(zoo.target, zoo.drafters, ids, domain="sql", number=0, seed=3, mode=mode, temperature=MODES[mode],
                    max_new_tokens=24, depth=5)  # fmt: skip
     for warm_start in (0, 32):
-        config = DecodeConfig(mode=mode, warm_start=warm_start)
+        config = DecodeConfig(proposal=mode, warm_start=warm_start)
         expected = live(trace, zoo.target, zoo.drafters, config)
         assert_same(replay(trace, config), expected, 1e-5 if warm_start else 0.0)
 
@@ -211,7 +211,7 @@ def test_saving_and_loading_is_bit_for_bit(tmp_path, recorded):
 def test_what_cannot_be_replayed_is_refused():
     trace = made(np.full((2, 9), 0.5))
     with pytest.raises(ValueError, match="mode: expected the trace's, 'sampled', got 'coupled'"):
-        replay(trace, DecodeConfig(mode="coupled", draft_length=2))
+        replay(trace, DecodeConfig(proposal="coupled", draft_length=2))
     with pytest.raises(ValueError, match="seconds: expected them with objective 'throughput' alone"):
         replay(trace, DecodeConfig(objective="throughput", draft_length=2))
     with pytest.raises(ValueError, match="tree: expected None"):
@@ -219,4 +219,4 @@ def test_what_cannot_be_replayed_is_refused():
     with pytest.raises(ValueError, match="draft_length: expected at most the trace's depth 4, got 5"):
         replay(trace, DecodeConfig())
     greedy = made(np.ones((2, 9)), temperature=0.0)
-    assert replay(greedy, DecodeConfig(mode="coupled", draft_length=2)).emitted_by_round == [3, 3, 3]
+    assert replay(greedy, DecodeConfig(proposal="coupled", draft_length=2)).emitted_by_round == [3, 3, 3]

@@ -46,7 +46,9 @@ def losses_from_the_start(target, drafters, text: list[int], positions: int) -> 
 
 
 @pytest.mark.parametrize("learner", FULL)
-@pytest.mark.parametrize(("temperature", "shape"), [(0.0, {}), (0.7, {"mode": "argmax"}), (1.3, {"tree": Tree(2)})], ids=str)
+@pytest.mark.parametrize(
+    ("temperature", "shape"), [(0.0, {}), (0.7, {"proposal": "argmax"}), (1.3, {"tree": Tree(2)})], ids=str
+)
 def test_the_first_weights_are_what_full_forwards_say(target, learner, temperature, shape):
     """Rows of unequal lengths, of which some are shorter than M: each as many positions as it has, its losses and weights, at
     temperature 1 whatever the request's temperature, thresholds, mode and tree."""
@@ -131,7 +133,7 @@ def test_only_the_asked_positions_logits_are_made(target, monkeypatch):
 def test_greedy_text_is_the_targets_own(target, learner):
     request = batch_of(5) | {"max_new_tokens": 24}
     expected = target.generate(**batch_of(5), max_new_tokens=24, do_sample=False).tolist()
-    out = decode(target, pool(target, True), request, learner=learner, warm_start=32, track_regret=True)
+    out = decode(target, pool(target, True), request, learner=learner, warm_start=32)
     assert out.sequences.tolist() == expected
     heard = [len(stats.prompt_losses) for stats in out.stats]
     assert heard == ([10, 2, 6, 0, 8] if learner in FULL else [0] * 5)

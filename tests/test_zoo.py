@@ -97,7 +97,8 @@ def test_templates_are_reproducible_and_split_by_document():
 def test_temperature_0_is_the_targets_own_text_on_20_prompts(zoo):
     """Whatever the learner, mode and drafters: token-identical to the target's generate, float32."""
     decoders = [Decoder(zoo.target, zoo.drafters, DecodeConfig(learner=learner)) for learner in LEARNERS]
-    decoders.append(Decoder(zoo.target, [*zoo.drafters[:2], NGramDrafter(49152)], DecodeConfig(mode="argmax", draft_length=3)))
+    config = DecodeConfig(proposal="argmax", draft_length=3)
+    decoders.append(Decoder(zoo.target, [*zoo.drafters[:2], NGramDrafter(49152)], config))
     for number, prompt in enumerate(load_prompts()[:20]):
         ids = encode(zoo, prompt)
         expected = zoo.target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)

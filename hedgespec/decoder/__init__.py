@@ -14,20 +14,21 @@ import torch
 
 from hedgespec.config import DecodeConfig
 from hedgespec.costs import Costs
-from hedgespec.decoder.batch import Batch, stack
-from hedgespec.decoder.pool import stacks_of
+from hedgespec.decoder.batch import Batch
+from hedgespec.decoder.groups import stacks_of
 from hedgespec.decoder.request import Request, eos_of, generator, rows_of, states_of
 from hedgespec.decoder.row import Row
-from hedgespec.decoder.selector import RAREST, new_learner
+from hedgespec.decoder.selector import new_learner
 from hedgespec.drafters import Drafter
 from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
-from hedgespec.target import Captures, check_target, rows_may_differ
+from hedgespec.target import Captures, check_target, device_of, rows_may_differ
+from hedgespec.transfer import stack
 
-__all__ = ["RAREST", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
+__all__ = ["DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
 
 
 _STACKING = threading.Lock()
@@ -88,13 +89,16 @@ class Decoder:
         self.vocabulary, self._stacks = vocabulary, stacks_of(self.drafters)
         throughput = self.config.objective == "throughput"
         self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
-        self.captures = Captures(self.config.most_drafted + 1) if self.config.compile else None
+        self.captures = Captures(self.config.max_drafted + 1) if self.config.compile else None
         if self.config.tree is not None and not rows_may_differ(target):
             raise ValueError(
                 "tree: expected a target that takes positions and a mask of its own (attn_implementation sdpa or eager), "
                 f"got {type(target).__name__} with {target.config.get_text_config(decoder=True)._attn_implementation}"
             )
-        self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
+        self.overlaps = device_of(target).type != "cpu"
+        """Whether the drafters are scored beside the next round. The learner then receives the losses one round later, which
+        its delay queue allows. A CPU gains nothing by it."""
+        self.new_learner()  # an unknown learner is refused here, not at the first request
 
     def stacks(self) -> list[tuple[list[int], HeadStack]]:
         """The pool's equal-shaped heads, stacked: indices and weights. Made anew if a head has changed since."""
@@ -105,7 +109,7 @@ class Decoder:
             return self._stacks
 
     def new_learner(self) -> Learner:
-        """A learner as the configuration has it, at the start of a request."""
+        """Returns a fresh learner for one request."""
         return new_learner(self.config, len(self.drafters))
 
     def __call__(

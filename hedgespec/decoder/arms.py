@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hedgespec.records import NOBODY, Choice, Feedback
+from hedgespec.records import NO_DRAFT, Choice, Feedback
 
 Seconds = tuple[NDArray[np.float64], NDArray[np.float64]]
 """To draft a token, by drafter [N], and to verify a round, by drafted length [K+1]."""
@@ -101,7 +101,7 @@ class DraftersAndLengths(Drafters):
 
     def choice(self, arm: int) -> Choice:
         drafter, length = divmod(arm, self.draft_length)
-        return Choice(drafter, length + 1) if drafter < len(self._alive) else NOBODY
+        return Choice(drafter, length + 1) if drafter < len(self._alive) else NO_DRAFT
 
     def by_drafter(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return weights[:-1].reshape(-1, self.draft_length).sum(axis=1)

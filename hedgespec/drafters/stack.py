@@ -211,10 +211,10 @@ class StackSession:
         heads, config, weight = len(stack.heads), stack.config, stack.weights["fc.weight"]
         self.keys = weight.new_zeros(heads, batch, config.num_key_value_heads, 0, config.head_dim)
         self.values = self.keys.clone()
-        self.scored = np.zeros((heads, batch), dtype=np.int64)
-        """Tokens of each row that each head has been scored on, [N, B]."""
-        self.taken = self.scored.copy()
-        """Tokens of each row that each head has taken in, [N, B]: one that drafts is ahead."""
+        self.scored = np.zeros(batch, dtype=np.int64)
+        """int64 [B]: number of tokens of each row that all heads have consumed and been scored on."""
+        self.consumed = np.zeros((heads, batch), dtype=np.int64)
+        """int64 [N, B]: number of tokens of each row that each head has consumed; a head that drafts is ahead of `scored`."""
         self.base = np.zeros(batch, dtype=np.int64)
         """Position of each row's slot 0, [B]."""
         self.given = weight.new_zeros(heads, batch, config.draft_vocab_size)
@@ -232,16 +232,16 @@ class StackSession:
         """Memory of keys and values."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows only."""
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Continues with these rows only."""
         index = to_device(rows, self.keys.device)
         for name in ("keys", "values", "given", "features"):
             setattr(self, name, getattr(self, name).index_select(1, index))
-        self.scored, self.taken, self.base = self.scored[:, rows], self.taken[:, rows], self.base[rows]
+        self.scored, self.consumed, self.base = self.scored[rows], self.consumed[:, rows], self.base[rows]
 
     def score(self, rows: Sequence[int], tokens: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
-              wanted: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> torch.Tensor:  # fmt: skip
-        """Heads take in what they have not yet been scored on.
+              wanted: Sequence[int] | None = None) -> torch.Tensor:  # fmt: skip
+        """All heads consume the tokens that they have not been scored on.
 
         Args:
             rows: R distinct rows of the batch, all of them at their first tokens or none.
@@ -249,47 +249,37 @@ class StackSession:
             features: of each row [T_r, W], the target's hidden states before each token.
             wanted: where the rows are at their first tokens: of how many of each row's last ones to return the logits, at most
                 T_r - 2, and less than the window; None: of none. Ignored elsewhere.
-            heads: n distinct ones, which have been scored on equally many tokens of a row, and on some; None: all. Nothing is
-                computed for the others. A pass is captured for each n.
-        Returns: [n, R, T, Vd]: the logits that each head had for each of these tokens (at first the last `wanted` of them),
+        Returns: [N, R, T, Vd]: the logits that each head had for each of these tokens (at first the last `wanted` of them),
             given what precedes it, T of the longest; anything past a row's end.
         """
-        who = np.arange(len(self.taken)) if heads is None else np.asarray(heads)
-        shape, known = (len(who), len(rows)), self.scored[who[0], rows]
-        counts, asked = np.array([len(one) for one in tokens]), None
+        known, asked = self.scored[rows], None
+        counts = np.array([len(one) for one in tokens])
         if known[0] == 0:
             asked = np.ones(len(rows), dtype=np.int64) if wanted is None else 1 + np.asarray(wanted)
-        some = np.ix_(who, rows)
-        if heads is None:
-            now = _Rows.at(rows, None, known, self.keys.device)
-            hidden, logits = self._take_in(now, tokens, features, asked)
-            at = slice(None), now.index
-        else:  # each of them with rows of its own
-            now = _Rows.at(np.tile(rows, shape[0]), who.repeat(shape[1]), np.tile(known, shape[0]), self.keys.device)
-            found = self._take_in(now, [*tokens] * shape[0], [*features] * shape[0])
-            hidden, logits = (states.unflatten(0, shape) for states in found)
-            at = tuple(to_device(one, logits.device) for one in some)
+        now = _Rows.at(rows, None, known, self.keys.device)
+        hidden, logits = self._take_in(now, tokens, features, asked)
+        at = slice(None), now.index
         had = logits[:, :, :-1] if asked is not None else torch.cat([self.given[at][:, :, None], logits[:, :, :-1]], 2)
         if logits.shape[2] > 1:
             last = to_device((counts if asked is None else asked) - 1, hidden.device)
             hidden, logits = _at(hidden, last), _at(logits, last)
         self.given[at], self.features[at] = logits[:, :, 0], hidden[:, :, 0]
-        self.scored[some] += counts
-        self.taken[some] = self.scored[some]
+        self.scored[rows] += counts
+        self.consumed[:, rows] = self.scored[rows]
         return had
 
-    def lead(self, rows: Sequence[int], heads: Sequence[int], tokens: Sequence[torch.Tensor],
+    def begin_draft(self, rows: Sequence[int], heads: Sequence[int], tokens: Sequence[torch.Tensor],
              features: Sequence[torch.Tensor]) -> torch.Tensor:  # fmt: skip
         """One head a row takes in what it lacks and begins to draft.
 
         Args:
             rows: R distinct rows of the batch.
             heads: the head of each.
-            tokens, features: as for `score`, from the token `taken` on; empty where the head lacks nothing.
+            tokens, features: as for `score`, from the token `consumed` on; empty where the head lacks nothing.
         Returns: [R, Vd], logits for the first drafted token.
         """
-        now = _Rows.at(rows, heads, self.taken[heads, rows], self.keys.device)
-        ends = self.taken[heads, rows] + [len(one) for one in tokens]
+        now = _Rows.at(rows, heads, self.consumed[heads, rows], self.keys.device)
+        ends = self.consumed[heads, rows] + [len(one) for one in tokens]
         lacking = np.flatnonzero([len(one) for one in tokens]).tolist()
         if len(lacking) < len(rows):
             logits, hidden = self.given[now.which, now.index], self.features[now.which, now.index]
@@ -302,12 +292,12 @@ class StackSession:
             else:
                 index = to_device(lacking, hidden.device)
                 logits[index], hidden[index] = given, found
-            self.taken[heads, rows] = ends
-        now.positions = self.taken[heads, rows] - 1
+            self.consumed[heads, rows] = ends
+        now.positions = self.consumed[heads, rows] - 1
         self._drafting, self._grown = (now, hidden), None
         return logits
 
-    def step(self, chosen: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+    def draft_next(self, chosen: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
         """Takes in one drafted token, int64 [R'], of these among the rows that drafted last, and forgets the others.
 
         Returns: [R', Vd], logits for the next.
@@ -320,12 +310,12 @@ class StackSession:
         self._drafting = now, hidden
         return logits
 
-    def branch(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+    def draft_level(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
         """Takes in the tokens at the next depth of a draft tree, of all rows that drafted last.
 
         Args:
             tokens: int64 [R, F].
-            parents: int64 [R, F], of each its parent among what this method took in since `lead`: 0 is the root, the row's last
+            parents: int64 [R, F], of each its parent among what this method took in since `begin_draft`: 0 is the root, the row's last
                 verified token, and then they count from 1.
         Returns: [R, F, Vd], logits for what follows each.
         """
@@ -501,14 +491,14 @@ class StackSession:
             return 0
         skipped = max(0, count - self.window) if last_only else 0
         first = position + skipped - max(0, self.window // 2 - count)  # of the tokens that stay
-        if (scored := self.scored[:, row].min()) > 0:
-            first = min(first, scored)  # a head that drafts is ahead of what others still have to take in
+        if (scored := self.scored[row]) > 0:
+            first = min(first, scored)  # a head that drafts is ahead of what others still have to consume
         shift = first - 1 - self.base[row]
         if shift > 0:
             for buffer in (self.keys, self.values):
                 buffer[:, row, :, : max(0, buffer.shape[3] - shift)] = buffer[:, row, :, shift:].clone()
             self.base[row] += shift
-            self.taken[:, row] = np.maximum(self.taken[:, row], first)
+            self.consumed[:, row] = np.maximum(self.consumed[:, row], first)
         return skipped
 
 

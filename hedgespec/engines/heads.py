@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.arms import Seconds
 from hedgespec.engines.learning import RequestLearner, Tally
-from hedgespec.records import NOBODY, Choice
+from hedgespec.records import NO_DRAFT, Choice
 
 SILENT = -1
 """Stands where a head has no word."""
@@ -56,7 +56,7 @@ class HeadLearning:
         self.lost: dict[int, str] = {}
         """Heads that failed, in no request's part alone: they have missed tokens, and are out of all requests for good."""
         self._random = np.random.default_rng(seed)
-        hears_all = self._learner().selector.hears_all  # and says now if anything is wrong with it
+        hears_all = self._learner().selector.full_feedback  # and says now if anything is wrong with it
         self.warm = self.config.warm_start if hears_all else 0
         """Positions of a prompt that a learner wants to hear of."""
 
@@ -109,7 +109,7 @@ class HeadLearning:
         """
         request, emitted = self.requests[name], acceptance_prob.shape[1]
         learner = request.learner
-        if learner.scores_all:
+        if learner.needs_scores:
             request.unscored.append((acceptance_prob, acceptance_ratio))
             if learner.evaluation_is_due:
                 learner.scored(*(np.concatenate(parts, axis=1) for parts in zip(*request.unscored)), seconds)
@@ -119,7 +119,7 @@ class HeadLearning:
     def choose(self, name: str, room: int, measure: Choice | None = None) -> Choice:
         """Who drafts in the request's next round, which may emit `room` tokens."""
         choice = self.requests[name].learner.choose(room, measure)
-        return NOBODY if choice.drafter in self.lost else choice
+        return NO_DRAFT if choice.drafter in self.lost else choice
 
     def lose(self, head: int, cause: str) -> None:
         """Goes on without a head, in all requests."""

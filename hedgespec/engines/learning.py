@@ -10,7 +10,7 @@ from hedgespec.config import DecodeConfig
 from hedgespec.costs import Costs
 from hedgespec.decoder.arms import Seconds
 from hedgespec.decoder.selector import Selector, new_learner
-from hedgespec.records import NOBODY, Choice
+from hedgespec.records import NO_DRAFT, Choice
 
 
 class Tally:
@@ -75,7 +75,7 @@ class RequestLearner:
     def __init__(self, tally: Tally, config: DecodeConfig, random: np.random.Generator) -> None:
         self.tally, self.random = tally, random
         self.selector = Selector(tally.drafters, config, new_learner(config, len(tally.drafters)))
-        self.choice = NOBODY
+        self.choice = NO_DRAFT
         """Of the round under way."""
         self._weights = self.selector.weights()
 
@@ -85,13 +85,13 @@ class RequestLearner:
         return self.selector.alive
 
     @property
-    def scores_all(self) -> bool:
-        """Whether all drafters are scored."""
-        return self.selector.scores_all
+    def needs_scores(self) -> bool:
+        """Whether the drafters are scored at all."""
+        return self.selector.needs_scores
 
     def warm_up(self, acceptance: np.ndarray, seconds: Seconds | None = None) -> None:
         """Lets the learner hear how the drafters fare at the prompt's last positions, float64 [N, T]."""
-        if self.selector.hears_all and acceptance.size:
+        if self.selector.full_feedback and acceptance.size:
             self.selector.warm_up(acceptance, seconds)
 
     def choose(self, room: int, measure: Choice | None = None) -> Choice:
@@ -126,7 +126,7 @@ class RequestLearner:
 
     def lose(self, drafter: int, cause: str) -> bool:
         """Goes on without a drafter; whether it is the first time that any request does."""
-        self.selector.lose(drafter, cause)
+        self.selector.drop(drafter, cause)
         name = self.tally.drafters[drafter]
         first = name not in self.tally.failures
         self.tally.failures.setdefault(name, cause)

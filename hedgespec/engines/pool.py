@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from hedgespec.config import DecodeConfig
+from hedgespec.decoder.arms import ARMS
 from hedgespec.decoder.selector import new_learner
 from hedgespec.errors import PoolError
+from hedgespec.learners import Learner, make
 
 VARIABLE = "HEDGESPEC_POOL"
 """The environment variable that holds the pool: a path, or the JSON itself."""
-LEARNING = (
-    "learner", "learner_options", "prior", "objective", "estimator", "loss", "selection", "evaluate_every", "warm_start",
-)  # fmt: skip
-"""What a pool may say of `DecodeConfig`."""
+LEARNING = ("learner", "learner_options", "prior", "objective", "evaluate_every", "warm_start")
+"""Keys of a pool that configure selection: fields of `DecodeConfig`, and options and prior of the learner."""
 TOKENS_ONLY = MappingProxyType({"warm_start": 4, "evaluate_every": 1})
 """Defaults where only tokens are seen: a prompt's tell little, and nothing of what prompt lookup will be worth once there is
 text to look up; and most drafters that need tokens only are scored at next to no cost. Measured in docs/engines.md."""
@@ -149,15 +152,30 @@ def _entry(found: Any, where: str, types: tuple[str, ...]) -> DrafterEntry:
 
 
 def _decode(found: dict, draft_length: int, count: int, source: str, defaults: Mapping[str, Any]) -> DecodeConfig:
-    told = {**defaults, **{key: found[key] for key in LEARNING if key in found}}
-    if isinstance(told.get("prior"), list):
-        told["prior"] = tuple(told["prior"])
+    given = {**defaults, **{key: found[key] for key in LEARNING if key in found}}
+    prior, options = given.pop("prior", None), given.pop("learner_options", {})
     try:
-        config = DecodeConfig(draft_length=draft_length, mode="argmax", **told)
+        if prior is not None or options:
+            given["learner"] = _learner(given, draft_length, count, prior, options)
+        config = DecodeConfig(draft_length=draft_length, proposal="argmax", **given)
         new_learner(config, count)
     except (TypeError, ValueError) as error:
         raise PoolError(f"{source}: {error}") from error
     return config
+
+
+def _learner(given: Mapping[str, Any], draft_length: int, count: int, prior: Any, options: Any) -> Callable[[int], Learner]:
+    """Returns a function that makes the learner of the pool, with its options and its prior over the drafters."""
+    arms = ARMS.get(given.get("objective", DecodeConfig.objective))
+    name = given.get("learner", DecodeConfig.learner)
+    if not isinstance(options, Mapping):
+        raise TypeError(f"learner_options: expected an object, got {options!r}")
+    if prior is not None:
+        prior = np.array(prior, dtype=np.float64)
+        if prior.shape != (count,):
+            raise ValueError(f"prior: expected shape ({count},), got {prior.shape}")
+        prior = prior if arms is None else arms.spread(prior, draft_length)
+    return partial(make, name, prior=prior, **options)
 
 
 def _number(found: dict, key: str, default: float, kind: type | tuple[type, ...], source: str):

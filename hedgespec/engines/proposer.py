@@ -42,7 +42,7 @@ class _Request:
     @property
     def is_due(self) -> bool:
         """Whether all drafters are to be scored now. They are at once after the prompt."""
-        return self.learner.scores_all and (self.learner.evaluation_is_due or self.scored <= self.prompt)
+        return self.learner.needs_scores and (self.learner.evaluation_is_due or self.scored <= self.prompt)
 
     def forget(self) -> None:
         """The drafters have nothing of it any more."""
@@ -183,13 +183,13 @@ class TokenProposer:
         new = [one.tokens[one.state.taken[drafter] :] for one in some]
         # From the place that is scored next to the one after the last token.
         keep = [
-            one.length + 1 - max(one.state.taken[drafter] + 1, one.state.scored) if one.state.learner.scores_all else 1
+            one.length + 1 - max(one.state.taken[drafter] + 1, one.state.scored) if one.state.learner.needs_scores else 1
             for one in some
         ]
         with self._quarantine(drafter, some):
             guesses = self.drafters[drafter].extend([one.key for one in some], new, keep)
             for one, guess in zip(some, guesses, strict=True):
-                if one.state.learner.scores_all:
+                if one.state.learner.needs_scores:
                     one.state.guesses[drafter] = np.concatenate((one.state.guesses[drafter], guess))
                 one.state.taken[drafter] = one.length
 

@@ -33,9 +33,6 @@ class Learner(ABC):
     hears_scores: ClassVar[bool] = False
     """Of a bandit whose loss is 1 - mean acceptance_prob of the chosen drafter over the tokens of the round, once scored."""
     needs_positive_prior: ClassVar[bool] = True
-    negligible: ClassVar[float] = 1e-3
-    """Weight up to which it does not matter if a drafter's losses come late. A learner whose weights are exactly 0 for whoever
-    is behind says 0: what all others weigh then does not depend on when they come."""
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     """Constructor options past the prior, each an attribute; a state loads only where they are the same."""
     STATE: ClassVar[tuple[str, ...]] = ()
@@ -69,7 +66,7 @@ class Learner(ABC):
 
         Args:
             losses: [N], in [0, 1]. A bandit reads `losses[chosen]` only; the other entries may be NaN. With full feedback some
-                may be NaN, not all: not known yet, it comes by `catch_up`. Until then the regret to that drafter stays.
+                entries, not all, may be NaN: the regret to these drafters then does not change.
             chosen: drafter that drafted, 0..N-1; bandits need it.
             chosen_weight: probability with which it was drawn when it was drawn, in (0, 1]; a bandit divides by it.
                 Defaults to `weights()[chosen]`, right only where nothing was learned since the draw.
@@ -103,36 +100,6 @@ class Learner(ABC):
         # No division where the unknown weigh nothing: the sum is then what it would be if they were known, bit for bit.
         total = weights[known].sum() if weights[~known].any() else 1.0
         return float(weights.dot(np.where(known, losses, 0.0)) / total)
-
-    def catch_up(self, drafter: int, losses: ArrayLike, played: ArrayLike) -> None:
-        """Learn what one drafter lost in updates that were not told of it.
-
-        Args:
-            drafter: 0..N-1.
-            losses: [T], in [0, 1], in the order of those updates.
-            played: [T], `expected_loss` of each just before it was learned.
-
-        Raises:
-            ValueError: a shape or range differs from the above, or the learner does not hear of all drafters.
-        """
-        if self.feedback != "full":
-            raise ValueError(f"catch_up: expected a learner of full feedback, got {self.name}")
-        if not 0 <= drafter < self.num_drafters:
-            raise ValueError(f"drafter: expected 0..{self.num_drafters - 1}, got {drafter}")
-        losses, played = np.asarray(losses, dtype=np.float64), np.asarray(played, dtype=np.float64)
-        if losses.ndim != 1 or played.shape != losses.shape:
-            raise ValueError(f"played: expected shape [T] as losses, got {played.shape} and {losses.shape}")
-        # Weights sum to 1 but for rounding, and so does what is expected under them.
-        for name, values, rounding in (("losses", losses, 0.0), ("played", played, 1e-9)):
-            if not ((values >= -rounding) & (values <= 1 + rounding)).all():
-                raise ValueError(f"{name}: expected values in [0, 1], got {values}")
-        for regret in (played - losses).tolist():  # one by one, as `update` adds them
-            self._regret(drafter, regret)
-        self._weights = self._weigh()
-
-    def _regret(self, drafter: int, regret: float) -> None:
-        """Fold what one update would have lost less with this drafter into the state; that update took it for 0."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next weights depend on, as JSON-able numbers; floats survive JSON bit for bit."""

@@ -46,9 +46,6 @@ class Hedge(Learner):
         self.cumulative_losses += losses
         self.rounds += 1
 
-    def _regret(self, drafter, regret) -> None:
-        self.cumulative_losses[drafter] -= regret
-
     def _weigh(self) -> NDArray[np.float64]:
         eta = sqrt(8.0 * log(self.num_drafters) / (self.rounds + 1)) if self.eta is None else self.eta
         return softmax(np.log(self.prior) - eta * (self.cumulative_losses - self.cumulative_losses.min()))

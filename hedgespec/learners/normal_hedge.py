@@ -29,14 +29,10 @@ class NormalHedge(Learner):
 
     name = "normal_hedge"
     feedback = "full"
-    negligible = 0.0
     STATE = ("regrets",)
 
     def _learn(self, losses, chosen, chosen_weight) -> None:
         self.regrets += self._weights.dot(losses) - losses
-
-    def _regret(self, drafter, regret) -> None:
-        self.regrets[drafter] += regret
 
     def _weigh(self) -> NDArray[np.float64]:
         # A handful of floats: Python's outrun the overhead of NumPy's calls, and only drafters ahead cost an exponential.
