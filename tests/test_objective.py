@@ -21,6 +21,7 @@ from hedgespec.decoder import Decoder
 from hedgespec.decoder import pool as pool_module
 from hedgespec.decoder.arms import Drafters, DraftersAndLengths
 from hedgespec.decoder.batch import Batch
+from hedgespec.decoder.pool import Pool
 from hedgespec.decoder.row import Row
 from hedgespec.decoder.selector import MAX_EVALUATE_EVERY, MAX_EVALUATE_EVERY_PLAIN, NO_DRAFT, Selector
 from hedgespec.drafters.causal_lm import CausalLMDrafter
@@ -158,8 +159,8 @@ def test_what_pays_is_what_is_done(small, priced, case, outliers):
 def test_falling_back_is_soon_and_costs_little(small, priced, monkeypatch):
     """Drafters are scored ever more rarely while nobody drafts, and the rounds are the plain ones."""
     calls = []
-    score = Pool.score
-    monkeypatch.setattr(Pool, "score", lambda *arguments: calls.append(1) or score(*arguments))
+    forward = Pool.teacher_forced_logits
+    monkeypatch.setattr(Pool, "teacher_forced_logits", lambda *arguments: calls.append(1) or forward(*arguments))
     drafters = [Flawed(small, 1), NGramDrafter(VOCABULARY, name="lookup")]
     decoder = priced(small, drafters, (5.0, 5.0), STEEP, warm_start=0)
     decoder.generate(prompt_of(0), max_new_tokens=60, seed=0)

@@ -311,13 +311,14 @@ class StackSession:
         return logits
 
     def draft_level(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-        """Takes in the tokens at the next depth of a draft tree, of all rows that drafted last.
+        """Consumes the tokens at the next depth of a draft tree, in all rows that drafted last.
 
         Args:
             tokens: int64 [R, F].
-            parents: int64 [R, F], of each its parent among what this method took in since `begin_draft`: 0 is the root, the row's last
-                verified token, and then they count from 1.
-        Returns: [R, F, Vd], logits for what follows each.
+            parents: int64 [R, F], the parent of each token among those that this method consumed since `begin_draft`, counted
+                from 1; 0 is the root, the row's last verified token.
+
+        Returns: [R, F, Vd], the logits that follow each token.
         """
         (now, root), (rows, count) = self._drafting, tokens.shape
         if self._grown is None:
