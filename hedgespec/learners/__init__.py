@@ -20,7 +20,7 @@ _LEARNERS: dict[str, type[Learner]] = {
 }
 
 NAMES = tuple(_LEARNERS)
-"""What `make` can build."""
+"""Names that `make` takes."""
 
 __all__ = [
     "NAMES",
@@ -34,7 +34,27 @@ __all__ = [
     "UCBSpec",
     "Uniform",
     "make",
+    "register",
 ]
+
+
+def register(learner: type[Learner]) -> None:
+    """Makes a learner known by its `name`, for `make`, `DecodeConfig.learner` and the command line.
+
+    Args:
+        learner: a subclass of `Learner`.
+
+    Raises:
+        TypeError: something else than a subclass of `Learner`.
+        ValueError: a name that another learner has.
+    """
+    global NAMES
+    if not (isinstance(learner, type) and issubclass(learner, Learner)):
+        raise TypeError(f"learner: expected a subclass of Learner, got {learner!r}")
+    if _LEARNERS.get(learner.name, learner) is not learner:
+        raise ValueError(f"learner: expected a name that is not taken, got {learner.name!r}")
+    _LEARNERS[learner.name] = learner
+    NAMES = tuple(_LEARNERS)
 
 
 def make(name: str, num_drafters: int, prior: ArrayLike | None = None, **options: Any) -> Learner:
