@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from hedgespec.scalars import flag, integer, integers, real, shown, text
 
 CHOICES = {
     "mode": ("sampled", "argmax", "coupled"),
@@ -26,7 +28,7 @@ class Tree:
     """How a draft branches. Its depth is the draft length K.
 
     Args:
-        branching: children of a node, one number for every depth, or one for each depth, the root's first.
+        branching: children of a node, one number for every depth, or one for each depth, the root's first, kept as a tuple.
         size: None: a static tree, in which every node above depth K has its children. A number: a dynamic one, which grows
             where the drafter is surest: at each depth the `branching` likeliest nodes get `branching` children each, and of
             all nodes the `size` likeliest are verified.
@@ -39,19 +41,20 @@ class Tree:
     Source: Li et al., "EAGLE", arXiv 2401.15077 (static) and "EAGLE-2", arXiv 2406.16858 (dynamic).
     """
 
-    branching: int | tuple[int, ...]
+    branching: int | Sequence[int]
     size: int | None = None
 
     def __post_init__(self) -> None:
-        counts = self.branching if isinstance(self.branching, tuple) else (self.branching,)
-        if not counts or not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
-            raise TypeError(f"branching: expected an int or a tuple of ints, got {self.branching!r}")
-        if not all(1 <= count <= MOST_CHILDREN for count in counts):
+        if isinstance(self.branching, (set, frozenset)):
+            raise TypeError(f"branching: expected an int or a sequence of ints, got {shown(self.branching)}")
+        counts = integers("branching", self.branching)
+        if not counts or not all(1 <= count <= MOST_CHILDREN for count in counts):
             raise ValueError(f"branching: expected 1..{MOST_CHILDREN} children of a node, got {self.branching}")
+        several = isinstance(self.branching, Iterable) and not (hasattr(self.branching, "shape") and not self.branching.shape)
+        object.__setattr__(self, "branching", counts if several else counts[0])
         if self.size is None:
             return
-        if not isinstance(self.size, int) or isinstance(self.size, bool):
-            raise TypeError(f"size: expected an int or None, got {self.size!r}")
+        object.__setattr__(self, "size", integer("size", self.size, otherwise=" or None"))
         if not 1 <= self.size <= MOST_NODES:
             raise ValueError(f"size: expected 1..{MOST_NODES} nodes or None, got {self.size}")
         if isinstance(self.branching, tuple):
@@ -175,21 +178,24 @@ class DecodeConfig:
     tree: Tree | None = None
 
     def __post_init__(self) -> None:
-        if self.evaluate_every != "adaptive":
-            _check_int("evaluate_every", self.evaluate_every, 1, ' or "adaptive"')
-        _check_int("draft_length", self.draft_length, 1)
-        _check_int("warm_start", self.warm_start, 0)
-        if self.back_off is not None:
-            _check_int("back_off", self.back_off, 1, " or None")
-        if self.drafter_window is not None:
-            _check_int("drafter_window", self.drafter_window, 16, " or None")
-        if self.overlap is not None and not isinstance(self.overlap, bool):
-            raise TypeError(f"overlap: expected a bool or None, got {self.overlap!r}")
-        for name in ("compile", "depth_correction"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if not isinstance(self.evaluate_every, str) or self.evaluate_every != "adaptive":
+            keep("evaluate_every", integer("evaluate_every", self.evaluate_every, 1, otherwise=' or "adaptive"'))
+        keep("draft_length", integer("draft_length", self.draft_length, 1))
+        keep("warm_start", integer("warm_start", self.warm_start, 0))
+        for name, least in (("back_off", 1), ("drafter_window", 16)):
+            if (value := getattr(self, name)) is not None:
+                keep(name, integer(name, value, least, otherwise=" or None"))
+        if self.overlap is not None:
+            keep("overlap", flag("overlap", self.overlap, otherwise=" or None"))
+        for name in ("compile", "depth_correction", "track_regret"):
+            keep(name, flag(name, getattr(self, name)))
+        for name in ("learner", "backend"):
+            text(name, getattr(self, name))
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            if text(name, getattr(self, name)) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         if self.objective == "throughput" and self.loss != "length":
             raise ValueError(f"loss: expected 'length' with objective 'throughput', got {self.loss!r}")
@@ -212,18 +218,15 @@ class DecodeConfig:
                 raise ValueError(
                     f'mode: expected "argmax" or "coupled" with a dynamic tree, whose nodes are ranked, got {self.mode!r}'
                 )
-        object.__setattr__(self, "learner_options", dict(self.learner_options))
+        if not isinstance(self.learner_options, Mapping) or not all(isinstance(name, str) for name in self.learner_options):
+            raise TypeError(f"learner_options: expected a mapping from names to values, got {shown(self.learner_options)}")
+        keep("learner_options", dict(self.learner_options))
         if self.prior is not None:
-            object.__setattr__(self, "prior", tuple(float(value) for value in self.prior))
+            if isinstance(self.prior, (str, bytes, Mapping)) or not isinstance(self.prior, Iterable):
+                raise TypeError(f"prior: expected a sequence of numbers or None, got {shown(self.prior)}")
+            keep("prior", tuple(real("prior", value) for value in self.prior))
 
     @property
     def most_drafted(self) -> int:
         """Most tokens that a round has the target look at beside the last verified one."""
         return self.draft_length if self.tree is None else self.tree.nodes(self.draft_length)
-
-
-def _check_int(name: str, value: object, least: int, otherwise: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int{otherwise}, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}{otherwise}, got {value}")
