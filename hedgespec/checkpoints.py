@@ -22,6 +22,7 @@ from torch import nn
 from hedgespec.checkpoint_schema import read_config
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError
+from hedgespec.files import replacing, write_tensors
 from hedgespec.scalars import integers, shown, text
 
 LAYOUTS = ("eagle3", "eagle", "speculators")
@@ -184,7 +185,8 @@ def save_drafter(
     head: EagleHead, folder: str | Path, layout: str | None = None, *, target=None, verifier: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:  # fmt: skip
-    """Writes `config.json` and `model.safetensors` in a layout of other projects and returns the folder.
+    """Writes `config.json` and `model.safetensors` in a layout of other projects and returns the folder. Both files are
+    written whole or not at all.
 
     `load_drafter` reads it. vLLM 0.32 runs EAGLE-3 heads in both layouts. Of EAGLE-1 heads it takes, by its source, those of
     layout "eagle" whose `fc` has no bias.
@@ -199,8 +201,17 @@ def save_drafter(
             loaded by, unless that is a folder of this machine.
         dtype: of the tensors; the head's by default.
 
-    Raises: ValueError for a layout that cannot hold this head, or an EAGLE-3 head that other engines cannot run.
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: a layout that cannot hold this head, or an EAGLE-3 head that other engines cannot run.
+        OSError: the files cannot be written.
     """
+    if not isinstance(head, EagleHead):
+        raise TypeError(f"head: expected an EagleHead, got {shown(head)}")
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder: expected a str or a path, got {shown(folder)}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype or None, got {shown(dtype)}")
     config, folder = head.config, Path(folder)
     official = "eagle" if config.version == 1 else "eagle3"
     layout = official if layout is None else layout
@@ -219,13 +230,20 @@ def save_drafter(
     dtype = head.fc.weight.dtype if dtype is None else dtype
     tensors = {key: (one.to(dtype) if one.is_floating_point() else one).cpu().contiguous() for key, one in tensors.items()}
     tensors = {key: one.clone() for key, one in tensors.items()}  # tensors that share memory cannot go into one file
-    folder.mkdir(parents=True, exist_ok=True)
     if verifier is None:
         verifier = getattr(target, "name_or_path", None) or None
         verifier = None if verifier and Path(verifier).exists() else verifier
     written = _config_of(config, layout, target, verifier, str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(folder / "config.json") as about, replacing(folder / "model.safetensors") as weights:
+            write_tensors(save_file, tensors, weights, {"format": "pt"})
+            about.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    except BaseException:
+        if is_new:
+            folder.rmdir()
+        raise
     return folder
 
 

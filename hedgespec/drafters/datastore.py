@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from hedgespec.drafters.ngram import one_hot
 from hedgespec.errors import CheckpointError, VocabularyMismatchError
+from hedgespec.files import replacing, write_tensors
 from hedgespec.scalars import integer, shown, text
 
 FORMAT, VERSION = "hedgespec-datastore", "1"
@@ -111,12 +112,13 @@ class Datastore:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file.
+        """Writes one safetensors file, whole or not at all.
 
         Raises: OSError if it cannot be written.
         """
         metadata = {"format": FORMAT, "version": VERSION, "max_ngram": str(self.max_ngram)}
-        save_file({"hashes": self.hashes, "tokens": self.tokens}, path, metadata=metadata)
+        with replacing(path) as fresh:
+            write_tensors(save_file, {"hashes": self.hashes, "tokens": self.tokens}, fresh, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Datastore:
