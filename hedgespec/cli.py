@@ -35,7 +35,7 @@ USER_ERRORS = (HedgeSpecError, ValueError, TypeError, OSError, ImportError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of the system for which there is no room for what is to be written."""
 PACKAGES = {"matplotlib": "zoo", "gguf": "zoo", "accelerate": "zoo", "filelock": "zoo", "scipy": "experiments",
-            "sklearn": "experiments", "pandas": "experiments"}  # fmt: skip
+            "sklearn": "experiments"}  # fmt: skip
 """Packages that commands may lack, and the extra of ours that brings them."""
 LAYOUTS = {"official": "eagle3", "speculators": "speculators"}
 """Of `hedgespec zoo export`, and what `save_drafter` calls them."""
@@ -654,6 +654,11 @@ def _quiet() -> Iterator[None]:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own, which says nothing where help or version cannot be written."""
+        if message:
+            (file or sys.stderr).write(message)
 
 
 def _cadence(text: str) -> int | str:

@@ -21,10 +21,10 @@ class Sampling:
     """How tokens are drawn; the same for the target and for what drafts in its stead.
 
     Args:
-        temperature: >= 0; 0 is greedy.
-        top_k: keep the k largest logits; None keeps all.
-        top_p: of what is left keep the smallest set of mass >= top_p, in (0, 1]; None keeps all.
-        min_p: of what is left keep probabilities >= min_p times the largest, in [0, 1]; None keeps all.
+        temperature: >= 0; 0 is greedy. Default: 0.0.
+        top_k: keep the k largest logits, k >= 1; None keeps all. Default: None.
+        top_p: of what is left keep the smallest set of mass >= top_p, in (0, 1]; None keeps all. Default: None.
+        min_p: of what is left keep probabilities >= min_p times the largest, in [0, 1]; None keeps all. Default: None.
 
     Raises: TypeError for what is no number; ValueError for a value outside its range.
 
