@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from hedgespec.records import Feedback
+from hedgespec.scalars import integer
 
 _ROUNDING = 1e-5
 """How far above 1 a value may come in, for callers whose float32 sums are not clamped."""
@@ -37,6 +38,7 @@ class DelayQueue:
             loss "length".
 
     Raises:
+        TypeError: num_drafters or draft_length is no int.
         ValueError: a value outside its range or choices.
 
     Source: Joulani, Gyorgy, Szepesvari, "Online Learning under Delayed Feedback", ICML 2013; losses arXiv 2510.20064;
@@ -59,10 +61,7 @@ class DelayQueue:
         loss: Literal["length", "acceptance_rate"] = "length",
         lengths: bool = False,
     ) -> None:
-        if num_drafters < 1:
-            raise ValueError(f"num_drafters: expected at least 1, got {num_drafters}")
-        if draft_length < 1:
-            raise ValueError(f"draft_length: expected at least 1, got {draft_length}")
+        num_drafters, draft_length = integer("num_drafters", num_drafters, 1), integer("draft_length", draft_length, 1)
         if estimator not in ("exact", "product"):
             raise ValueError(f"estimator: expected 'exact' or 'product', got {estimator!r}")
         if loss not in ("length", "acceptance_rate"):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hedgespec.files import replacing
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -254,7 +256,8 @@ def plot_profile(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:
     axes.set(xlabel="ms; from above: the request, its prompt and rounds, their stages")
     axes.set_xlim(0, 1e3 * max(stats.seconds for _, stats in traces))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=110)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=110)
     pyplot.close(figure)
 
 
@@ -279,5 +282,6 @@ def plot_weights(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:
     axes.set_xticks((edges[:-1] + edges[1:]) / 2, [title for title, _ in traces], rotation=45, ha="right")
     axes.set(xlim=(0, len(weights) - 1), ylim=(0, 1), ylabel="weight", xlabel="requests, and the rounds within each")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=110)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=110)
     pyplot.close(figure)

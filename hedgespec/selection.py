@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hedgespec.scalars import real
+
 
 def select(weights: ArrayLike, uniform: float, rule: Literal["sample", "argmax"] = "sample") -> int:
     """sample: the first i with cumsum(weights)[i] > uniform * sum(weights). argmax: the first i of the largest weight.
@@ -31,6 +33,8 @@ def select(weights: ArrayLike, uniform: float, rule: Literal["sample", "argmax"]
     total = cumulative.item(-1)
     if not (weights.item(weights.argmin()) >= 0 and abs(total - 1) <= 1e-6):  # written so that NaN fails too
         raise ValueError(f"weights: expected non-negative values with sum 1, got {weights}")
+    if type(uniform) is not float:
+        uniform = real("uniform", uniform)
     if not 0 <= uniform < 1:
         raise ValueError(f"uniform: expected a number in [0, 1), got {uniform}")
     if rule == "sample":

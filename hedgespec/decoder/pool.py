@@ -237,8 +237,13 @@ class Singles(Part):
         session, chunks = self.sessions[row.index, member], self.given.setdefault((row.index, member), [])
         tokens, features = row.since(session.verified, self.drafters[member].aux_layers)
         if len(tokens):
-            keep = len(tokens) if session.verified else unscored + 1
+            before = session.verified
+            keep = len(tokens) if before else unscored + 1
             logits = self._checked(member, session.prefill(tokens, features, keep), keep)
+            if session.verified != before + len(tokens):
+                raise ValueError(
+                    f"expected prefill to add its {len(tokens)} tokens to `verified`, {before} before, got {session.verified}"
+                )
             if not row.selector.scores_all:
                 chunks.clear()  # nobody will ask for what lies behind
             chunks.append(logits)

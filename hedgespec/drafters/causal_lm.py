@@ -8,6 +8,7 @@ from hedgespec.cache import RaggedCache
 from hedgespec.compat import cache_argument
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.linear import few_row_view
+from hedgespec.scalars import text
 
 SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
 """Ids that both must agree on; padding is never drafted from."""
@@ -36,7 +37,7 @@ class CausalLMDrafter:
         usable = usable_vocabulary(model, wanted, name, tokenizer=tokenizer, target_tokenizer=target_tokenizer)
         if tokenizer is None:
             _check_special(model.config, target.config, name)
-        self.model, self.name, self.vocab_size = few_row_view(model), name, usable
+        self.model, self.name, self.vocab_size = few_row_view(model), text("name", name), usable
         self.draft_to_target = None if usable == wanted else torch.arange(usable, device=model.device)
 
     def session(self) -> CausalLMSession:

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hedgespec.files import replacing, write_text
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
@@ -87,9 +89,10 @@ def write(experiment: Experiment, result: dict[str, Any], folder: Path) -> None:
 
     stem = folder / experiment.name
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(experiment.tell(result), encoding="utf-8")
+    write_text(stem.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    write_text(stem.with_suffix(".md"), experiment.tell(result))
     figure = experiment.draw(result)
     for suffix in (".png", ".svg"):
-        figure.savefig(stem.with_suffix(suffix), dpi=110)
+        with replacing(stem.with_suffix(suffix)) as fresh:
+            figure.savefig(fresh, dpi=110)
     pyplot.close(figure)

@@ -9,13 +9,14 @@ from typing import Any
 
 from hedgespec.experiments import NAMES, load
 from hedgespec.experiments.telling import table
+from hedgespec.files import write_text
 
 Result = dict[str, Any]
 
 
 def write(folder: Path, path: Path) -> None:
     """Writes `compose` of a folder to a file. Raises: ValueError where there is no result."""
-    path.write_text(compose(folder, path.parent), encoding="utf-8")
+    write_text(path, compose(folder, path.parent))
 
 
 def compose(folder: Path, place: Path) -> str:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hedgespec.scalars import integer, real, shown
+
 
 class Learner(ABC):
     """`weights` says how to pick the next drafter, `update` learns from what a drafter, or every drafter, lost.
@@ -22,6 +24,7 @@ class Learner(ABC):
             multiply by it need every entry positive: a drafter at 0 could never win.
 
     Raises:
+        TypeError: num_drafters or prior of another type.
         ValueError: num_drafters or prior outside its range.
     """
 
@@ -44,9 +47,8 @@ class Learner(ABC):
     """Those of them that are never below 0."""
 
     def __init__(self, num_drafters: int, prior: ArrayLike | None = None) -> None:
-        if num_drafters < 1:
-            raise ValueError(f"num_drafters: expected at least 1, got {num_drafters}")
-        self.num_drafters = int(num_drafters)
+        num_drafters = integer("num_drafters", num_drafters, 1)
+        self.num_drafters = num_drafters
         self.prior = self._read_prior(np.ones(num_drafters) if prior is None else prior)
         for field in self.STATE:
             setattr(self, field, 0 if field == "rounds" else np.zeros(num_drafters))
@@ -117,8 +119,7 @@ class Learner(ABC):
         """
         if self.feedback != "full":
             raise ValueError(f"catch_up: expected a learner of full feedback, got {self.name}")
-        if not 0 <= drafter < self.num_drafters:
-            raise ValueError(f"drafter: expected 0..{self.num_drafters - 1}, got {drafter}")
+        drafter = integer("drafter", drafter, 0, self.num_drafters - 1)
         losses, played = np.asarray(losses, dtype=np.float64), np.asarray(played, dtype=np.float64)
         if losses.ndim != 1 or played.shape != losses.shape:
             raise ValueError(f"played: expected shape [T] as losses, got {played.shape} and {losses.shape}")
@@ -167,7 +168,13 @@ class Learner(ABC):
         self._weights = self._weigh()
 
     def _read_prior(self, prior: ArrayLike) -> NDArray[np.float64]:
-        prior = np.array(prior, dtype=np.float64)
+        try:
+            found = np.array(prior)
+        except (TypeError, ValueError) as error:  # lists of unequal length, or what has no numbers
+            raise TypeError(f"prior: expected {self.num_drafters} numbers or None, got {shown(prior)}") from error
+        if found.dtype.kind not in "iuf" and found.size:
+            raise TypeError(f"prior: expected {self.num_drafters} numbers or None, got {shown(prior)}")
+        prior = found.astype(np.float64)
         if prior.shape != (self.num_drafters,):
             raise ValueError(f"prior: expected shape ({self.num_drafters},), got {prior.shape}")
         total = float(prior.sum())
@@ -180,10 +187,12 @@ class Learner(ABC):
         return prior
 
     def _read_choice(self, chosen: int | None, chosen_weight: float | None) -> tuple[int, float]:
-        if chosen is None or not 0 <= chosen < self.num_drafters:
+        if chosen is None:
             raise ValueError(f"chosen: {self.name} expects a drafter in 0..{self.num_drafters - 1}, got {chosen}")
+        chosen = integer("chosen", chosen, 0, self.num_drafters - 1)
         if chosen_weight is None:
             chosen_weight = float(self._weights[chosen])
+        chosen_weight = real("chosen_weight", chosen_weight)
         if not 0 < chosen_weight <= 1:
             raise ValueError(f"chosen_weight: expected a probability in (0, 1], got {chosen_weight}")
         return chosen, chosen_weight
