@@ -14,7 +14,7 @@ import torch
 
 from hedgespec.config import DecodeConfig
 from hedgespec.costs import Costs
-from hedgespec.decoder.batch import Batch, stack
+from hedgespec.decoder.batch import Batch, PlainBatch, stack
 from hedgespec.decoder.pool import stacks_of
 from hedgespec.decoder.request import Request, eos_of, generator, rows_of, states_of
 from hedgespec.decoder.row import Row
@@ -24,8 +24,11 @@ from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
+from hedgespec.plain_inputs import check_inputs, prepares_by_itself, reread_boundary
 from hedgespec.sampling import Sampling
+from hedgespec.self_check import may_be_ragged
 from hedgespec.target import Captures, check_target, rows_may_differ
+from hedgespec.wrappers import unwrap
 
 __all__ = ["RAREST", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
 
@@ -66,6 +69,7 @@ class Decoder:
     """
 
     def __init__(self, target, drafters: Sequence[Drafter], config: DecodeConfig | None = None):
+        target = unwrap(target)
         check_target(target)
         self.target, self.drafters, self.config = target, tuple(drafters), config or DecodeConfig()
         if not self.drafters:
@@ -89,10 +93,16 @@ class Decoder:
         throughput = self.config.objective == "throughput"
         self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
         self.captures = Captures(self.config.most_drafted + 1) if self.config.compile else None
-        if self.config.tree is not None and not rows_may_differ(target):
+        check_inputs(target)
+        self.reread_at = reread_boundary(target)
+        """Number of tokens, padding included, at which the target reads its whole text again; None: it never does."""
+        self.together = rows_may_differ(target) and may_be_ragged(target)
+        """Whether rows of different lengths are decoded in one forward, or one after another."""
+        if self.config.tree is not None and not self.together:
             raise ValueError(
-                "tree: expected a target that takes positions and a mask of its own (attn_implementation sdpa or eager), "
-                f"got {type(target).__name__} with {target.config.get_text_config(decoder=True)._attn_implementation}"
+                "tree: expected a target that takes positions and a mask of its own for every row (attn_implementation sdpa or "
+                f"eager, no layers that mask by slot), got {type(target).__name__} with "
+                f"{target.config.get_text_config(decoder=True)._attn_implementation}"
             )
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
 
@@ -136,7 +146,8 @@ class Decoder:
         learner_state: dict | Sequence[dict] | None = None,
         on_tokens: Callable[[int, list[int]], None] | None = None,
     ) -> DecodeOutput:
-        """Continues a batch of prompts. Every row is decoded as it would be alone.
+        """Continues a batch of prompts. Every row is decoded as it would be alone, except by a target whose rotary factors
+        follow the length of the batch's longest text ("longrope", "dynamic"): there as `generate` decodes it in this batch.
 
         Args:
             input_ids: the prompts, int64 [B, P] or [P], each row with at least one token.
@@ -154,7 +165,9 @@ class Decoder:
 
         Raises:
             TypeError: input_ids of another dtype than int64.
-            ValueError: an empty prompt, one that does not fit the target's context, or an argument outside its range.
+            ValueError: an empty prompt, or an argument outside its range.
+            ContextError: a text that goes past the target's table of positions, if it has one; a ValueError and an IndexError.
+            TargetLogitsError: logits of the target from which no token can be taken; a RuntimeError.
         """
         prompts = rows_of(input_ids, attention_mask, self.target)
         eos = eos_of(self.target, eos_token_id)
@@ -163,8 +176,6 @@ class Decoder:
             Request(prompt, padding, max_new_tokens, generator(seed, row), eos, states[row])
             for row, (prompt, padding) in enumerate(prompts)
         ]
-        for request in requests:
-            request.check_context(self.target)
         rows = self.decode(requests, Sampling(temperature, top_k, top_p, min_p), on_tokens=on_tokens)
         if pad_token_id is None:
             pad_token_id = self.target.generation_config.pad_token_id or 0
@@ -182,12 +193,14 @@ class Decoder:
             past: a transformers `DynamicCache` of the requests' padded prompts, or of their beginnings.
             on_tokens: as in `generate`.
         """
-        together = rows_may_differ(self.target)
+        for request in requests:
+            request.check_context(self.target)
         rows: list[Row] = []
         warned: set[str] = set()
-        for first in range(0, len(requests), len(requests) if together else 1):
-            some = requests[first:] if together else requests[first : first + 1]
-            batch = Batch(self, some, first, sampling, on_tokens, warned)
+        plain = PlainBatch.of(requests, prepares_by_itself(self.target))
+        for first in range(0, len(requests), len(requests) if self.together else 1):
+            some = requests[first:] if self.together else requests[first : first + 1]
+            batch = Batch(self, some, first, sampling, on_tokens, warned, plain)
             rows += batch.rows
             batch.begin(past)
             while batch.rows:

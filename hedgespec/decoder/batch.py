@@ -24,6 +24,7 @@ from hedgespec.decoder.row import Row, last
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
+from hedgespec.plain_inputs import PlainInputs
 from hedgespec.records import NOBODY, Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
 from hedgespec.target import TargetSession, device_of
@@ -37,6 +38,24 @@ if TYPE_CHECKING:
 
 WARM = Sampling(temperature=1.0)
 """At which drafters are compared with the target over a prompt, whatever the request's."""
+
+
+@dataclass(frozen=True)
+class PlainBatch:
+    """What plain decoding of the same requests knows of all of them at once."""
+
+    width: int
+    """Length of the prompts, padding included."""
+    padding: int
+    """Padding of the longest prompt."""
+    audits: bool
+    """Whether the target's own code prepares the inputs of its forward and has to be asked about every token."""
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], audits: bool) -> PlainBatch:
+        return cls(
+            max(len(request.prompt) for request in requests), min(request.padding for request in requests), audits
+        )
 
 
 @dataclass
@@ -58,8 +77,9 @@ class Batch:
     drafters' failures the caller knows of."""
 
     def __init__(self, decoder: Decoder, requests: Sequence[Request], first: int, sampling: Sampling,
-                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str]):  # fmt: skip
+                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str], plain: PlainBatch):  # fmt: skip
         drafters, self.config = decoder.drafters, decoder.config
+        self.plain, self.reread_at = plain, decoder.reread_at
         self.device, self.sampling, self.on_tokens = device_of(decoder.target), sampling, on_tokens
         self.coupled = self.config.mode == "coupled" and sampling.temperature > 0
         self.one_hot = self.config.mode != "sampled" or sampling.temperature == 0
@@ -68,11 +88,21 @@ class Batch:
         # A view of the target as it is now: adapters and hooks may have come and gone since the last request.
         view = few_row_view(decoder.target)
         layers = (drafter.aux_layers for drafter in drafters)
-        self.target = TargetSession(view, layers, len(requests), captures=decoder.captures)
+        self.target = TargetSession(
+            view, layers, len(requests), captures=decoder.captures,
+            offsets=[request.padding - plain.padding for request in requests], floor=plain.width - plain.padding,
+        )  # fmt: skip
         self.rows = [
             Row(index, request, drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
         ]
+        self.inputs: dict[int, PlainInputs] = {}
+        """By row, where the target's own code prepares inputs: what it is asked."""
+        if plain.audits:
+            for row in self.rows:
+                mask = (torch.arange(len(row.request.prompt), device=self.device) >= row.request.padding).long()[None]
+                given = row.request.prompt[None]
+                self.inputs[row.index] = PlainInputs(decoder.target, given, mask, reread_at=self.reread_at)
         if self.coupled:  # before the uniforms, of which there are as many as rounds
             for row in self.rows:
                 row.noise_key = key_of(row.uniforms(1)[0])
@@ -98,12 +128,13 @@ class Batch:
     def begin(self, past: DynamicCache | None) -> None:
         """Reads the prompts and emits every row's first token, the target's own: a head needs it before it can draft."""
         with timed([row.stats for row in self.rows], "prompt"):
-            if past is not None:
+            if past is not None and not self._drops(past):
                 self._load(past)
             logits = self._read_prompts()
             nothing = [no_draft(row) for row in self.rows]
             uniforms = [row.uniforms(1) for row in self.rows]
             emitted, _, _ = self._verify(logits, nothing, [NOBODY] * len(self.rows), uniforms, self._noise(1))
+            self._check_inputs(emitted)
             self._spend_noise(emitted)
             going_on = [row for row in self.rows if row.selector.scores_all and not row.finished]
             if going_on:
@@ -116,13 +147,16 @@ class Batch:
 
     def round(self) -> None:
         """One target forward and everything around it."""
+        self.target.check_room([row.length for row in self.rows])
+        self._read_again()
         rows, stats = self.rows, [row.stats for row in self.rows]
         uniforms = np.stack([row.uniforms(1 + self.draws + self.tests) for row in rows])  # of a chain 1 + K + (K + 1)
         with timed(stats, "select"):
             weights = [row.selector.weights() for row in rows]
-            measure = self.costs and self.costs.to_measure(len(rows), max(row.room for row in rows) - 1)
+            rooms = [self._room(row) for row in rows]
+            measure = self.costs and self.costs.to_measure(len(rows), max(rooms) - 1)
             first = uniforms[:, 0].tolist()
-            choices = [row.selector.select(held, one, row.room, measure) for row, held, one in zip(rows, weights, first)]
+            choices = [row.selector.select(held, one, room, measure) for row, held, one, room in zip(rows, weights, first, rooms)]
         with timed(stats, "draft"):
             to_draft = to_device(uniforms[:, 1 : 1 + self.draws], self.device)
             noise = self._noise(1 + max(choice.draft_length for choice in choices))
@@ -131,15 +165,18 @@ class Batch:
             began = self.costs and self._now()
             last = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens[0]]) for row, draft in zip(rows, drafts)]
             tokens = stack(last, 0)
+            # Nodes of a tree that are none may lie deeper than the deepest of the row's own.
+            reach = [1 + min(choice.draft_length, draft.tokens.shape[1]) for choice, draft in zip(choices, drafts)]
             if self.config.tree is None:
-                logits = self.target.forward(tokens, tokens.shape[1])
+                logits = self.target.forward(tokens, tokens.shape[1], reach=reach)
             else:
                 parents = stack([draft.tokens[0] if draft.parents is None else draft.parents[0] for draft in drafts], -1)
                 shape = ancestry(parents, self.config.draft_length)
-                logits = self.target.forward(tokens.clamp(min=0), tokens.shape[1], shape)
+                logits = self.target.forward(tokens.clamp(min=0), tokens.shape[1], shape, reach)
                 if noise is not None:
                     noise = noise[torch.arange(len(rows), device=self.device)[:, None], shape[0]]
             emitted, verified, paths = self._verify(logits, drafts, choices, uniforms[:, 1 + self.draws :], noise)
+            self._check_inputs(emitted)
             self.target.keep([len(tokens) for tokens in emitted], paths if self.config.tree is not None else None)
             if self.costs:
                 self.costs.verified(len(rows), tokens.shape[1] - 1, self._now() - began)
@@ -171,6 +208,40 @@ class Batch:
         if self.device.type != "cpu":
             torch.accelerator.current_stream(self.device).synchronize()
         return self.costs.clock()
+
+    def _room(self, row: Row) -> int:
+        """Returns how many tokens a round may emit for a row, the one that follows the draft included.
+
+        No draft reaches past the positions that the target was made for, since it may hold a table of as many that is not known,
+        nor past the point where it reads its text again.
+        """
+        room = row.room
+        if self.target.context is not None and row.length <= self.target.context:
+            room = min(room, self.target.context + 1 - row.length)
+        if self.reread_at is not None and (left := self.reread_at - row.request.padding - row.length) > 0:
+            room = min(room, left)
+        return room
+
+    def _drops(self, past: DynamicCache) -> bool:
+        """Returns whether plain decoding would read the prompts again instead of taking over what a cache holds of them."""
+        return self.reread_at is not None and past.get_seq_length() < self.reread_at <= self.plain.width
+
+    def _read_again(self) -> None:
+        """Computes the keys and values of rows anew where plain decoding does so, before their next token."""
+        if self.reread_at is None or self.plain.width >= self.reread_at:
+            return
+        due = [row.request.padding + row.length == self.reread_at for row in self.rows]
+        if any(due):
+            texts = [row.tokens[: row.length - 1] if now else None for row, now in zip(self.rows, due)]
+            self.target.reread(texts, self.reread_at - self.plain.padding)
+
+    def _check_inputs(self, emitted: Sequence[Sequence[int]]) -> None:
+        """Compares the inputs that the target's own code prepares for each emitted token with what its forward was given."""
+        for row, tokens in zip(self.rows, emitted):
+            if (asked := self.inputs.get(row.index)) is not None:
+                end = row.seen.shape[1]
+                for width in range(end - len(tokens), end):
+                    asked.check(row.seen[:, :width])
 
     def _place(self) -> None:
         for place, row in enumerate(self.rows):
@@ -222,14 +293,15 @@ class Batch:
         if min(counts) < max(counts):
             # The last tokens of all rows stand in few columns only when they are read by themselves.
             rest = [count - end for count, end in zip(counts, ends)]
-            self.target.forward(stack([tokens[:count] for tokens, count in zip(new, rest)], 0), 1)
+            self.target.forward(stack([tokens[:count] for tokens, count in zip(new, rest)], 0), 1, reach=rest)
             self.target.keep(rest)
             new, counts = [tokens[count:] for tokens, count in zip(new, rest)], ends
-        logits = self.target.forward(stack(new, 0), most)
+        logits = self.target.forward(stack(new, 0), most, reach=counts)
         self.target.keep(counts)
         for row, one, end, count in zip(self.rows, logits, ends, warm):
             if row.selector.scores_all:
-                row.to_be_scored(one[end - count : end])
+                of_prompt = one[end - count : end]  # nothing is emitted from these, and only drafters are compared with them
+                row.to_be_scored(of_prompt.masked_fill(~of_prompt.amax(-1, keepdim=True).isfinite(), 0) if count else of_prompt)
         return torch.stack([one[end - 1 : end] for one, end in zip(logits, ends)])
 
     def _verify(

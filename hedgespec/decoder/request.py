@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hedgespec.target import context_of, device_of
+from hedgespec.errors import ContextError
+from hedgespec.positions import table_size
+from hedgespec.target import device_of
 
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens int64 [1, L], logits [n, V] for the token after them) -> processed logits [n, V]."""
@@ -37,18 +39,28 @@ class Request:
     keep_cache: bool = False
     """Leave the target's keys and values in `Row.cache`."""
 
-    def check_context(self, target) -> None:
-        """Raises ValueError where prompt and continuation do not fit the target's context."""
-        context = context_of(target)
+    def check_context(self, target, name: str = "target") -> None:
+        """Refuses a continuation that is certain to go past the target's table of positions, if it has one.
+
+        A text that may end before (`eos`, `stop`) is begun; it fails with the same error if it gets there, as plain decoding does.
+
+        Raises: ValueError for less than one token, ContextError.
+        """
         length = len(self.prompt) - self.padding
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
-        if context is not None and self.max_new_tokens >= context:
-            raise ValueError(f"max_new_tokens: expected less than the target's context of {context}, got {self.max_new_tokens}")
-        if context is not None and length + self.max_new_tokens > context:
-            raise ValueError(
-                f"input_ids: expected a prompt of at most {context - self.max_new_tokens} tokens, so that "
-                f"{self.max_new_tokens} more fit the target's context of {context}, got {length}"
+        table = table_size(target)
+        if table is None:
+            return
+        if length > table:
+            raise ContextError(
+                f"input_ids: expected a prompt of at most {table} tokens, for as many the {name} has positions, got {length}"
+            )
+        # The last token is emitted and not read.
+        if length + self.max_new_tokens - 1 > table and not self.eos and self.stop is None:
+            raise ContextError(
+                f"max_new_tokens: expected at most {table + 1 - length} behind a prompt of {length} tokens, since the {name} has "
+                f"{table} positions, got {self.max_new_tokens}"
             )
 
 
