@@ -6,6 +6,7 @@ kept at the position before their token, have a row for every token.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder.pool import MOST_MAPS, UNSOUND, Heads, Pool, Scored, Singles, no_draft
 from hedgespec.decoder.request import Request
 from hedgespec.decoder.row import Row, last
+from hedgespec.errors import TargetLogitsError
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
@@ -80,6 +82,7 @@ class Batch:
                  on_tokens: Callable[[int, list[int]], None] | None, warned: set[str], plain: PlainBatch):  # fmt: skip
         drafters, self.config = decoder.drafters, decoder.config
         self.plain, self.reread_at = plain, decoder.reread_at
+        self.target_name = type(decoder.target).__name__
         self.device, self.sampling, self.on_tokens = device_of(decoder.target), sampling, on_tokens
         self.coupled = self.config.mode == "coupled" and sampling.temperature > 0
         self.one_hot = self.config.mode != "sampled" or sampling.temperature == 0
@@ -344,23 +347,43 @@ class Batch:
             if branches:
                 found = self._verify_trees(places, logits, drafts, uniforms)
             else:
-                found = ((*one, range(len(one[1]))) for one in self._verify_alike(places, logits, drafts, uniforms))
-            for place, (usable, tokens, path) in zip(places, found):
+                found = (
+                    (usable, tokens, range(len(tokens)), sound)
+                    for usable, tokens, sound in self._verify_alike(places, logits, drafts, uniforms)
+                )
+            for place, (usable, tokens, path, sound) in zip(places, found):
                 row = self.rows[place]
                 self._lose_the_unsound(row, choices[place], drafts[place], usable)
-                emitted[place] = row.emit(tokens)
+                emitted[place] = row.emit(tokens[:sound])
+                if not row.finished and (sound < len(tokens) or not tokens):
+                    raise self._unsound(row, logits[place, [*path, 0][sound]])
                 paths[place] = list(path)[: len(emitted[place])]
                 kept = to_device(paths[place], self.device) if branches else slice(len(emitted[place]))
                 verified[place] = logits[place, kept]
         return emitted, verified, paths
+
+    def _unsound(self, row: Row, logits: torch.Tensor) -> TargetLogitsError:
+        """Returns the error about the target's logits [V] for the next token of a row."""
+        if bool(logits.isnan().any()):
+            got = "NaN"
+        elif bool((logits == math.inf).any()):
+            got = "+inf"
+        else:
+            got = "-inf throughout: no token is allowed"
+        processed = "" if row.request.process is None else " (after the logits processors)"
+        return TargetLogitsError(
+            f"target: expected logits with a finite maximum for token {row.seen.shape[1]} of row {row.index}, counted from 0, from "
+            f"{self.target_name}{processed}, got {got}"
+        )
 
     def _lose_the_unsound(self, row: Row, choice: Choice, draft: Draft, usable: int) -> None:
         """Takes a drafter whose logits were not sound out of the request."""
         if draft.usable is not None and usable < self.config.draft_length:
             row.lose(choice.drafter, ValueError(UNSOUND))
 
-    def _verify_alike(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[tuple[int, list[int]]]:
-        """Rows whose draft logits stack, verified in one call: of each how much of its draft is usable, and what it emits."""
+    def _verify_alike(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[tuple[int, list[int], int]]:
+        """Rows whose draft logits stack, verified in one call: of each how much of its draft is usable, what it emits, and how
+        many of the target's logits in a row are sound."""
         counts = [drafts[place].tokens.shape[1] for place in places]
         most = max(counts)
         tests = np.zeros((len(places), most + 1))
@@ -379,12 +402,13 @@ class Batch:
         verdict = self._call_verify(
             target_logits, draft_tokens, draft_logits, mapping, tests, torch.minimum(lengths, usable) if most else None
         )
+        sound = target_logits.amax(-1).isfinite().cumprod(1).sum(1)
         # What the host needs of a round, in one transfer.
-        found = torch.cat([usable[:, None], verdict.tokens], 1).tolist()
-        return [(known, [token for token in tokens if token >= 0]) for known, *tokens in found]
+        found = torch.cat([usable[:, None], sound[:, None], verdict.tokens], 1).tolist()
+        return [(known, [token for token in tokens if token >= 0], number) for known, number, *tokens in found]
 
     def _verify_trees(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[tuple]:
-        """`_verify_alike` of trees: of each also the places of what it emits among the row's logits."""
+        """`_verify_alike` of trees: of each also, before the last, the places of what it emits among the row's logits."""
         of = [drafts[place] for place in places]
         tokens, parents = (stack(list(each), -1) for each in zip(*((one.tokens[0], one.parents[0]) for one in of)))
         target_logits = logits if len(places) == len(self.rows) else logits[to_device(places, self.device)]
@@ -396,15 +420,19 @@ class Batch:
             mapping = self._maps([one.draft_to_target for one in of])
         verdict = self._call_verify_tree(target_logits, tokens, parents, draft_logits, origins, mapping, tests)
         usable, length = torch.stack([one.usable for one in of]), self.config.draft_length
-        told = [usable[:, None], verdict.tokens, verdict.path]
+        sound = target_logits.amax(-1).isfinite().long()
+        told = [usable[:, None], sound, verdict.tokens, verdict.path]
         if of[0].widths is not None:
             told.append(torch.stack([one.widths for one in of]))
         results = []
         for place, (known, *rest) in zip(places, torch.cat(told, 1).tolist()):  # in one transfer
+            is_sound, rest = rest[: sound.shape[1]], rest[sound.shape[1] :]
             emitted, path, widths = rest[: length + 1], rest[length + 1 : 2 * length + 1], rest[2 * length + 1 :]
             if widths:
                 self.rows[place].saw_tree(widths)
-            results.append((known, [one for one in emitted if one >= 0], [0, *(node + 1 for node in path if node >= 0)]))
+            path = [0, *(node + 1 for node in path if node >= 0)]
+            number = next((number for number, node in enumerate(path) if not is_sound[node]), len(path))
+            results.append((known, [one for one in emitted if one >= 0], path, number))
         return results
 
     def _walk(
@@ -423,8 +451,7 @@ class Batch:
             mapping = None if draft_logits is None else draft.draft_to_target
             tests = np.append(uniforms[here], uniforms[-1])[None]
             verdict = self._call_verify(target_logits, draft.tokens[:, here], draft_logits, mapping, tests)
-            emitted += row.emit(verdict.tokens[0, :1].tolist())
-            if row.finished or int(verdict.accepted_length[0]) == 0:
+            if self._emit_one(row, verdict, verified[-1], emitted) == 0:
                 break
         return emitted, torch.cat(verified), list(range(len(emitted)))
 
@@ -456,16 +483,29 @@ class Batch:
             verdict = self._call_verify_tree(
                 target_logits, drafted, root, draft_logits, origins, draft.draft_to_target, tests[None], depth=1
             )
-            emitted += row.emit(verdict.tokens[0, :1].tolist())
-            if row.finished or int(verdict.accepted_length[0]) == 0:
+            if self._emit_one(row, verdict, verified[-1], emitted) == 0:
                 break
             node = children[int(verdict.path[0, 0])]
         return emitted, torch.cat(verified), path
+
+    def _emit_one(self, row: Row, verdict: Verdict, logits: torch.Tensor, emitted: list[int]) -> int:
+        """Emits the first token of a verdict that came of the target's logits [1, V].
+
+        Returns: how many drafted tokens were accepted; 0 also where the row is finished.
+        """
+        told = torch.cat([verdict.tokens[0, :1], verdict.accepted_length[:1], logits[0].amax(-1, keepdim=True).isfinite().long()])
+        token, accepted, sound = told.tolist()
+        if not sound:
+            raise self._unsound(row, logits[0])
+        emitted += row.emit([token])
+        return 0 if row.finished else accepted
 
     def _processed(self, row: Row, logits: torch.Tensor, place: int, noise: torch.Tensor | None) -> torch.Tensor:
         """One of the target's logits as the row's processors leave them, with its noise, [1, V]."""
         here = slice(place, place + 1)
         logits = row.request.process(row.seen, logits[here])
+        if self.sampling.temperature == 0:  # +inf is how some processors force a token, and the greatest all the same
+            logits = logits.clamp(max=torch.finfo(logits.dtype).max)
         return logits if noise is None else self._perturb(logits, noise[here])
 
     def _maps(self, maps: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
