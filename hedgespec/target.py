@@ -66,6 +66,14 @@ def rows_may_differ(model) -> bool:
     return known and not windows_by_slot(model)
 
 
+def numbers_slots(model) -> bool:
+    """Returns whether the model's table of positions is read by the slots of the tokens, padding included: it takes no positions.
+
+    The text of a padded row then depends on its padding.
+    """
+    return "position_ids" not in inspect.signature(model.forward).parameters and table_size(model) is not None
+
+
 def windows_by_slot(model) -> bool:
     """Returns whether some layer holds a mask of its own, by slots instead of positions, that hides earlier tokens (GPT-Neo).
 

@@ -16,9 +16,9 @@ PEFT_REFUSED = {
 """Kinds of PEFT adapters whose forward is more than the base model's with other layers, and why."""
 
 
-def is_compiled(module: nn.Module) -> bool:
+def is_compiled(module) -> bool:
     """Returns whether the module is what `torch.compile(module)` returns."""
-    return isinstance(module._modules.get("_orig_mod"), nn.Module)
+    return isinstance(module, nn.Module) and isinstance(module._modules.get("_orig_mod"), nn.Module)
 
 
 def unwrap(model, name: str = "target"):

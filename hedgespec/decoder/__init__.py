@@ -27,7 +27,7 @@ from hedgespec.metrics import DecodeStats
 from hedgespec.plain_inputs import check_inputs, prepares_by_itself, reread_boundary
 from hedgespec.sampling import Sampling
 from hedgespec.self_check import may_be_ragged
-from hedgespec.target import Captures, check_target, rows_may_differ
+from hedgespec.target import Captures, check_target, numbers_slots, rows_may_differ
 from hedgespec.wrappers import unwrap
 
 __all__ = ["RAREST", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
@@ -193,6 +193,11 @@ class Decoder:
             past: a transformers `DynamicCache` of the requests' padded prompts, or of their beginnings.
             on_tokens: as in `generate`.
         """
+        if any(request.padding for request in requests) and numbers_slots(self.target):
+            raise ValueError(
+                f"attention_mask: expected no padding for {type(self.target).__name__}, which takes no positions and counts "
+                "padding as tokens"
+            )
         for request in requests:
             request.check_context(self.target)
         rows: list[Row] = []
