@@ -256,7 +256,9 @@ def fingerprint(model: nn.Module) -> tuple:
         wrapped = "forward" in vars(module) or hasattr(module, "_hf_hook")
         hooks = [id(hook) for hook in _hooks(module)]
         settings = [] if type(module).__module__.startswith("torch.") else _settings(module)
-        found.append((type(module), module.training, wrapped, *settings, *hooks, *((id(one), one.data_ptr()) for one in weights)))
+        found.append(
+            (type(module), module.training, wrapped, *settings, *hooks, *((id(one), one.data_ptr()) for one in weights))
+        )
     return tuple(found)
 
 

@@ -95,6 +95,8 @@ class PlainInputs:
     def __init__(self, model, prompt: torch.Tensor, mask: torch.Tensor, name: str = "target", reread_at: int | None = None):
         self.model, self.name, self.reread_at = model, name, reread_at
         self.cache, self.first = _Cache(), True
+        self.width = prompt.shape[1]
+        """Tokens, padding included, of the text to ask about next."""
         self.arguments = {CACHE_NAME: self.cache, "attention_mask": mask, "use_cache": True}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self.arguments["logits_to_keep"] = 1
@@ -122,13 +124,15 @@ class PlainInputs:
         fresh = tokens if self.first or width == self.reread_at else tokens[:, -1:]
         difference = self._difference(inputs, fresh, width)
         if difference:
-            methods = (one for one in (PREPARES, UPDATES, PLACES) if not _origin(self.model, one).startswith("transformers.gen"))
+            methods = (
+                one for one in (PREPARES, UPDATES, PLACES) if not _origin(self.model, one).startswith("transformers.gen")
+            )
             method = next(methods, PREPARES)
             raise ValueError(
                 f"{self.name}: expected a model whose {method} gives its forward the tokens, their positions and a mask, got "
                 f"{difference} from {type(self.model).__name__} for the forward over token {width}"
             )
-        self.first, self.cache.held = False, width
+        self.first, self.cache.held, self.width = False, width, width + 1
 
     def _difference(self, inputs, fresh: torch.Tensor, width: int) -> str | None:
         """Returns what is different, in words; None if nothing is."""

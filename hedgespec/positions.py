@@ -147,7 +147,9 @@ class FollowedRotary(nn.Module):
         if resets and getattr(self.rotary, "max_seq_len_cached", length) != length:
             self.rotary(x, torch.zeros_like(position_ids[..., :1]), *args, **kwargs)  # it forgets greater lengths
         last = torch.full_like(position_ids[..., :1], length - 1)
-        found = self.rotary(x, torch.cat([position_ids if most is None else position_ids.clamp(max=most), last], -1), *args, **kwargs)
+        found = self.rotary(
+            x, torch.cat([position_ids if most is None else position_ids.clamp(max=most), last], -1), *args, **kwargs
+        )
         if isinstance(found, torch.Tensor):
             return found[..., :-1, :]
         return tuple(one[..., :-1, :] for one in found)
@@ -222,9 +224,7 @@ def _rebind(module: nn.Module) -> None:
     vars(module)["forward"] = functools.update_wrapper(rebound, plain)
 
 
-def plain_lengths(
-    positions: torch.Tensor, offsets: Sequence[int], floors: Sequence[int]
-) -> torch.Tensor:
+def plain_lengths(positions: torch.Tensor, offsets: Sequence[int], floors: Sequence[int]) -> torch.Tensor:
     """Returns the length of the batch's longest text in the plain forward that reads each token, int64 [B, T].
 
     Args:

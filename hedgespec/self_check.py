@@ -46,7 +46,10 @@ def _is_foreign(module: nn.Module) -> bool:
         return True
     own = vars(module).get("forward")
     own = getattr(own, "_torchdynamo_orig_callable", own)
-    return own is not None and (getattr(own, "__func__", getattr(own, "func", own)).__module__ or "").partition(".")[0] not in KNOWN
+    return (
+        own is not None
+        and (getattr(own, "__func__", getattr(own, "func", own)).__module__ or "").partition(".")[0] not in KNOWN
+    )
 
 
 @torch.no_grad()

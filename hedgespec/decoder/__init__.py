@@ -16,7 +16,7 @@ from hedgespec.config import DecodeConfig
 from hedgespec.costs import Costs
 from hedgespec.decoder.batch import Batch, PlainBatch, stack
 from hedgespec.decoder.pool import stacks_of
-from hedgespec.decoder.request import Request, eos_of, generator, rows_of, states_of
+from hedgespec.decoder.request import Request, Together, eos_of, generator, rows_of, states_of
 from hedgespec.decoder.row import Row
 from hedgespec.decoder.selector import RAREST, new_learner
 from hedgespec.drafters import Drafter
@@ -30,7 +30,19 @@ from hedgespec.self_check import may_be_ragged
 from hedgespec.target import Captures, check_target, numbers_slots, rows_may_differ
 from hedgespec.wrappers import unwrap
 
-__all__ = ["RAREST", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
+__all__ = [
+    "RAREST",
+    "DecodeOutput",
+    "Decoder",
+    "Request",
+    "Row",
+    "Together",
+    "eos_of",
+    "generator",
+    "rows_of",
+    "stack",
+    "states_of",
+]
 
 
 _STACKING = threading.Lock()
@@ -121,12 +133,15 @@ class Decoder:
     def __call__(
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=None, **model_kwargs
     ):
-        """The decoding loop of `model.generate(..., custom_generate=self)`, with what that call has prepared."""
+        """The decoding loop of `model.generate(..., custom_generate=self)`, with what that call has prepared.
+
+        `generate` does not pass a `streamer` to a custom loop; with one use `hedgespec.custom_generate`.
+        """
         from hedgespec import hf  # which knows this module; only those who come this way need it
 
         return hf.decode(
-            self, model, input_ids, logits_processor, stopping_criteria, generation_config,
-            streamer=hf.callers_streamer(), learner_state=learner_state, **model_kwargs,
+            self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=learner_state,
+            **model_kwargs,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -182,7 +197,8 @@ class Decoder:
         return DecodeOutput(stack([row.sequence for row in rows], pad_token_id), [row.stats for row in rows])
 
     def decode(self, requests: Sequence[Request], sampling: Sampling, *, past=None,
-               on_tokens: Callable[[int, list[int]], None] | None = None) -> list[Row]:  # fmt: skip
+               on_tokens: Callable[[int, list[int]], None] | None = None,
+               together: Together | None = None) -> list[Row]:  # fmt: skip
         """Decodes requests and returns their rows, finished, in order; the caller disables gradients.
 
         They are decoded together, or one after another where the target cannot take rows of different lengths.
@@ -191,7 +207,8 @@ class Decoder:
             requests: B >= 1, checked.
             sampling: of all rows.
             past: a transformers `DynamicCache` of the requests' padded prompts, or of their beginnings.
-            on_tokens: as in `generate`.
+            on_tokens: as in `generate`; None beside `together`, which may take tokens back.
+            together: callbacks that see all rows at once. With `processes` the target must take rows of different lengths.
         """
         if any(request.padding for request in requests) and numbers_slots(self.target):
             raise ValueError(
@@ -199,15 +216,35 @@ class Decoder:
                 "padding as tokens"
             )
         for request in requests:
-            request.check_context(self.target)
-        rows: list[Row] = []
+            request.check_context(self.target, together is not None)
+        size = len(requests) if self.together else 1
         warned: set[str] = set()
         plain = PlainBatch.of(requests, prepares_by_itself(self.target))
-        for first in range(0, len(requests), len(requests) if self.together else 1):
-            some = requests[first:] if self.together else requests[first : first + 1]
-            batch = Batch(self, some, first, sampling, on_tokens, warned, plain)
-            rows += batch.rows
+        batches = (
+            Batch(self, requests[first : first + size], first, sampling, on_tokens, warned, plain, together)
+            for first in range(0, len(requests), size)
+        )
+        if together is not None:
+            return self._decode_together(list(batches), past, together)
+        rows: list[Row] = []
+        for batch in batches:
+            rows += batch.all_rows
             batch.begin(past)
             while batch.rows:
                 batch.round()
         return rows
+
+    @staticmethod
+    def _decode_together(batches: list[Batch], past, together: Together) -> list[Row]:
+        """Decodes rows that end together: where they are in batches of their own, the shortest one takes the next round."""
+        rows = [row for batch in batches for row in batch.all_rows]
+        for batch in batches:
+            batch.begin(past)
+        while True:
+            together.stop(rows)
+            for batch in batches:
+                batch.dismiss()
+            under_way = [batch for batch in batches if batch.rows]
+            if not under_way:
+                return rows
+            min(under_way, key=lambda batch: min(row.emitted for row in batch.rows)).round()

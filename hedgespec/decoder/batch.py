@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder.pool import MOST_MAPS, UNSOUND, Heads, Pool, Scored, Singles, no_draft
-from hedgespec.decoder.request import Request
+from hedgespec.decoder.request import Request, Together
 from hedgespec.decoder.row import Row, last
 from hedgespec.errors import TargetLogitsError
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
@@ -55,9 +55,7 @@ class PlainBatch:
 
     @classmethod
     def of(cls, requests: Sequence[Request], audits: bool) -> PlainBatch:
-        return cls(
-            max(len(request.prompt) for request in requests), min(request.padding for request in requests), audits
-        )
+        return cls(max(len(request.prompt) for request in requests), min(request.padding for request in requests), audits)
 
 
 @dataclass
@@ -74,12 +72,26 @@ class _Scores:
     prompt the former alone, and last whether the drafter's logits of the row were sound, float64 [3, 2K + 1 or 2, n, R, T]."""
 
 
+@dataclass
+class _Walk:
+    """A draft that is verified token by token."""
+
+    steps: Generator[int, torch.Tensor, None] | None = None
+    """Yields the place, among the row's logits, of those for the next token; takes them processed, [1, V], and emits it."""
+    emitted: list[int] = field(default_factory=list)
+    verified: list[torch.Tensor] = field(default_factory=list)
+    """Processed logits [1, V] of every emitted token."""
+    path: list[int] = field(default_factory=list)
+    """Their places among the row's logits."""
+
+
 class Batch:
     """Rows that are decoded together until each is finished: arguments of `Decoder.decode`, which row is the first, and which
     drafters' failures the caller knows of."""
 
     def __init__(self, decoder: Decoder, requests: Sequence[Request], first: int, sampling: Sampling,
-                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str], plain: PlainBatch):  # fmt: skip
+                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str], plain: PlainBatch,
+                 together: Together | None = None):  # fmt: skip
         drafters, self.config = decoder.drafters, decoder.config
         self.plain, self.reread_at = plain, decoder.reread_at
         self.target_name = type(decoder.target).__name__
@@ -106,6 +118,8 @@ class Batch:
                 mask = (torch.arange(len(row.request.prompt), device=self.device) >= row.request.padding).long()[None]
                 given = row.request.prompt[None]
                 self.inputs[row.index] = PlainInputs(decoder.target, given, mask, reread_at=self.reread_at)
+        self.all_rows, self.together = list(self.rows), together
+        """Every row, those that are finished included, and who sees them at once."""
         if self.coupled:  # before the uniforms, of which there are as many as rounds
             for row in self.rows:
                 row.noise_key = key_of(row.uniforms(1)[0])
@@ -137,7 +151,7 @@ class Batch:
             nothing = [no_draft(row) for row in self.rows]
             uniforms = [row.uniforms(1) for row in self.rows]
             emitted, _, _ = self._verify(logits, nothing, [NOBODY] * len(self.rows), uniforms, self._noise(1))
-            self._check_inputs(emitted)
+            self._check_inputs()
             self._spend_noise(emitted)
             going_on = [row for row in self.rows if row.selector.scores_all and not row.finished]
             if going_on:
@@ -159,7 +173,9 @@ class Batch:
             rooms = [self._room(row) for row in rows]
             measure = self.costs and self.costs.to_measure(len(rows), max(rooms) - 1)
             first = uniforms[:, 0].tolist()
-            choices = [row.selector.select(held, one, room, measure) for row, held, one, room in zip(rows, weights, first, rooms)]
+            choices = [
+                row.selector.select(held, one, room, measure) for row, held, one, room in zip(rows, weights, first, rooms)
+            ]
         with timed(stats, "draft"):
             to_draft = to_device(uniforms[:, 1 : 1 + self.draws], self.device)
             noise = self._noise(1 + max(choice.draft_length for choice in choices))
@@ -179,7 +195,7 @@ class Batch:
                 if noise is not None:
                     noise = noise[torch.arange(len(rows), device=self.device)[:, None], shape[0]]
             emitted, verified, paths = self._verify(logits, drafts, choices, uniforms[:, 1 + self.draws :], noise)
-            self._check_inputs(emitted)
+            self._check_inputs()
             self.target.keep([len(tokens) for tokens in emitted], paths if self.config.tree is not None else None)
             if self.costs:
                 self.costs.verified(len(rows), tokens.shape[1] - 1, self._now() - began)
@@ -203,7 +219,9 @@ class Batch:
                 drafted = draft.tokens.shape[1]
                 # Whether a token that ends the text within a draft was accepted or recovered is not known here.
                 tested = min(drafted, len(tokens) - row.finished)
-                row.selector.end_round(choice.drafter if drafted else None, held, len(tokens), drafted, tested)
+                row.selector.end_round(
+                    choice.drafter if drafted else None, held, len(tokens), drafted, tested, row.held_back and not row.finished
+                )
         self._hand_out(emitted)
 
     def _now(self) -> float:
@@ -238,13 +256,12 @@ class Batch:
             texts = [row.tokens[: row.length - 1] if now else None for row, now in zip(self.rows, due)]
             self.target.reread(texts, self.reread_at - self.plain.padding)
 
-    def _check_inputs(self, emitted: Sequence[Sequence[int]]) -> None:
+    def _check_inputs(self) -> None:
         """Compares the inputs that the target's own code prepares for each emitted token with what its forward was given."""
-        for row, tokens in zip(self.rows, emitted):
-            if (asked := self.inputs.get(row.index)) is not None:
-                end = row.seen.shape[1]
-                for width in range(end - len(tokens), end):
-                    asked.check(row.seen[:, :width])
+        for row in self.rows if self.inputs else ():
+            asked = self.inputs[row.index]
+            for width in range(asked.width, row.seen.shape[1]):
+                asked.check(row.seen[:, :width])
 
     def _place(self) -> None:
         for place, row in enumerate(self.rows):
@@ -328,21 +345,27 @@ class Batch:
         paths: list[list[int]] = [[]] * len(self.rows)
         together: dict[tuple | None, list[int]] = {}
         given = logits
-        if noise is not None and any(row.request.process is None for row in self.rows):
+        if noise is not None and not all(row.request.is_processed for row in self.rows):
             logits = self._perturb(given, noise[:, : given.shape[1]])
+        walks: dict[int, _Walk] = {}
         for place, (row, draft) in enumerate(zip(self.rows, drafts)):
-            if row.request.process is not None:
+            if row.request.is_processed:
                 usable = draft.tokens.shape[1] if draft.usable is None else int(draft.usable)
                 self._lose_the_unsound(row, choices[place], draft, usable)
-                walk = self._walk if draft.parents is None else self._walk_tree
-                emitted[place], verified[place], paths[place] = walk(
-                    row, given[place], draft, usable, uniforms[place], None if noise is None else noise[place]
-                )
+                walks[place] = walk = _Walk()
+                steps = self._walk if draft.parents is None else self._walk_tree
+                walk.steps = steps(walk, row, draft, usable, uniforms[place])
+                if row.request.process is not None:
+                    self._walk_alone(walk, row, given[place], None if noise is None else noise[place])
             else:
                 alike = (draft.parents is not None,)
                 if draft.logits is not None:
                     alike = *alike, draft.logits.shape[2], draft.logits.dtype, draft.draft_to_target is not None
                 together.setdefault(alike, []).append(place)
+        if walks and self.together is not None and self.together.processes:
+            self._walk_in_step(walks, given, noise)
+        for place, walk in walks.items():
+            emitted[place], verified[place], paths[place] = walk.emitted, torch.cat(walk.verified), walk.path
         for (branches, *_), places in together.items():
             if branches:
                 found = self._verify_trees(places, logits, drafts, uniforms)
@@ -370,7 +393,7 @@ class Batch:
             got = "+inf"
         else:
             got = "-inf throughout: no token is allowed"
-        processed = "" if row.request.process is None else " (after the logits processors)"
+        processed = "" if not row.request.is_processed else " (after the logits processors)"
         return TargetLogitsError(
             f"target: expected logits with a finite maximum for token {row.seen.shape[1]} of row {row.index}, counted from 0, from "
             f"{self.target_name}{processed}, got {got}"
@@ -435,42 +458,69 @@ class Batch:
             results.append((known, [one for one in emitted if one >= 0], path, number))
         return results
 
+    def _walk_alone(self, walk: _Walk, row: Row, logits: torch.Tensor, noise: torch.Tensor | None) -> None:
+        """Verifies one row's draft to its end. The row's processors see every emitted token once, and no other.
+
+        Args:
+            logits: the target's, [K+1, V].
+            noise: as in `_verify`, [at least K+1, V].
+        """
+        place = next(walk.steps)
+        while place is not None:
+            here = slice(place, place + 1)
+            processed = row.request.process(row.seen, logits[here])
+            place = _advance(walk, self._taken(processed, None if noise is None else noise[here]))
+
+    def _walk_in_step(self, walks: dict[int, _Walk], logits: torch.Tensor, noise: torch.Tensor | None) -> None:
+        """Verifies the drafts of all rows, one token of each at a time, so that `together` sees the batch as in plain decoding.
+
+        It ends with the first draft that does: the other rows keep what is accepted of theirs by then.
+        """
+        places = {place: next(walk.steps) for place, walk in walks.items()}
+        while places:
+            rows = [self.rows[place] for place in places]
+            given = [logits[place, at : at + 1] for place, at in places.items()]
+            for (place, at), row, processed in zip(list(places.items()), rows, self.together.process(rows, given)):
+                own = None if noise is None else noise[place, at : at + 1]
+                places[place] = _advance(walks[place], self._taken(processed, own))
+                row.held_back = places[place] is not None
+            self.together.stop(self.all_rows)
+            places = {place: at for place, at in places.items() if not self.rows[place].finished}
+            if None in places.values():
+                return
+
     def _walk(
-        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray, noise: torch.Tensor | None
-    ) -> tuple[list[int], torch.Tensor, list[int]]:
-        """Verifies one draft token by token, so that the row's processors see every emitted token once, and no other."""
-        emitted: list[int] = []
-        verified: list[torch.Tensor] = []
+        self, walk: _Walk, row: Row, draft: Draft, usable: int, uniforms: np.ndarray
+    ) -> Generator[int, torch.Tensor, None]:  # fmt: skip
+        """Verifies one draft token by token."""
         drafted = min(draft.tokens.shape[1], usable)
         for position in range(drafted + 1):
             here = slice(position, min(position + 1, drafted))  # nothing at the bonus position
-            verified.append(self._processed(row, logits, position, noise))
+            walk.path.append(position)
+            walk.verified.append((yield position))
             # A chain of one token asks for a bonus position too, which is not looked at: the walk goes on there.
-            target_logits = verified[-1].expand(1 + here.stop - here.start, -1)[None]
+            target_logits = walk.verified[-1].expand(1 + here.stop - here.start, -1)[None]
             draft_logits = None if draft.logits is None or position == drafted else draft.logits[:, here]
             mapping = None if draft_logits is None else draft.draft_to_target
             tests = np.append(uniforms[here], uniforms[-1])[None]
             verdict = self._call_verify(target_logits, draft.tokens[:, here], draft_logits, mapping, tests)
-            if self._emit_one(row, verdict, verified[-1], emitted) == 0:
-                break
-        return emitted, torch.cat(verified), list(range(len(emitted)))
+            if self._emit_one(walk, row, verdict) == 0:
+                return
 
     def _walk_tree(
-        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray, noise: torch.Tensor | None
-    ) -> tuple[list[int], torch.Tensor, list[int]]:
+        self, walk: _Walk, row: Row, draft: Draft, usable: int, uniforms: np.ndarray
+    ) -> Generator[int, torch.Tensor, None]:  # fmt: skip
         """`_walk` of a tree, of which at each node only its children are looked at."""
-        emitted: list[int] = []
-        verified: list[torch.Tensor] = []
-        node, path, siblings = -1, [], (len(uniforms) - 1) // self.config.draft_length
+        node, siblings = -1, (len(uniforms) - 1) // self.config.draft_length
         parents, tokens = draft.parents[0].tolist(), draft.tokens[0].tolist()
         if draft.widths is not None:
             row.saw_tree(draft.widths.tolist())
         for depth in range(self.config.draft_length + 1):
-            path.append(node + 1)
-            verified.append(self._processed(row, logits, path[-1], noise))
+            walk.path.append(node + 1)
+            walk.verified.append((yield node + 1))
             children = [place for place, parent in enumerate(parents) if parent == node and tokens[place] >= 0]
             index = to_device(children, self.device).long()
-            target_logits = verified[-1].expand(1 + len(children), -1)[None]
+            target_logits = walk.verified[-1].expand(1 + len(children), -1)[None]
             drafted, root = draft.tokens[:, index], torch.full_like(draft.parents[:, index], -1)
             draft_logits = origins = None
             if self.one_hot:
@@ -483,30 +533,30 @@ class Batch:
             verdict = self._call_verify_tree(
                 target_logits, drafted, root, draft_logits, origins, draft.draft_to_target, tests[None], depth=1
             )
-            if self._emit_one(row, verdict, verified[-1], emitted) == 0:
-                break
+            if self._emit_one(walk, row, verdict) == 0:
+                return
             node = children[int(verdict.path[0, 0])]
-        return emitted, torch.cat(verified), path
 
-    def _emit_one(self, row: Row, verdict: Verdict, logits: torch.Tensor, emitted: list[int]) -> int:
-        """Emits the first token of a verdict that came of the target's logits [1, V].
+    def _emit_one(self, walk: _Walk, row: Row, verdict: Verdict) -> int:
+        """Emits the first token of a verdict that came of the last logits that a walk was given.
 
         Returns: how many drafted tokens were accepted; 0 also where the row is finished.
+
+        Raises: TargetLogitsError.
         """
-        told = torch.cat([verdict.tokens[0, :1], verdict.accepted_length[:1], logits[0].amax(-1, keepdim=True).isfinite().long()])
-        token, accepted, sound = told.tolist()
-        if not sound:
-            raise self._unsound(row, logits[0])
-        emitted += row.emit([token])
+        sound = walk.verified[-1][0].amax(-1, keepdim=True).isfinite().long()
+        told = torch.cat([verdict.tokens[0, :1], verdict.accepted_length[:1], sound])
+        token, accepted, is_sound = told.tolist()
+        if not is_sound:
+            raise self._unsound(row, walk.verified[-1][0])
+        walk.emitted += row.emit([token])
         return 0 if row.finished else accepted
 
-    def _processed(self, row: Row, logits: torch.Tensor, place: int, noise: torch.Tensor | None) -> torch.Tensor:
-        """One of the target's logits as the row's processors leave them, with its noise, [1, V]."""
-        here = slice(place, place + 1)
-        logits = row.request.process(row.seen, logits[here])
+    def _taken(self, processed: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Returns processed logits [1, V] as they are verified, with the noise [1, V] on top."""
         if self.sampling.temperature == 0:  # +inf is how some processors force a token, and the greatest all the same
-            logits = logits.clamp(max=torch.finfo(logits.dtype).max)
-        return logits if noise is None else self._perturb(logits, noise[here])
+            processed = processed.clamp(max=torch.finfo(processed.dtype).max)
+        return processed if noise is None else self._perturb(processed, noise)
 
     def _maps(self, maps: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The maps of alike drafts, [B, Vd], or [Vd] where all have the same, or None.
@@ -682,6 +732,12 @@ class Batch:
         if self.on_tokens is not None:
             for row, tokens in zip(self.rows, emitted):
                 self.on_tokens(row.index, tokens)
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """Takes leave of the rows that are finished."""
+        if self.under_way and any(row.finished for row in self.rows):
+            self._observe(False)
         for place, row in enumerate(self.rows):
             if row.finished:
                 row.close(time.perf_counter() - self.began, self.pool.cache_bytes)
@@ -694,6 +750,14 @@ class Batch:
             if left:
                 self.target.select(left)
                 self.pool.select(left)
+
+
+def _advance(walk: _Walk, processed: torch.Tensor) -> int | None:
+    """Takes a walk one token further, and returns the place of the logits that it asks for next, or None at its end."""
+    try:
+        return walk.steps.send(processed)
+    except StopIteration:
+        return None
 
 
 def stack(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:

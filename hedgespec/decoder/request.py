@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -12,8 +13,34 @@ from hedgespec.errors import ContextError
 from hedgespec.positions import table_size
 from hedgespec.target import device_of
 
+if TYPE_CHECKING:
+    from hedgespec.decoder.row import Row
+
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens int64 [1, L], logits [n, V] for the token after them) -> processed logits [n, V]."""
+
+
+class Together(Protocol):
+    """Callbacks that see all rows of a batch at once, in the order of plain decoding, whose step s emits the s-th token of
+    every row. Rows of speculative decoding advance at different rates, so a step is complete once every row has reached it."""
+
+    processes: bool
+    """Whether `process` takes the place of every `Request.process`. The rows then advance in step."""
+
+    def process(self, rows: Sequence[Row], logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Returns the processed logits, [1, V] for each of `rows`, for the next step.
+
+        Args:
+            rows: those that have not ended; all of them have emitted the same number of tokens.
+            logits: [1, V] for each of `rows`, the target's for its next token.
+        """
+
+    def stop(self, rows: Sequence[Row]) -> None:
+        """Ends rows with `Row.cut`. Called after every step if `processes`, else after every round.
+
+        Args:
+            rows: all rows of the batch in order, ended ones included.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,13 +63,23 @@ class Request:
     """The part of it that depends on its arguments alone, for the drafters' logits."""
     stop: Callable[[torch.Tensor], bool] | None = None
     """Called after every emitted token: whether it was the last."""
+    processed_together: bool = False
+    """Whether `Together.process` takes the place of `process`."""
     keep_cache: bool = False
     """Leave the target's keys and values in `Row.cache`."""
 
-    def check_context(self, target, name: str = "target") -> None:
+    @property
+    def is_processed(self) -> bool:
+        """Whether the caller changes the target's logits."""
+        return self.process is not None or self.processed_together
+
+    def check_context(self, target, may_end: bool = False) -> None:
         """Refuses a continuation that is certain to go past the target's table of positions, if it has one.
 
-        A text that may end before (`eos`, `stop`) is begun; it fails with the same error if it gets there, as plain decoding does.
+        A text that may end before is begun; it fails with the same error if it gets there, as plain decoding does.
+
+        Args:
+            may_end: whether something else than `eos` and `stop` may end the text.
 
         Raises: ValueError for less than one token, ContextError.
         """
@@ -54,12 +91,12 @@ class Request:
             return
         if length > table:
             raise ContextError(
-                f"input_ids: expected a prompt of at most {table} tokens, for as many the {name} has positions, got {length}"
+                f"input_ids: expected a prompt of at most {table} tokens, for as many the target has positions, got {length}"
             )
         # The last token is emitted and not read.
-        if length + self.max_new_tokens - 1 > table and not self.eos and self.stop is None:
+        if length + self.max_new_tokens - 1 > table and not (may_end or self.eos or self.stop is not None):
             raise ContextError(
-                f"max_new_tokens: expected at most {table + 1 - length} behind a prompt of {length} tokens, since the {name} has "
+                f"max_new_tokens: expected at most {table + 1 - length} behind a prompt of {length} tokens, since the target has "
                 f"{table} positions, got {self.max_new_tokens}"
             )
 

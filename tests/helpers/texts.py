@@ -45,9 +45,7 @@ def plain_texts(model, batch: dict[str, torch.Tensor], count: int, **options) ->
 
 def knowing_pool(batch: dict[str, torch.Tensor], texts: Sequence[Sequence[int]]) -> list:
     """Returns prompt lookup and a drafter that knows the texts, mostly."""
-    known = [
-        [*ids[mask.bool()].tolist(), *text] for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], texts)
-    ]
+    known = [[*ids[mask.bool()].tolist(), *text] for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], texts)]
     return [Oracle(known, VOCABULARY), NGramDrafter(VOCABULARY)]
 
 
