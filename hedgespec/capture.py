@@ -255,10 +255,9 @@ def fingerprint(model: nn.Module) -> tuple:
         weights = [one for one in chain(module._parameters.values(), module._buffers.values()) if one is not None]
         wrapped = "forward" in vars(module) or hasattr(module, "_hf_hook")
         hooks = [id(hook) for hook in _hooks(module)]
+        places = [(id(one), one.data_ptr()) for one in weights]
         settings = [] if type(module).__module__.startswith("torch.") else _settings(module)
-        found.append(
-            (type(module), module.training, wrapped, *settings, *hooks, *((id(one), one.data_ptr()) for one in weights))
-        )
+        found.append((type(module), module.training, wrapped, *settings, *hooks, *places))
     return tuple(found)
 
 

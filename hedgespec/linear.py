@@ -107,8 +107,8 @@ def few_row_view(model: nn.Module) -> nn.Module:
     """The same model, weights shared, with its bias-free linear layers as `FewRowLinear`.
 
     Modules are copied shallowly with their own dictionaries, so the original is not touched: neither its classes, nor its
-    submodules, nor its hooks. Layers of other types (quantised, adapted) stay what they are. What `torch.compile` has put around
-    modules, or in place of their forward, is left out: it would run the original modules.
+    submodules, nor its hooks. Layers of other types (quantised, adapted) stay what they are. What `torch.compile` has put
+    around modules, or in place of their forward, is left out: it would run the original modules.
     """
     if is_compiled(model):
         model = model._orig_mod

@@ -46,7 +46,8 @@ def prepares_by_itself(model, name: str = "target") -> bool:
     for method in LOOPS:
         if not _origin(model, method).startswith("transformers."):
             raise ValueError(
-                f"{name}: expected generate's own {method}, got another in {type(model).__name__}, which the decoder would not call"
+                f"{name}: expected generate's own {method}, got another in {type(model).__name__}, which the decoder would not "
+                "call"
             )
     return not all(_origin(model, method).startswith("transformers.") for method in (PREPARES, UPDATES, PLACES))
 
@@ -146,9 +147,9 @@ class PlainInputs:
             return "another cache"
         mask = self.arguments["attention_mask"]
         expected = torch.cat([mask, mask.new_ones(1, width - mask.shape[1])], 1)
-        if (given := inputs.get("attention_mask")) is not None:
-            if not isinstance(given, torch.Tensor) or given.shape != expected.shape or not bool((given == expected).all()):
-                return "another attention_mask"
+        given = inputs.get("attention_mask")
+        if given is not None and not (isinstance(given, torch.Tensor) and torch.equal(given.long(), expected)):
+            return "another attention_mask"
         if (given := inputs.get("position_ids")) is not None:
             positions = _positions(expected)[:, -fresh.shape[1] :]
             seen = expected[:, -fresh.shape[1] :].bool()
@@ -200,8 +201,8 @@ def reread_boundary(model) -> int | None:
             continue
         if steps or inputs["input_ids"].shape != ids.shape:
             raise ValueError(
-                f"target: expected a model that keeps its cache or reads the whole text again, got {type(model).__name__}, which "
-                f"drops it at {boundary + 1} tokens"
+                f"target: expected a model that keeps its cache or reads the whole text again, got {type(model).__name__}, "
+                f"which drops it at {boundary + 1} tokens"
             )
         found = boundary + 1
     return found

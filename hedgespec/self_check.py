@@ -89,8 +89,8 @@ def _try(model) -> bool:
         alone.keep([1])
         if not _alike(found, expected[0][position : position + 1]):
             raise ValueError(
-                f"target: expected a model whose forward over {NEXT} tokens gives the logits that it gives token after token, got "
-                f"{type(model).__name__}, where they differ at token {long + position + 1} of a text"
+                f"target: expected a model whose forward over {NEXT} tokens gives the logits that it gives token after token, "
+                f"got {type(model).__name__}, where they differ at token {long + position + 1} of a text"
             )
     if not trees:
         return False

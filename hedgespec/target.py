@@ -67,9 +67,9 @@ def rows_may_differ(model) -> bool:
 
 
 def numbers_slots(model) -> bool:
-    """Returns whether the model's table of positions is read by the slots of the tokens, padding included: it takes no positions.
+    """Returns whether the model's table of positions is read by the slots of the tokens, padding included.
 
-    The text of a padded row then depends on its padding.
+    It then takes no positions. The text of a padded row then depends on its padding.
     """
     return "position_ids" not in inspect.signature(model.forward).parameters and table_size(model) is not None
 
@@ -342,11 +342,14 @@ class TargetSession:
         self.cache.lengths[:] = held
 
     def check_room(self, lengths: Sequence[int]) -> None:
-        """Refuses texts of these lengths, [B], whose last tokens lie past the model's table of positions. Raises ContextError."""
+        """Refuses texts of these lengths, [B], whose last tokens lie past the model's table of positions.
+
+        Raises: ContextError.
+        """
         if self.table is not None and max(lengths) > self.table:
             raise ContextError(
-                f"target: expected a text of at most {self.table} tokens to go on from, for as many {type(self.model).__name__} "
-                f"has positions, got {max(lengths)}"
+                f"target: expected a text of at most {self.table} tokens to go on from, since {type(self.model).__name__} has "
+                f"as many positions, got {max(lengths)}"
             )
 
     def _fits(self, count: int) -> bool:

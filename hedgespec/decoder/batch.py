@@ -233,8 +233,8 @@ class Batch:
     def _room(self, row: Row) -> int:
         """Returns how many tokens a round may emit for a row, the one that follows the draft included.
 
-        No draft reaches past the positions that the target was made for, since it may hold a table of as many that is not known,
-        nor past the point where it reads its text again.
+        No draft reaches past the positions that the target was made for, since it may hold a table of as many that is not
+        known, nor past the point where it reads its text again.
         """
         room = row.room
         if self.target.context is not None and row.length <= self.target.context:
@@ -395,8 +395,8 @@ class Batch:
             got = "-inf throughout: no token is allowed"
         processed = "" if not row.request.is_processed else " (after the logits processors)"
         return TargetLogitsError(
-            f"target: expected logits with a finite maximum for token {row.seen.shape[1]} of row {row.index}, counted from 0, from "
-            f"{self.target_name}{processed}, got {got}"
+            f"target: expected logits with a finite maximum for token {row.seen.shape[1]} of row {row.index}, counted from 0, "
+            f"from {self.target_name}{processed}, got {got}"
         )
 
     def _lose_the_unsound(self, row: Row, choice: Choice, draft: Draft, usable: int) -> None:

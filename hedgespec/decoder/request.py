@@ -96,8 +96,8 @@ class Request:
         # The last token is emitted and not read.
         if length + self.max_new_tokens - 1 > table and not (may_end or self.eos or self.stop is not None):
             raise ContextError(
-                f"max_new_tokens: expected at most {table + 1 - length} behind a prompt of {length} tokens, since the target has "
-                f"{table} positions, got {self.max_new_tokens}"
+                f"max_new_tokens: expected at most {table + 1 - length} behind a prompt of {length} tokens, since the target "
+                f"has {table} positions, got {self.max_new_tokens}"
             )
 
 
