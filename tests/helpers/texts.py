@@ -50,7 +50,7 @@ def knowing_pool(batch: dict[str, torch.Tensor], texts: Sequence[Sequence[int]])
 
 def check_same_text(model, batch: dict[str, torch.Tensor], count: int, *, texts: list[list[int]] | None = None,
                     trees: bool = True, config: DecodeConfig | None = None) -> None:  # fmt: skip
-    """Asserts that both doors give plain `generate`'s text for a batch, with chains and with trees, and that drafts are used."""
+    """Asserts that both doors give plain `generate`'s text for a batch, with chains and trees, and that drafts are used."""
     width = batch["input_ids"].shape[1]
     texts = texts or plain_texts(model, batch, count)
     for tree in (None, TREE) if trees else (None,):
