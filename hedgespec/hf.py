@@ -53,8 +53,9 @@ from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder, Request, Row, generator, rows_of, stack, states_of
 from hedgespec.drafters import Drafter
 from hedgespec.metrics import DecodeStats
+from hedgespec.positions import length_dependent
 from hedgespec.sampling import Sampling
-from hedgespec.target import rows_may_differ
+from hedgespec.wrappers import is_compiled, unwrap
 
 STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 """Processors of transformers that remember their calls."""
@@ -101,25 +102,34 @@ def accelerate(model, drafters: Sequence[Drafter] | Decoder, config: DecodeConfi
 
     Raises: ValueError for a model that is accelerated already, a decoder of another one, or as `Decoder` does.
     """
-    if "generate" in vars(model):
+    holder = _holder(model)
+    if "generate" in vars(holder):
         raise ValueError(f"model: expected its own generate, got {model.generate!r}; hedgespec.restore(model) puts it back")
     if isinstance(drafters, Decoder):
         if config is not None:
             raise ValueError("config: expected None beside a decoder, which has its own")
-        if drafters.target is not model:
+        if drafters.target is not unwrap(model, "model"):
             raise ValueError("drafters: expected a decoder whose target is this model, got another's")
         decoder = drafters
     else:
         decoder = Decoder(model, drafters, config)
-    model.generate = _Accelerated(decoder)
+    holder.generate = _Accelerated(decoder)
     return model
 
 
 def restore(model):
     """Gives the model its own `generate` back, and returns it. Raises ValueError if it is not accelerated."""
-    if not isinstance(vars(model).get("generate"), _Accelerated):
+    holder = _holder(model)
+    if not isinstance(vars(holder).get("generate"), _Accelerated):
         raise ValueError("model: expected one that hedgespec.accelerate was called with")
-    del model.generate
+    del holder.generate
+    return model
+
+
+def _holder(model):
+    """Returns the module on which `model.generate = ...` puts the attribute: what `torch.compile` returns passes it on."""
+    while is_compiled(model):
+        model = model._orig_mod
     return model
 
 
@@ -256,7 +266,7 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
         processors, sampling = _split(processors) if not recorders[0].keeps_scores else (processors, Sampling(1.0))
     criteria = [one for one in stopping_criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
     stateful = batch > 1 and [one for one in processors if not _is_stateless(one)]
-    if stateful and not rows_may_differ(target):
+    if stateful and not decoder.together:
         raise ValueError(
             f"logits_processor: expected a true attribute `stateless` in a batch of {batch}, because {type(target).__name__} "
             f"decodes its rows one after another, got {type(stateful[0]).__name__}"
@@ -324,6 +334,11 @@ def _refuse(decoder: Decoder, model, config: GenerationConfig, streamer, batch: 
         raise ValueError(f"{strange[0]}: expected no such argument for the model, which drafters would not see")
     if config.num_beams > 1:
         raise ValueError(f"num_beams: expected 1, speculative decoding follows one text, got {config.num_beams}")
+    if config.prefill_chunk_size is not None and length_dependent(decoder.target):
+        raise ValueError(
+            "prefill_chunk_size: expected None for a target whose rotary factors follow the length of what it reads, got "
+            f"{config.prefill_chunk_size}"
+        )
     if (mode := config.get_generation_mode()) not in MODES:
         raise ValueError(f"generation_config: expected greedy search or sampling, got {mode.value.replace('_', ' ')}")
     if streamer is not None and batch > 1:

@@ -18,7 +18,7 @@ import torch
 
 from hedgespec.config import DecodeConfig
 from hedgespec.costs import Costs
-from hedgespec.decoder.batch import Batch, stack
+from hedgespec.decoder.batch import Batch, PlainBatch, stack
 from hedgespec.decoder.pool import stacks_of
 from hedgespec.decoder.request import (
     Request,
@@ -37,9 +37,12 @@ from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
+from hedgespec.plain_inputs import check_inputs, prepares_by_itself, reread_boundary
 from hedgespec.sampling import Sampling
 from hedgespec.scalars import integer, shown, text
-from hedgespec.target import Captures, check_target, rows_may_differ
+from hedgespec.self_check import may_be_ragged
+from hedgespec.target import Captures, check_target, numbers_slots, rows_may_differ
+from hedgespec.wrappers import unwrap
 
 __all__ = [
     "RAREST",
@@ -94,6 +97,7 @@ class Decoder:
     """
 
     def __init__(self, target, drafters: Sequence[Drafter], config: DecodeConfig | None = None):
+        target = unwrap(target)
         check_target(target)
         if config is not None and not isinstance(config, DecodeConfig):
             raise TypeError(f"config: expected a DecodeConfig or None, got {shown(config)}")
@@ -115,10 +119,16 @@ class Decoder:
         throughput = self.config.objective == "throughput"
         self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
         self.captures = Captures(self.config.most_drafted + 1) if self.config.compile else None
-        if self.config.tree is not None and not rows_may_differ(target):
+        check_inputs(target)
+        self.reread_at = reread_boundary(target)
+        """Number of tokens, padding included, at which the target reads its whole text again; None: it never does."""
+        self.together = rows_may_differ(target) and may_be_ragged(target)
+        """Whether rows of different lengths are decoded in one forward, or one after another."""
+        if self.config.tree is not None and not self.together:
             raise ValueError(
-                "tree: expected a target that takes positions and a mask of its own (attn_implementation sdpa or eager), "
-                f"got {type(target).__name__} with {target.config.get_text_config(decoder=True)._attn_implementation}"
+                "tree: expected a target that takes positions and a mask of its own for every row (attn_implementation sdpa or "
+                f"eager, no layers that mask by slot), got {type(target).__name__} with "
+                f"{target.config.get_text_config(decoder=True)._attn_implementation}"
             )
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
 
@@ -173,7 +183,8 @@ class Decoder:
         learner_state: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         on_tokens: Callable[[int, list[int]], None] | None = None,
     ) -> DecodeOutput:
-        """Continues a batch of prompts. Every row is decoded as it would be alone.
+        """Continues a batch of prompts. Every row is decoded as it would be alone, except by a target whose rotary factors
+        follow the length of the batch's longest text ("longrope", "dynamic"): there as `generate` decodes it in this batch.
 
         Args:
             input_ids: the prompts, int64 (or int32) [B, P] or [P], each row with at least one token.
@@ -193,7 +204,9 @@ class Decoder:
 
         Raises:
             TypeError: an argument of another type, input_ids of another dtype.
-            ValueError: an empty prompt, one that does not fit the target's context, or an argument outside its range.
+            ValueError: an empty prompt, or an argument outside its range.
+            ContextError: a text that goes past the target's table of positions, if it has one; a ValueError and an IndexError.
+            TargetLogitsError: logits of the target from which no token can be taken; a RuntimeError.
             VocabularyMismatchError: the target's vocabulary was resized after the decoder was made.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p)
@@ -207,8 +220,6 @@ class Decoder:
             Request(prompt, padding, max_new_tokens, generator(seed, row), eos, states[row])
             for row, (prompt, padding) in enumerate(prompts)
         ]
-        for request in requests:
-            request.check_context(self.target)
         rows = self.decode(requests, sampling, on_tokens=on_tokens)
         return DecodeOutput(stack([row.sequence for row in rows], padding_id), [row.stats for row in rows])
 
@@ -233,10 +244,18 @@ class Decoder:
                 f"target: expected the vocabulary of {self.vocabulary} tokens that it had when the decoder was made, got "
                 f"{vocabulary}: after resize_token_embeddings, make the drafters and the decoder anew"
             )
-        size = len(requests) if rows_may_differ(self.target) else 1
+        if any(request.padding for request in requests) and numbers_slots(self.target):
+            raise ValueError(
+                f"attention_mask: expected no padding for {type(self.target).__name__}, which takes no positions and counts "
+                "padding as tokens"
+            )
+        for request in requests:
+            request.check_context(self.target, together is not None)
+        size = len(requests) if self.together else 1
         warned: set[str] = set()
+        plain = PlainBatch.of(requests, prepares_by_itself(self.target))
         batches = (
-            Batch(self, requests[first : first + size], first, sampling, on_tokens, warned, together)
+            Batch(self, requests[first : first + size], first, sampling, on_tokens, warned, plain, together)
             for first in range(0, len(requests), size)
         )
         if together is not None:

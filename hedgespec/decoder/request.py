@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from hedgespec.errors import ContextError
+from hedgespec.positions import table_size
 from hedgespec.scalars import integer, integers, shown
-from hedgespec.target import context_of, device_of
+from hedgespec.target import device_of
 
 if TYPE_CHECKING:
     from hedgespec.decoder.row import Row
@@ -76,16 +78,29 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_new_tokens", integer("max_new_tokens", self.max_new_tokens, 1))
 
-    def check_context(self, target) -> None:
-        """Raises ValueError where prompt and continuation do not fit the target's context."""
-        context = context_of(target)
+    def check_context(self, target, may_end: bool = False) -> None:
+        """Refuses a continuation that is certain to go past the target's table of positions, if it has one.
+
+        A text that may end before is begun; it fails with the same error if it gets there, as plain decoding does.
+
+        Args:
+            may_end: whether something else than `eos` and `stop` may end the text.
+
+        Raises: ContextError.
+        """
         length = len(self.prompt) - self.padding
-        if context is not None and self.max_new_tokens >= context:
-            raise ValueError(f"max_new_tokens: expected less than the target's context of {context}, got {self.max_new_tokens}")
-        if context is not None and length + self.max_new_tokens > context:
-            raise ValueError(
-                f"input_ids: expected a prompt of at most {context - self.max_new_tokens} tokens, so that "
-                f"{self.max_new_tokens} more fit the target's context of {context}, got {length}"
+        table = table_size(target)
+        if table is None:
+            return
+        if length > table:
+            raise ContextError(
+                f"input_ids: expected a prompt of at most {table} tokens, for as many the target has positions, got {length}"
+            )
+        # The last token is emitted and not read.
+        if length + self.max_new_tokens - 1 > table and not (may_end or self.eos or self.stop is not None):
+            raise ContextError(
+                f"max_new_tokens: expected at most {table + 1 - length} behind a prompt of {length} tokens, since the target "
+                f"has {table} positions, got {self.max_new_tokens}"
             )
 
 
