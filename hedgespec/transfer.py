@@ -23,6 +23,13 @@ def current_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
+def settle(device: torch.device) -> None:
+    """Waits for the current stream of the device: whatever it has made may then be read on any stream, by any thread."""
+    stream = current_stream(device)
+    if stream is not None:
+        stream.synchronize()
+
+
 class Kept:
     """A tensor that is made on demand and kept, for every stream that asks later.
 
@@ -35,10 +42,8 @@ class Kept:
     """
 
     def __init__(self, tensor: torch.Tensor):
-        stream = current_stream(tensor.device)
-        self._tensor, self._stream = tensor, stream
-        if stream is not None:
-            stream.synchronize()
+        self._tensor, self._stream = tensor, current_stream(tensor.device)
+        settle(tensor.device)
 
     def get(self) -> torch.Tensor:
         """Returns the tensor, for work on the current stream."""
