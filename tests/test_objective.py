@@ -412,7 +412,7 @@ def test_what_is_known_before_the_costs_waits_for_them():
 
 
 def test_losses_are_measured_by_every_position_that_was_learned_of_once():
-    """Those of the prompt and of the text, whether they had to wait for the costs or not, and none that was only asked about."""
+    """Positions of the prompt and of the text, whether they had to wait for the costs or not."""
     random, seconds = np.random.default_rng(0), (np.array([1.0, 3.0]), np.array(STEEP))
     prompt, prob, ratio = random.random((2, 5)), random.random((2, 9)), random.random((2, 9))
     selector = selector_of(2)
