@@ -144,15 +144,16 @@ def test_what_pays_is_what_is_done(small, priced, case, outliers):
     decoder = priced(small, drafters, draft, verify, outliers)
     asked, to_measure = [], decoder.costs.to_measure
     decoder.costs.to_measure = lambda *arguments: asked.append(to_measure(*arguments)) or asked[-1]
-    for prompt, settled in ((prompt_of(0), 30), (prompt_of(1), 10)):
+    for prompt, tokens, settled in ((prompt_of(0), 220, 30), (prompt_of(1), 160, 20)):
         asked.clear()
-        out = decoder.generate(prompt, max_new_tokens=130, seed=3)
-        assert out.sequences.tolist() == small.generate(prompt, max_new_tokens=130, do_sample=False).tolist()
+        out = decoder.generate(prompt, max_new_tokens=tokens, seed=3)
+        assert out.sequences.tolist() == small.generate(prompt, max_new_tokens=tokens, do_sample=False).tolist()
         stats = out.stats[0]
         rounds = list(zip(stats.choices, stats.lengths, asked, strict=True))[:-2]  # the last ones have no room
         done = [(drafter, length) for drafter, length, measured in rounds if measured is None][settled:]
-        assert len(done) == 0 or done.count((expected.drafter, expected.draft_length)) >= 0.9 * len(done)
-    assert len(done) > 10 and done[-1] == (expected.drafter, expected.draft_length)
+        assert len(done) > 10
+        assert done.count((expected.drafter, expected.draft_length)) >= 0.9 * len(done)
+    assert done[-1] == (expected.drafter, expected.draft_length)
 
 
 def test_falling_back_is_soon_and_costs_little(small, priced, monkeypatch):
