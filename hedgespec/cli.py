@@ -305,13 +305,15 @@ def zoo_export(options: argparse.Namespace) -> None:
 def doctor(options: argparse.Namespace) -> None:
     import hedgespec.decoder  # noqa: F401  the operations register their backends when they are imported
     from hedgespec import backends
-    from hedgespec.doctor import describe
+    from hedgespec.doctor import describe, failures
 
-    report = backends.report()
+    report = backends.report(self_tests=True)
     if options.json:
         _print_json(report)
     else:
         print(describe(report))
+    if failed := failures(report):
+        raise HedgeSpecError(f"{len(failed)} self-test(s) of kernels failed: {failed[0]}")
 
 
 # Models

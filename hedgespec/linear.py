@@ -6,11 +6,14 @@ every drafter. General matrix products are made for many rows; on a CPU they tak
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from hedgespec import backends
+from hedgespec.self_test import Case, gridded
 from hedgespec.wrappers import is_compiled
 
 MOST_ROWS = 24
@@ -42,7 +45,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> t
         )
     if x.device != weight.device:
         raise ValueError(f"x: expected device {weight.device} as weight, got {x.device}")
-    return backends.resolve("linear", backend, x.device.type, x.dtype)(x, weight)
+    return backends.resolve("linear", backend, x.device, x.dtype)(x, weight)
 
 
 def _linear_cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -78,7 +81,16 @@ def _load_cpu():
     return _linear_cpu
 
 
+def _self_test_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Small products whose every sum is exact in float32."""
+    for rows, columns, inner in ((1, 1, 1), (0, 3, 5), (3, 17, 37), (MOST_ROWS, 40, 64), (7, 131, 100)):
+        x, weight = gridded(rows, inner, seed=1).to(dtype), gridded(columns, inner, seed=2).to(dtype)
+        yield Case(f"{rows} rows, {columns} columns of {inner}", (x, weight))
+    yield Case("more dimensions", (gridded(2, 3, 9, seed=3).to(dtype), gridded(5, 9, seed=4).to(dtype)))
+
+
 backends.register("linear", "reference", _load_reference)
+backends.register_cases("linear", _self_test_cases)
 backends.register("linear", "cpu", _load_cpu, devices=("cpu",), dtypes=(torch.float32,))
 
 

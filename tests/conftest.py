@@ -21,6 +21,8 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+# Tests count calls and host reads, which must not be those of a kernel's first use; tests/test_self_test.py sets it otherwise.
+os.environ["HEDGESPEC_SELF_TEST"] = "0"
 
 from hedgespec import backends  # noqa: E402
 

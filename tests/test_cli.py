@@ -630,7 +630,7 @@ def test_debug_shows_the_traceback_too(capsys, monkeypatch):
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(hedgespec.Decoder, "generate", lambda *_, **__: {}["bug"])
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="bug"):
         run("x")
 
 

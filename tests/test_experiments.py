@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,10 +156,46 @@ def test_bad_arguments(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_results_in_the_documentation_are_those_that_were_measured():
-    repository = Path(__file__).parent.parent
-    docs = repository / "docs"
-    assert (docs / "results.md").read_text() == report.compose(repository / "bench" / "results" / "experiments", docs)
+REPOSITORY = Path(__file__).parent.parent
+RESULTS = REPOSITORY / "bench" / "results" / "experiments"
+TITLES = {"normal_hedge": "NormalHedge", "hedge": "Hedge", "ada_normal_hedge": "AdaNormalHedge", "ucb": "UCBSpec",
+          "exp3": "EXP3Spec", "meta_sd": "MetaSD"}  # fmt: skip
+
+
+def tables_of(text: str) -> list[dict[str, list[str]]]:
+    """The tables of Markdown text, a row's cells by the first of them."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text + "\n", flags=re.MULTILINE)
+    rows = [[[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines()] for block in blocks]
+    return [{cells[0]: cells[1:] for cells in table} for table in rows]
+
+
+def check_selection(told: str, result: dict) -> None:
+    """Every learner's interval of MAT and of regret stands in the table of its set."""
+    tables = [table for table in tables_of(told) if "NormalHedge" in table and table.get("", [""])[0] == "MAT"]
+    assert len(tables) == len(result["sets"])
+    for table, of_set in zip(tables, result["sets"].values()):
+        for learner, title in TITLES.items():
+            for place, measure in ((0, "mat"), (1, "regret")):
+                one = of_set["learners"][learner][measure]
+                assert table[title][place] == f"{one['mean']:.2f} ({one['low']:.2f} to {one['high']:.2f})", (learner, measure)
+
+
+def test_tables_have_the_numbers_of_the_result(result_of):
+    """Read out of the Markdown again, by another way than they were written."""
+    check_selection(experiments.load("selection").tell(result_of("selection")), result_of("selection"))
+    result = result_of("baseline")
+    [table] = [table for table in tables_of(experiments.load("baseline").tell(result)) if "python" in table]
+    for domain, row in result["domains"].items():
+        cells = [cell.strip("*") for cell in table[domain]]
+        fixed = [f"{row['fixed'][name]:.2f}" for name in (*EXPERTS, GENERALIST)]
+        assert cells[: len(fixed)] == fixed
+
+
+def test_the_documentation_has_the_numbers_that_were_measured():
+    docs = (REPOSITORY / "docs" / "results.md").read_text()
+    section = docs.partition("## Full information against bandits\n")[2].partition("\n## ")[0]
+    check_selection(section, json.loads((RESULTS / "selection.json").read_text()))
+    assert docs == report.compose(RESULTS, REPOSITORY / "docs"), "hedgespec experiment report writes it anew"
 
 
 def test_the_report_tells_what_was_measured(folder, result_of, tmp_path):
@@ -271,11 +308,23 @@ def test_all_ways_are_decoded_in_turns(zoo, tmp_path, monkeypatch):
     assert found["generalist_mat"] == 11 / measures.rounds_alone(trace, 5)[1]
 
 
-def test_a_decoded_round_takes_longer_than_a_replayed_one(zoo, tmp_path, monkeypatch):
-    laboratory = Laboratory(tmp_path, "pool-size")
+def test_a_decoded_round_is_compared_with_a_replayed_one(zoo, tmp_path, monkeypatch):
+    """By clocks that are made up: what is decoded first is not measured, and times are of a round."""
+    laboratory, trace = Laboratory(tmp_path, "pool-size"), recorded(zoo, 0)
     laboratory.zoo = zoo
-    monkeypatch.setattr(laboratory, "traces", lambda name: [recorded(zoo, 0)])
-    assert pool_size._live_over_replay(laboratory) > 1
+    monkeypatch.setattr(laboratory, "traces", lambda name: [trace])
+    monkeypatch.setattr(pool_size, "time", SimpleNamespace(perf_counter=iter([100.0, 102.0]).__next__))
+    monkeypatch.setattr(pool_size, "replay", lambda *arguments, **options: SimpleNamespace(rounds=4))
+    asked = []
+
+    def generate(decoder, ids, *, max_new_tokens, seed=None):
+        asked.append(max_new_tokens)
+        assert ids.tolist() == trace.tokens[: trace.prompt_length].tolist()
+        return SimpleNamespace(stats=[SimpleNamespace(seconds=1000.0 if len(asked) == 1 else 12.0, rounds=6)])
+
+    monkeypatch.setattr(pool_size.Decoder, "generate", generate)
+    assert pool_size._live_over_replay(laboratory) == (12 / 6) / (2 / 4)
+    assert asked[1:] == [trace.max_new_tokens]
 
 
 # What is measured, by hand

@@ -159,7 +159,7 @@ class Batch:
                 scored = self.pool.score(going_on, everyone)
                 if any(row.missed.any() for row in going_on):
                     self._evaluate(going_on, everyone, scored, of_prompt=True)
-                    self._observe(False)
+                    self._observe(left=0)
         self._hand_out(emitted)
 
     def round(self) -> None:
@@ -170,8 +170,9 @@ class Batch:
         uniforms = np.stack([row.uniforms(1 + self.draws + self.tests) for row in rows])  # of a chain 1 + K + (K + 1)
         with timed(stats, "select"):
             weights = [row.selector.weights() for row in rows]
-            rooms = [self._room(row) for row in rows]
-            measure = self.costs and self.costs.to_measure(len(rows), max(rooms) - 1)
+            rooms, measure = [self._room(row) for row in rows], None
+            if self.costs is not None:
+                measure = self.costs.to_measure(len(rows), max(rooms) - 1)
             first = uniforms[:, 0].tolist()
             choices = [
                 row.selector.select(held, one, room, measure) for row, held, one, room in zip(rows, weights, first, rooms)
@@ -179,11 +180,12 @@ class Batch:
         with timed(stats, "draft"):
             to_draft = to_device(uniforms[:, 1 : 1 + self.draws], self.device)
             noise = self._noise(1 + max(choice.draft_length for choice in choices))
-            drafts = self.pool.draft(choices, to_draft, self.sampling, self.one_hot, noise, self.costs and self._now)
+            clock = None if self.costs is None else self._now
+            drafts = self.pool.draft(choices, to_draft, self.sampling, self.one_hot, noise, clock)
         with timed(stats, "verify"):
-            began = self.costs and self._now()
-            last = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens[0]]) for row, draft in zip(rows, drafts)]
-            tokens = stack(last, 0)
+            began = 0.0 if self.costs is None else self._now()
+            read = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens[0]]) for row, draft in zip(rows, drafts)]
+            tokens = stack(read, 0)
             # Nodes of a tree that are none may lie deeper than the deepest of the row's own.
             reach = [1 + min(choice.draft_length, draft.tokens.shape[1]) for choice, draft in zip(choices, drafts)]
             if self.config.tree is None:
@@ -197,7 +199,7 @@ class Batch:
             emitted, verified, paths = self._verify(logits, drafts, choices, uniforms[:, 1 + self.draws :], noise)
             self._check_inputs()
             self.target.keep([len(tokens) for tokens in emitted], paths if self.config.tree is not None else None)
-            if self.costs:
+            if self.costs is not None:
                 self.costs.verified(len(rows), tokens.shape[1] - 1, self._now() - began)
                 for choice, draft in zip(choices, drafts):
                     if draft.tokens.shape[1]:
@@ -212,9 +214,9 @@ class Batch:
                 scored = self.pool.score(due, asked)
             with timed(stats, "evaluate"):
                 self._evaluate(due, asked, scored)
-        later = self.overlaps and bool(due) and not any(row.finished for row in rows)
+        overlaps = self.overlaps and bool(due) and not any(row.finished for row in rows)
         with timed(stats, "learn"):
-            self._observe(later)
+            self._observe(left=1 if overlaps else 0)
             for row, choice, draft, held, tokens in zip(rows, choices, drafts, weights, emitted):
                 drafted = draft.tokens.shape[1]
                 # Whether a token that ends the text within a draft was accepted or recovered is not known here.
@@ -678,10 +680,10 @@ class Batch:
         pairs = np.stack([2 * counts, 2 * followed + 1], 1).reshape(-1, 1, len(rows), 1)
         return scores.gather(0, to_device(pairs, scores.device).expand(-1, *scores.shape[1:]))
 
-    def _observe(self, later: bool) -> None:
-        """Lets the rows learn from evaluations, from the newest at the end of the next round if `later`."""
-        while len(self.under_way) > later:
-            seconds = self.costs and self.costs.of(len(self.rows))
+    def _observe(self, left: int) -> None:
+        """Lets the rows learn from all evaluations but the newest `left`, which the next round's end brings."""
+        while len(self.under_way) > left:
+            seconds = None if self.costs is None else self.costs.of(len(self.rows))
             one = self.under_way.pop(0)
             depths = 1 if self.config.tree is None else self.config.draft_length
             kinds = 1 if one.of_prompt else 2 * depths

@@ -174,7 +174,9 @@ class Selector:
             return
         columns = acceptance_prob.clip(max=1.0).T
         for position, column in enumerate(columns, -len(columns)):
-            losses = self.arms.losses(self.arms.of_prompt(column, position), seconds)
+            feedback = self.arms.of_prompt(column, position)
+            losses = self.arms.losses(feedback, seconds)
+            self.arms.update(feedback)
             self.stats.prompt_losses.append(losses)
             self.learner.update(losses)
 
@@ -195,6 +197,7 @@ class Selector:
         if seconds is not None or not self.arms.needs_seconds:
             for feedback in self.waiting:
                 losses = self.arms.losses(feedback, seconds)
+                self.arms.update(feedback)
                 self.stats.record_loss(losses, self.learner.expected_loss(losses))
                 if self.hears_all:
                     self.learner.update(losses)

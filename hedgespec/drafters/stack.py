@@ -26,7 +26,7 @@ from hedgespec.capture import CudaGraphs, NotCapturable, lend
 from hedgespec.drafters.eagle import EagleHead, EagleLayer
 from hedgespec.linear import FewRowLinear
 from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
-from hedgespec.transfer import to_device
+from hedgespec.transfer import settle, to_device
 
 MOST_CAPTURED = 64
 """Tokens of a row up to which a pass is captured: those of rounds, and not of prompts."""
@@ -62,6 +62,7 @@ class HeadStack:
         self.frequency = heads[0].rope_frequency.to(self.weights["fc.weight"].device)
         self.query_scale = heads[0].rope_factor ** 2
         """Of rotated queries: what a factor of both queries and keys does to their products."""
+        settle(self.frequency.device)  # requests on any stream may use the stack
         self._origin = self._origins()
         self._idle: list[CudaGraphs] = []
 

@@ -2,7 +2,8 @@
 
 The engine takes drafts as they are, one-hot, and verifies them by itself. A drafter's token d at a verified position is then
 accepted with the probability that the target gives it, and the emitted token x is drawn from that same distribution: 1[x = d]
-has it as its mean. So every drafter is scored at every emitted token without the target's logits (`algorithm.md`, argmax mode).
+has it as its mean. So every drafter is scored at every emitted token without the target's logits: this is the acceptance_ratio
+of the argmax mode in `hedgespec.evaluate` (docs/notation.md, "Scores and losses").
 """
 
 from __future__ import annotations

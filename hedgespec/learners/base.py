@@ -183,12 +183,12 @@ class Learner(ABC):
         if abs(total - 1) > 1e-12:  # one that is normalised keeps its bits, so that a saved state loads unchanged
             prior /= total
         if self.needs_positive_prior and not prior.all():
-            raise ValueError(f"prior: {self.name} expects every entry positive, got {prior}")
+            raise ValueError(f"prior: expected every entry positive for {self.name}, got {prior}")
         return prior
 
     def _read_choice(self, chosen: int | None, chosen_weight: float | None) -> tuple[int, float]:
         if chosen is None:
-            raise ValueError(f"chosen: {self.name} expects a drafter in 0..{self.num_drafters - 1}, got {chosen}")
+            raise ValueError(f"chosen: expected a drafter in 0..{self.num_drafters - 1} for {self.name}, got {chosen}")
         chosen = integer("chosen", chosen, 0, self.num_drafters - 1)
         if chosen_weight is None:
             chosen_weight = float(self._weights[chosen])
