@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hedgespec import native_build
 from hedgespec.errors import BackendUnavailableError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -38,6 +39,8 @@ _HOW_TO_GET = {
     ),
 }
 _log = logging.getLogger(__name__)
+
+native_build.warn_if_failed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +233,18 @@ def _devices() -> list[str]:
 
 
 def _native_module() -> dict[str, object]:
+    build = native_build.read()
     try:
         from hedgespec import _native
     except ImportError as error:
-        return {"built": False, "why": str(error)}
+        if build is None:
+            return {"built": False, "why": f"not built: {error}"}
+        if build.built:
+            return {"built": False, "why": f"built at installation, but it cannot be loaded: {error}"}
+        return {"built": False, "why": build.reason, "output": build.output, "remedy": native_build.how_to_rebuild()}
     return {
         "built": True,
+        "cuda_build": build.cuda if build else "",
         "instruction_set": _native.instruction_set(),
         "compiler": _native.compiler,
         "openmp": _native.openmp,

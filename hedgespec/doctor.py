@@ -1,4 +1,4 @@
-"""What this installation can do on this machine, in words: the text of `hedgespec doctor`."""
+"""The text of `hedgespec doctor`: what this installation can do on this machine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from hedgespec import backends
 
 
 def describe(report: dict[str, object] | None = None) -> str:
-    """`backends.report()` as lines for a person.
+    """Returns the report of `backends.report` as lines of text.
 
     Args:
-        report: what `backends.report` returned; None: ask it now.
+        report: what `backends.report` returned; None calls it.
     """
     report = backends.report() if report is None else report
     lines = ["versions"]
@@ -21,10 +21,15 @@ def describe(report: dict[str, object] | None = None) -> str:
     if native["built"]:
         threading = "OpenMP" if native["openmp"] else "one thread (no OpenMP)"
         lines += [f"  built with {native['compiler']}, {threading}; runs {native['instruction_set']}"]
-        lines += [f"  CUDA kernels {'for ' + native['cuda'] if native['cuda'] else 'not built'}"]
+        reason = f": {native['cuda_build']}" if native.get("cuda_build") else ""
+        lines += [f"  CUDA kernels {'for ' + native['cuda'] if native['cuda'] else 'not built' + reason}"]
     else:
-        lines += [f"  not built: {native['why']}"]
+        lines += [f"  {native['why']}"]
     lines += ["backends"]
     for operation, entries in report["operations"].items():
         lines += [f"  {operation:<14}{backend:<11}{state}" for backend, state in entries.items()]
+    if native.get("remedy"):  # last, where it is seen
+        lines += ["", f"WARNING: the native module could not be built when HedgeSpec was installed: {native['why']}"]
+        lines += [f"  | {line}" for line in str(native["output"]).splitlines()]
+        lines += [f"To get it: {native['remedy']}"]
     return "\n".join(lines)
