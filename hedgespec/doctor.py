@@ -26,8 +26,9 @@ def describe(report: dict[str, object] | None = None) -> str:
     else:
         lines += [f"  {native['why']}"]
     lines += ["backends"]
+    width = max([14, *(len(operation) + 1 for operation in report["operations"])])
     for operation, entries in report["operations"].items():
-        lines += [f"  {operation:<14}{backend:<11}{state}" for backend, state in entries.items()]
+        lines += [f"  {operation:<{width}}{backend:<11}{state}" for backend, state in entries.items()]
     if native.get("remedy"):  # last, where it is seen
         lines += ["", f"WARNING: the native module could not be built when HedgeSpec was installed: {native['why']}"]
         lines += [f"  | {line}" for line in str(native["output"]).splitlines()]
