@@ -15,6 +15,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -190,14 +191,14 @@ def available(operation: str) -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if name in _table[operation] and callable(_load(operation, name)))
 
 
-def report() -> dict[str, object]:
+def report() -> dict[str, Any]:
     """What `hedgespec doctor` shows, as plain data: versions, devices, the native module, backends of every operation.
 
     Returns:
         {"versions": {package: version or None}, "devices": [str], "threads": int,
         "native": {"built": bool, ...}, "operations": {operation: {backend: "available" or why not}}}
     """
-    operations = {}
+    operations: dict[str, dict[str, str]] = {}
     for operation, entries in _table.items():
         operations[operation] = {}
         for backend in (name for name in BACKENDS if name in entries):
@@ -232,7 +233,7 @@ def _devices() -> list[str]:
     return devices
 
 
-def _native_module() -> dict[str, object]:
+def _native_module() -> dict[str, Any]:
     build = native_build.read()
     try:
         from hedgespec import _native

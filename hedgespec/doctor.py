@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hedgespec import backends
 
 
-def describe(report: dict[str, object] | None = None) -> str:
+def describe(report: dict[str, Any] | None = None) -> str:
     """Returns the report of `backends.report` as lines of text.
 
     Args:

@@ -48,7 +48,8 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
     limits = to_device([choice.draft_length for choice in choices], device)[:, None]
     maps = None if part.maps is None or processed is not None else part.maps[which[:, :, 0]]  # [R, 1, Vd]
     rule = sampling if noise is None else Sampling()
-    drafting, given = part.lead(rows, members)
+    begun_with, given = part.lead(rows, members)
+    drafting: Sequence[int] = begun_with
     nothing, begun = Draft(which.new_empty(1, 0), None), set(drafting)
     if not drafting:
         return [nothing] * count
