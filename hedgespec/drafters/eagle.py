@@ -160,6 +160,14 @@ class EagleHead(EagleLayer, nn.Module):
 
     draft_to_target: torch.Tensor | None
     fc: nn.Linear
+    qkv_proj: nn.Linear
+    o_proj: nn.Linear
+    gate_up_proj: nn.Linear
+    down_proj: nn.Linear
+    lm_head: nn.Linear
+    hidden_norm: nn.RMSNorm
+    post_attention_layernorm: nn.RMSNorm
+    norm: nn.RMSNorm
     rope_frequency: torch.Tensor
 
     def __init__(self, config: EagleConfig, embed: nn.Module, draft_to_target: torch.Tensor | None = None,
