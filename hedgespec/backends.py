@@ -17,10 +17,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from hedgespec import self_test
+from hedgespec import native_build, self_test
 from hedgespec.errors import BackendUnavailableError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -41,6 +42,8 @@ _HOW_TO_GET = {
     ),
 }
 _log = logging.getLogger(__name__)
+
+native_build.warn_if_failed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +270,7 @@ def available(operation: str) -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if name in _table[operation] and callable(_load(operation, name)))
 
 
-def report(*, self_tests: bool = False) -> dict[str, object]:
+def report(*, self_tests: bool = False) -> dict[str, Any]:
     """Returns what `hedgespec doctor` shows, as plain data: versions, devices, the native module, backends of every operation.
 
     Args:
@@ -279,7 +282,7 @@ def report(*, self_tests: bool = False) -> dict[str, object]:
         "native": {"built": bool, ...}, "operations": {operation: {backend: "available" or why not}}} and with `self_tests`
         "self_tests": {operation: {backend: {device: {dtype: "passed", "passed (cached)", "not tested: ..." or "failed: ..."}}}}
     """
-    operations = {}
+    operations: dict[str, dict[str, str]] = {}
     for operation, entries in _table.items():
         operations[operation] = {}
         for backend in (name for name in BACKENDS if name in entries):
@@ -334,13 +337,19 @@ def _devices() -> list[str]:
     return devices
 
 
-def _native_module() -> dict[str, object]:
+def _native_module() -> dict[str, Any]:
+    build = native_build.read()
     try:
         from hedgespec import _native
     except ImportError as error:
-        return {"built": False, "why": str(error)}
+        if build is None:
+            return {"built": False, "why": f"not built: {error}"}
+        if build.built:
+            return {"built": False, "why": f"built at installation, but it cannot be loaded: {error}"}
+        return {"built": False, "why": build.reason, "output": build.output, "remedy": native_build.how_to_rebuild()}
     return {
         "built": True,
+        "cuda_build": build.cuda if build else "",
         "instruction_set": _native.instruction_set(),
         "compiler": _native.compiler,
         "openmp": _native.openmp,

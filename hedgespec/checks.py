@@ -25,7 +25,7 @@ def wrong(name: str, expected: object, got: object, error: type[Exception] = Val
     return error(f"{name}: expected {expected}, got {got}")
 
 
-def check_logits(name: str, logits: Tensor, dims: str, ndim: int | None) -> torch.Size:
+def check_logits(name: str, logits: Tensor | None, dims: str, ndim: int | None) -> torch.Size:
     """Floating-point logits of `ndim` dimensions (None: at least one) over a vocabulary of at least 1; returns their shape."""
     if not isinstance(logits, Tensor):
         raise wrong(name, "a torch.Tensor", type(logits).__name__, TypeError)
@@ -39,7 +39,7 @@ def check_logits(name: str, logits: Tensor, dims: str, ndim: int | None) -> torc
 
 def check_tensor(
     name: str,
-    tensor: Tensor,
+    tensor: Tensor | None,
     dtypes: tuple[torch.dtype, ...],
     shape: tuple[int, ...],
     device,

@@ -55,7 +55,7 @@ class Costs:
         self._lock = threading.Lock()
         """Threads take turns with the three above."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Costs], tuple[int, int, Callable[[], float]]]:
         return Costs, (self.num_drafters, self.draft_length, self.clock)
 
     def drafted(self, rows: int, drafter: int, seconds_per_token: float) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hedgespec import backends
 
 
-def describe(report: dict[str, object] | None = None) -> str:
+def describe(report: dict[str, Any] | None = None) -> str:
     """Returns `backends.report()` as lines of text.
 
     Args:
@@ -21,9 +23,10 @@ def describe(report: dict[str, object] | None = None) -> str:
     if native["built"]:
         threading = "OpenMP" if native["openmp"] else "one thread (no OpenMP)"
         lines += [f"  built with {native['compiler']}, {threading}; runs {native['instruction_set']}"]
-        lines += [f"  CUDA kernels {'for ' + native['cuda'] if native['cuda'] else 'not built'}"]
+        reason = f": {native['cuda_build']}" if native.get("cuda_build") else ""
+        lines += [f"  CUDA kernels {'for ' + native['cuda'] if native['cuda'] else 'not built' + reason}"]
     else:
-        lines += [f"  not built: {native['why']}"]
+        lines += [f"  {native['why']}"]
     lines += ["backends"]
     wide = max([14, *(len(operation) + 2 for operation in report["operations"])])
     for operation, entries in report["operations"].items():
@@ -36,10 +39,14 @@ def describe(report: dict[str, object] | None = None) -> str:
                 lines += [f"  {operation:<{wide}}{backend:<11}{device:<8}{dtypes}: {result}"]
     if failed := failures(report):
         lines += [f"{len(failed)} self-test(s) failed: 'auto' does not use these kernels, a backend asked for by name does"]
+    if native.get("remedy"):  # last, where it is seen
+        lines += ["", f"WARNING: the native module could not be built when HedgeSpec was installed: {native['why']}"]
+        lines += [f"  | {line}" for line in str(native["output"]).splitlines()]
+        lines += [f"To get it: {native['remedy']}"]
     return "\n".join(lines)
 
 
-def failures(report: dict[str, object]) -> list[str]:
+def failures(report: dict[str, Any]) -> list[str]:
     """Returns a line for each self-test of a report that failed."""
     return [
         f"{operation} {backend} {device} {dtype} {result}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -223,15 +223,15 @@ def evaluate_reference(
         is_emitted = (candidates == laws.emitted[..., None]) & usable & has_target[..., None]
         is_in = is_emitted.to(dtype).cumsum(-1)  # 0 or 1, as candidates are distinct
         scores += torch.stack([mass, is_in], -1).flatten(-2).unbind(-1)
-    scores = torch.stack([score.where(valid, 0) for score in scores])
+    stacked = torch.stack([score.where(valid, 0) for score in scores])
     if draft_length is None:
-        return Evaluation(scores)
-    prob, ratio = scores[score_row(mode, top_k) :][:2].masked_fill(~valid, math.nan)
+        return Evaluation(stacked)
+    prob, ratio = stacked[score_row(mode, top_k) :][:2].masked_fill(~valid, math.nan)
     prob, ratio = (torch.nn.functional.pad(score, (0, draft_length), value=math.nan) for score in (prob, ratio))
     expected = expected_accepted_length(prob, ratio, draft_length, estimator, all_lengths=True)
     whole = expected[:, :, 0, -1]  # padded by K, so there is a first position even where T = 0
     losses = 1 - expected[:, :, :positions] / torch.arange(2, draft_length + 2, dtype=dtype, device=expected.device)
-    return Evaluation(scores, whole, losses)
+    return Evaluation(stacked, whole, losses)
 
 
 def multi_draft_acceptance(
@@ -412,7 +412,9 @@ def expected_accepted_length(
     _check_acceptance(acceptance_prob, acceptance_ratio, draft_length, estimator)
     starts = acceptance_prob.shape[-1] - draft_length + 1
     survival = acceptance_ratio if estimator == "exact" else acceptance_prob
-    alive, length, partial_sums = 1.0, 1.0, []
+    alive: Any = 1.0
+    length: Any = 1.0
+    partial_sums = []
     for k in range(draft_length):
         here = slice(k, k + starts)
         length = length + alive * acceptance_prob[..., here]
@@ -420,7 +422,8 @@ def expected_accepted_length(
         partial_sums.append(length)
     if not all_lengths:
         return length
-    return torch.stack(partial_sums, -1) if isinstance(length, torch.Tensor) else np.stack(partial_sums, -1)
+    stack: Any = torch.stack if isinstance(length, torch.Tensor) else np.stack
+    return stack(partial_sums, -1)
 
 
 def length_loss(expected_length: Array, draft_length: int) -> Array:

@@ -6,7 +6,7 @@ every drafter. General matrix products are made for many rows; on a CPU they tak
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -71,11 +71,11 @@ _LIBRARY.impl("few_row_linear", lambda x, weight: _quick()(x, weight), "CPU")
 _LIBRARY.impl("few_row_linear", lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
 
 
-def _load_reference():
+def _load_reference() -> Callable:
     return functional.linear
 
 
-def _load_cpu():
+def _load_cpu() -> Callable:
     from hedgespec import _native  # noqa: F401  (the backend is there if this import works)
 
     return _linear_cpu
@@ -110,7 +110,7 @@ class FewRowLinear(nn.Linear):
         return functional.linear(x, weight)
 
 
-def _quick():
+def _quick() -> Callable:
     """What "auto" means for float32 on a CPU; looked up anew each time, since the table remembers."""
     return backends.resolve("linear", "auto", "cpu", torch.float32)
 

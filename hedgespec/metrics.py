@@ -237,7 +237,7 @@ def plot_profile(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    def bars(level: float, spans: Sequence[tuple[float, float]], **look) -> None:
+    def bars(level: float, spans: Sequence[tuple[float, float]], **look: Any) -> None:
         axes.broken_barh([(1e3 * start, 1e3 * (end - start)) for start, end in spans], (level, 1), **look)
 
     figure, axes = pyplot.subplots(figsize=(14, 1.5 + 0.8 * len(traces)), layout="constrained")
@@ -276,7 +276,7 @@ def plot_weights(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(14, 4), layout="constrained")
     weights = np.concatenate([np.asarray(stats.weights) for _, stats in traces])
     edges = np.cumsum([0, *(stats.rounds for _, stats in traces)])
-    axes.stackplot(np.arange(len(weights)), weights.T, labels=names, step="post", colors=pyplot.cm.tab10.colors)
+    axes.stackplot(np.arange(len(weights)), weights.T, labels=names, step="post", colors=pyplot.get_cmap("tab10")(range(10)))
     for edge in edges:
         axes.axvline(edge, color="black", linewidth=0.8)
     axes.set_xticks((edges[:-1] + edges[1:]) / 2, [title for title, _ in traces], rotation=45, ha="right")

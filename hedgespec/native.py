@@ -124,7 +124,7 @@ def verifier(module: ModuleType, launch: Launch) -> Callable[..., Verdict]:
         accepted_length = torch.empty(batch, dtype=torch.int64, device=device)
         tokens = torch.empty((batch, positions), dtype=torch.int64, device=device)
         if batch:
-            shared_map = draft_to_target is None or draft_to_target.dim() == 1
+            map_stride = 0 if draft_to_target is None or draft_to_target.dim() == 1 else draft_to_target.shape[1]
             parameters = module.VerifyParams(
                 (batch, positions - 1, vocabulary, vocabulary if draft_logits is None else draft_logits.shape[2]),
                 target_logits.data_ptr(),
@@ -138,7 +138,7 @@ def verifier(module: ModuleType, launch: Launch) -> Callable[..., Verdict]:
                 uniforms.dtype is torch.float64,
                 _address(lengths),
                 0 if draft_logits is None else _address(draft_to_target),
-                0 if shared_map else draft_to_target.shape[1],
+                map_stride,
                 _address(target_threshold),
                 _address(draft_threshold),
                 target_shared,
@@ -231,7 +231,7 @@ def rotary_append_cpu(
 
 def _rows_of(x: torch.Tensor, which: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, int]]:
     """`which`, contiguous, and the strides of x by head and by row."""
-    return (None, x.stride()[:2]) if which is None else (which.contiguous(), (0, x.stride(0)))
+    return (None, (x.stride(0), x.stride(1))) if which is None else (which.contiguous(), (0, x.stride(0)))
 
 
 def require_cuda() -> None:

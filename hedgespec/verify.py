@@ -261,8 +261,8 @@ def verify_tree(
         return _verify_chosen(
             target_logits, draft_tokens, parents, uniforms, depth, target_temperature, target_threshold, backend
         )
-    draft_vocabulary = check_logits("draft_logits", draft_logits, "[B, P, Vd]", 3)[-1]
-    rows = draft_logits.shape[1]
+    _, rows, draft_vocabulary = check_logits("draft_logits", draft_logits, "[B, P, Vd]", 3)
+    assert draft_logits is not None  # or the line above had raised
     check_tensor("draft_logits", draft_logits, FLOATING, (batch, rows, draft_vocabulary), device)
     check_tensor("origins", origins, (torch.int64,), (batch, rows), device)
     if draft_to_target is not None:
@@ -280,14 +280,25 @@ def verify_tree(
     )  # fmt: skip
 
 
-def _check_draft_map(draft_to_target: Tensor, batch: int, draft_vocabulary: int, device, vocabulary: int) -> Tensor:
+def _check_draft_map(
+    draft_to_target: Tensor, batch: int, draft_vocabulary: int, device: torch.device, vocabulary: int
+) -> Tensor:
     """`check_map` of a map that all rows share, or of one for each."""
     per_row = isinstance(draft_to_target, Tensor) and draft_to_target.dim() == 2
     shape = (batch, draft_vocabulary) if per_row else (draft_vocabulary,)
     return check_map("draft_to_target", draft_to_target, shape, device, vocabulary, distinct=False)
 
 
-def _verify_chosen(target_logits, draft_tokens, parents, uniforms, depth, temperature, threshold, backend) -> Verdict:
+def _verify_chosen(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    parents: Tensor,
+    uniforms: Tensor,
+    depth: int,
+    temperature: float | Tensor,
+    threshold: Tensor | None,
+    backend: str,
+) -> Verdict:
     """Draws a token at every node, whether it is reached or not: one call, and nothing that the host has to know."""
     batch, positions, vocabulary = target_logits.shape
     level = ancestry(parents, depth)[0].clamp(max=depth)
@@ -311,8 +322,20 @@ def _verify_chosen(target_logits, draft_tokens, parents, uniforms, depth, temper
     return _walked(draft_tokens, torch.cat(path, 1), drawn.gather(1, here))
 
 
-def _verify_sampled(target_logits, draft_tokens, parents, draft_logits, uniforms, depth, origins, draft_to_target,
-                    target_temperature, draft_temperature, target_threshold, draft_threshold) -> Verdict:  # fmt: skip
+def _verify_sampled(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor,
+    uniforms: Tensor,
+    depth: int,
+    origins: Tensor,
+    draft_to_target: Tensor | None,
+    target_temperature: float | Tensor,
+    draft_temperature: float | Tensor,
+    target_threshold: Tensor | None,
+    draft_threshold: Tensor | None,
+) -> Verdict:
     """The recursion in float64, all rows at once; waits for no device."""
     batch, nodes = draft_tokens.shape
     rows = torch.arange(batch, device=parents.device)
@@ -351,6 +374,7 @@ def _verify_sampled(target_logits, draft_tokens, parents, draft_logits, uniforms
         path.append(torch.where(alive, chosen, -1))
         here = torch.where(alive, chosen + 1, here)
     path += [torch.full_like(rows, -1)] * (depth - len(path))
+    assert final is not None
     return _walked(draft_tokens, torch.stack(path, 1), _inverse_cdf(final, uniforms[:, -1:]))
 
 
@@ -390,13 +414,15 @@ def verify_reference(
 
     target_probs = _distribution(target_logits, _per_position(target_temperature), target_threshold)
     rows = torch.arange(batch, device=draft_tokens.device)
+    draft_ids: Tensor | None = None
     if draft_length == 0:
         return _verdict(draft_tokens, torch.zeros_like(lengths), _inverse_cdf(target_probs[:, 0], uniforms)[:, 0])
 
     if mode == "argmax":
         draft_probs, draft_ids = torch.ones_like(target_probs[:, :-1, :1]), draft_tokens[..., None]
     else:
-        draft_probs, draft_ids = _distribution(draft_logits, _per_position(draft_temperature), draft_threshold), None
+        assert draft_logits is not None
+        draft_probs = _distribution(draft_logits, _per_position(draft_temperature), draft_threshold)
         if draft_to_target is not None:
             shared = draft_to_target.dim() == 1
             draft_ids = (draft_to_target if shared else draft_to_target[:, None]).long().expand(draft_probs.shape)

@@ -104,5 +104,5 @@ def test_register_rejects_an_unknown_backend():
 
 
 def test_doctor_without_the_native_module():
-    report = backends.report() | {"native": {"built": False, "why": "no such module"}}
+    report = backends.report() | {"native": {"built": False, "why": "not built: no such module"}}
     assert "not built: no such module" in doctor.describe(report)

@@ -6,7 +6,7 @@ Shapes do not depend on what is drafted, so the host waits for no device: a node
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,7 +48,8 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
     limits = to_device([choice.draft_length for choice in choices], device)[:, None]
     maps = None if part.maps is None or processed is not None else part.maps[which[:, :, 0]]  # [R, 1, Vd]
     rule = sampling if noise is None else Sampling()
-    drafting, given = part.lead(rows, members)
+    begun_with, given = part.lead(rows, members)
+    drafting: Sequence[int] = begun_with
     nothing, begun = Draft(which.new_empty(1, 0), None), set(drafting)
     if not drafting:
         return [nothing] * count
@@ -128,18 +129,18 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
     if tree.size is not None and tree.size < known:
         tokens, parents = _likeliest(tokens, parents, torch.cat(nodes["scores"], 1), tree.size)
     usable = torch.where(sound, draft_length, 0)
-    widths = [None] * count if tree.size is None else _widths(tokens, parents, draft_length)
+    widths: Sequence[torch.Tensor | None] = [None] * count if tree.size is None else _widths(tokens, parents, draft_length)
     drafts = []
     for row, member in enumerate(members):
         if row not in begun:
             drafts.append(nothing)
             continue
-        proposal = {"widths": widths[row]}
+        proposal: dict[str, Any] = {"widths": widths[row]}
         if not one_hot:
             mapping = None if part.maps is None or processed is not None else part.map_of[member]
             proposal |= {"draft_to_target": mapping, "origins": torch.cat(origins, 1)[row, None]}
-        given = None if one_hot else torch.cat([one[row] for one in sources])[None]
-        drafts.append(Draft(tokens[row, None], given, usable=usable[row], parents=parents[row, None], **proposal))
+        asked = None if one_hot else torch.cat([one[row] for one in sources])[None]
+        drafts.append(Draft(tokens[row, None], asked, usable=usable[row], parents=parents[row, None], **proposal))
     return drafts
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ UNSOUND = "expected logits with a finite maximum, got NaN, +inf or -inf througho
 """Of logits. A row's maximum tells all three."""
 MOST_MAPS = 64
 """Stacked maps of drafters that drafted, or were scored, together: as many are kept."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,6 +67,9 @@ class Part:
         members: their indices in the pool.
         maps: int64 [n, Vd], the target's id of each draft id; None where the vocabularies are the same.
     """
+
+    map_of: Any
+    """Of each member its map; only where there are any."""
 
     def __init__(self, members: Sequence[int], maps: torch.Tensor | None):
         self.members, self.maps = list(members), maps
@@ -131,7 +136,7 @@ class Heads(Part):
         that it took in, see `StackSession.branch`; returns which rows go on and the logits [R', F, Vd] that follow."""
         return range(len(tokens)), self.session.branch(tokens, parents)
 
-    def _since(self, rows: Sequence[Row], taken: np.ndarray) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _since(self, rows: Sequence[Row], taken: np.ndarray) -> tuple[list[torch.Tensor], list[Any]]:
         news = [row.since(count, self.layers) for row, count in zip(rows, taken.tolist())]
         return [tokens for tokens, _ in news], [features for _, features in news]
 
@@ -150,7 +155,8 @@ class Singles(Part):
     def __init__(self, members: Sequence[int], drafters: Sequence[Drafter], rows: Sequence[Row]):
         maps = None
         if drafters[0].draft_to_target is not None:
-            maps = torch.stack([drafter.draft_to_target.to(rows[0].tokens.device) for drafter in drafters])
+            own = [drafter.draft_to_target for drafter in drafters]
+            maps = torch.stack([one.to(rows[0].tokens.device) for one in own if one is not None])
             self.map_of = list(maps)
         super().__init__(members, maps)
         self.drafters, self.rows = list(drafters), list(rows)
@@ -219,7 +225,7 @@ class Singles(Part):
         self._places = {row: place for place, row in enumerate(going)}
         return going, logits[:, None]
 
-    def _each(self, ask) -> tuple[list[int], torch.Tensor]:
+    def _each(self, ask: Callable[[Row, int, int], torch.Tensor]) -> tuple[list[int], torch.Tensor]:
         """The rows that get an answer, which alone draft on, and the last row of each answer, stacked."""
         going, answers = [], []
         for place, (row, member) in enumerate(self._drafting):
@@ -346,7 +352,7 @@ class Pool:
                     drafts[place] = draft
         return drafts
 
-    def _or_apart(self, number: int, call: Callable, *arguments):
+    def _or_apart(self, number: int, call: Callable[..., T], *arguments: Any) -> T:
         """`call` with a part and the arguments. Heads that fail together go on one by one, and those at fault leave."""
         try:
             return call(self.parts[number], *arguments)

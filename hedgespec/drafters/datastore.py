@@ -60,14 +60,14 @@ class Datastore:
         or a max_ngram outside its range.
         """
         max_ngram = integer("max_ngram", max_ngram, 1, LONGEST)
-        sequences = [np.asarray(sequence) for sequence in sequences]
-        for sequence in sequences:
+        texts = [np.asarray(sequence) for sequence in sequences]
+        for sequence in texts:
             if sequence.size and (sequence.ndim != 1 or sequence.dtype.kind not in "iu"):
                 raise ValueError(f"sequences: expected integer ids [T] in each, got {sequence.dtype} {sequence.shape}")
             if sequence.size and (sequence.min() < 0 or sequence.max() >= 2**31):
                 raise ValueError(f"sequences: expected ids in 0..{2**31 - 1}, got {sequence.min()}..{sequence.max()}")
-        corpus = np.concatenate([np.empty(0, np.int64), *(sequence.ravel().astype(np.int64) for sequence in sequences)])
-        depth = np.concatenate([np.empty(0, np.int64), *(np.arange(len(sequence)) for sequence in sequences)])
+        corpus = np.concatenate([np.empty(0, np.int64), *(sequence.ravel().astype(np.int64) for sequence in texts)])
+        depth = np.concatenate([np.empty(0, np.int64), *(np.arange(len(sequence)) for sequence in texts)])
         at = np.flatnonzero(depth[1:])  # the last tokens of n-grams that something follows
         hashes, tokens = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
         sums = np.zeros(len(at), np.uint64)
@@ -83,9 +83,9 @@ class Datastore:
             hashes.append(keys[new])
             tokens.append(best[new].astype(np.int32))
             said = best[place]
-        hashes, tokens = np.concatenate(hashes), np.concatenate(tokens)
-        order = np.argsort(hashes, kind="stable")
-        return cls(hashes[order], tokens[order], max_ngram)
+        all_hashes, all_tokens = np.concatenate(hashes), np.concatenate(tokens)
+        ascending = np.argsort(all_hashes, kind="stable")
+        return cls(all_hashes[ascending], all_tokens[ascending], max_ngram)
 
     def next_tokens(self, contexts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
         """What follows the longest known suffix of each text.
@@ -200,8 +200,8 @@ class DatastoreDrafter:
     vocabulary.
     """
 
-    aux_layers = ()
-    draft_to_target = None
+    aux_layers: tuple[int, ...] = ()
+    draft_to_target: torch.Tensor | None = None
 
     def __init__(self, datastore: Datastore, vocab_size: int, name: str = "datastore"):
         if not isinstance(datastore, Datastore):
@@ -223,7 +223,7 @@ class DatastoreSession:
         self.drafted: list[int] = []
         self.verified = 0
 
-    def prefill(self, tokens: torch.Tensor, features: None, logits_to_keep: int) -> torch.Tensor:
+    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
         text, longest = [*self.last, *tokens.tolist()], self.drafter.datastore.max_ngram
         ends = range(len(text) - logits_to_keep + 1, len(text) + 1)
         self.last = text[-longest:]

@@ -180,6 +180,18 @@ class EagleHead(EagleLayer, nn.Module):
         owns_embedding: whether `embed` is the head's own instead, to be moved and saved with it.
     """
 
+    draft_to_target: torch.Tensor | None
+    fc: nn.Linear
+    qkv_proj: nn.Linear
+    o_proj: nn.Linear
+    gate_up_proj: nn.Linear
+    down_proj: nn.Linear
+    lm_head: nn.Linear
+    hidden_norm: nn.RMSNorm
+    post_attention_layernorm: nn.RMSNorm
+    norm: nn.RMSNorm
+    rope_frequency: torch.Tensor
+
     def __init__(self, config: EagleConfig, embed: nn.Module, draft_to_target: torch.Tensor | None = None,
                  name: str = "eagle", *, owns_embedding: bool = False):  # fmt: skip
         super().__init__()
@@ -193,7 +205,7 @@ class EagleHead(EagleLayer, nn.Module):
             if kind == "bias":
                 continue
             if len(shape) == 1:
-                module = nn.RMSNorm(shape, config.rms_norm_eps)
+                module: nn.Module = nn.RMSNorm(shape, config.rms_norm_eps)
             elif stem in config.biases:
                 module = nn.Linear(shape[1], shape[0])
             else:
@@ -246,7 +258,11 @@ class EagleHead(EagleLayer, nn.Module):
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding matrix as they are. Gemma's module scales what it gives out; heads are trained without."""
         embedding = self.embedding
-        return F.embedding(tokens, embedding.weight) if hasattr(embedding, "embed_scale") else embedding(tokens)
+        if not hasattr(embedding, "embed_scale"):
+            return embedding(tokens)
+        weight = embedding.weight
+        assert isinstance(weight, torch.Tensor)
+        return F.embedding(tokens, weight)
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return getattr(self, name)(x)
@@ -320,7 +336,8 @@ class EagleSession:
         self.verified = 0
         self._own_feature: torch.Tensor | None = None
 
-    def prefill(self, tokens: torch.Tensor, features: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
+        assert features is not None, "a head reads the target's hidden states"
         if self.verified == 0:  # no feature precedes a request's first token: the head starts at the second
             self.verified = 1
             tokens, features = tokens[1:], features[1:]
@@ -330,6 +347,7 @@ class EagleSession:
         return logits
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
+        assert self._own_feature is not None, "`prefill` comes first"
         return self._forward(token, self._own_feature, 1)[0]
 
     def _forward(self, tokens: torch.Tensor, feature: torch.Tensor, logits_to_keep: int) -> torch.Tensor:

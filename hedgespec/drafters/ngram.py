@@ -27,8 +27,8 @@ class NGramDrafter:
     Raises: TypeError for an argument of another type; ValueError for vocab_size < 1 or max_ngram < 1.
     """
 
-    aux_layers = ()
-    draft_to_target = None
+    aux_layers: tuple[int, ...] = ()
+    draft_to_target: torch.Tensor | None = None
 
     def __init__(self, vocab_size: int, max_ngram: int = 3, name: str = "ngram"):
         self.vocab_size, self.max_ngram = integer("vocab_size", vocab_size, 1), integer("max_ngram", max_ngram, 1)
@@ -47,7 +47,7 @@ class NGramSession:
         self.drafted: list[int] = []
         self.verified = 0
 
-    def prefill(self, tokens: torch.Tensor, features: None, logits_to_keep: int) -> torch.Tensor:
+    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
         self.drafted.clear()
         proposals = []
         for token in tokens.tolist():

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hedgespec.config import DecodeConfig
 from hedgespec.costs import Costs
+from hedgespec.decoder.arms import Seconds
 from hedgespec.engines.drafters import TokenDrafter
 from hedgespec.engines.learning import EngineClock, RequestLearner, Tally
 from hedgespec.engines.tracking import Tracked, Tracker
@@ -96,9 +97,9 @@ class TokenProposer:
                 all shown here only if it does.
         Returns: the drafts, 0..K tokens each.
         """
-        names = names if names is not None else [None] * len(tokens)
+        known = names if names is not None else [None] * len(tokens)
         self.tracker.begin_step()
-        rows = [self._row(text, new, name) for text, new, name in zip(tokens, emitted, names, strict=True)]
+        rows = [self._row(text, new, name) for text, new, name in zip(tokens, emitted, known, strict=True)]
         active = [row for row in rows if row is not None]
         self._end(self.tracker.end_step())
         self._let_go(self.tracker.away(CACHED))
@@ -153,7 +154,7 @@ class TokenProposer:
         for one, new in active:
             self._end_round(one, new)
 
-    def _score(self, one: Tracked[_Request], seconds) -> None:
+    def _score(self, one: Tracked[_Request], seconds: Seconds | None) -> None:
         request, text = one.state, one.tokens
         first, last = request.scored, one.length
         scores = np.zeros((len(self.drafters), last - first))

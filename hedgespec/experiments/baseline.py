@@ -67,7 +67,7 @@ def measure(laboratory: Laboratory) -> dict[str, Any]:
             "of_best_fixed": mean_interval([one / fixed.max() for one in ours]),
         }
     words = ("generalist", "best_fixed", "best_of_each_request")
-    mean = {word: float(np.mean([row[word] for row in domains.values()])) for word in words}
+    mean: dict[str, Any] = {word: float(np.mean([row[word] for row in domains.values()])) for word in words}
     mean["hedgespec"] = mean_interval([float(np.mean([row["mat"] for row in run["domains"].values()])) for run in runs])
     return {"drafters": list(names), "domains": domains, "mean": mean, "live": _live(laboratory, traces)}
 

@@ -30,13 +30,14 @@ SWEEPS = {
 def measure(laboratory: Laboratory) -> dict[str, Any]:
     traces = laboratory.traces("greedy")
     drafters = len(traces[0].drafters)
-    points = [("latency", value) for value in LATENCIES] + [("draft_length", value) for value in LENGTHS]
+    points: list[tuple[str, int | str]] = [("latency", value) for value in LATENCIES]
+    points += [("draft_length", value) for value in LENGTHS]
     points += [("evaluate_every", value) for value in CADENCES]
     sweeps: dict[str, Any] = {name: {learner: [] for learner in COMPARED} for name in SWEEPS}
     work = [(learner, *point) for learner in COMPARED for point in points]
     for learner, sweep, value in laboratory.track(work, "delays"):
         latency = value if sweep == "latency" else 0
-        options = {"warm_start": 0, "evaluate_every": 1} | ({sweep: value} if sweep != "latency" else {})
+        options: dict[str, Any] = {"warm_start": 0, "evaluate_every": 1} | ({sweep: value} if sweep != "latency" else {})
         config = DecodeConfig(learner=learner, **options)
         runs = laboratory.once(
             f"{signature(traces)}, {laboratory.seeds} seeds, {config}, latency {latency}",
@@ -56,7 +57,7 @@ def measure(laboratory: Laboratory) -> dict[str, Any]:
 
 def _theory(sweep: str, value: int | str, positions: float, drafters: int) -> float | None:
     """sqrt((K+1)^3 ln N / T), tokens a round, times sqrt(1 + d) where each loss is d rounds of at most K+1 tokens later."""
-    if value == "adaptive":
+    if isinstance(value, str):  # adaptive
         return None
     length = value if sweep == "draft_length" else DecodeConfig.draft_length
     later = {"latency": value, "draft_length": 0, "evaluate_every": value - 1}[sweep]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from hedgespec.config import DecodeConfig
 from hedgespec.delay import DelayQueue
@@ -27,6 +28,9 @@ from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval,
 from hedgespec.experiments.telling import band, bars, figure, titled
 from hedgespec.experiments.traces import Trace, alone, replay
 from hedgespec.records import Feedback
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SETS = ("greedy", "coupled", "sampled")
 DRAFT_LENGTH = 5
@@ -76,7 +80,7 @@ def cut_short(prob: np.ndarray, ratio: np.ndarray, draft_length: int) -> np.ndar
 class CutShort(DelayQueue):
     """A queue that waits for nothing: the losses of a round's positions are those of sums cut at its end."""
 
-    def push(self, acceptance_prob, acceptance_ratio) -> list[Feedback]:
+    def push(self, acceptance_prob: np.ndarray | torch.Tensor, acceptance_ratio: np.ndarray | torch.Tensor) -> list[Feedback]:
         lengths = cut_short(np.asarray(acceptance_prob), np.asarray(acceptance_ratio), self.draft_length)
         first, self._position = self._position, self._position + lengths.shape[1]
         losses = length_loss(lengths, self.draft_length).clip(0).T
@@ -396,10 +400,10 @@ def _chance(interval: dict[str, float]) -> str:
     return "no more than chance explains" if interval["low"] <= 0 <= interval["high"] else "more than chance explains"
 
 
-def draw(result: dict[str, Any]):
+def draw(result: dict[str, Any]) -> Figure:
     made, (bias, gap, errors, ranks, lead, behind) = figure(3, 2)
     for name, of in result["enumeration"].items():
-        bias.hist(of["bias"], bins=np.linspace(-0.25, 0.25, 51), histtype="stepfilled", alpha=0.6, label=name)
+        bias.hist(of["bias"], bins=np.linspace(-0.25, 0.25, 51).tolist(), histtype="stepfilled", alpha=0.6, label=name)
     bias.set(title="bias, every text enumerated", xlabel="tokens a round", ylabel="pairs of distributions", yscale="log")
     bias.legend()
     sets = result["sets"]

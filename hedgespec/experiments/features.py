@@ -76,7 +76,7 @@ PRICES = (
 )
 
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, dict[str, Any]] = {
     "tokens": {},
     "throughput": {"objective": "throughput"},
     "throughput, depth correction": {"objective": "throughput", "depth_correction": True},

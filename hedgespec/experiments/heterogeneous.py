@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,10 @@ from hedgespec.experiments.recordings import EXIT_LAYERS, POOLS
 from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, told
 from hedgespec.experiments.telling import bars, figure, titled
 from hedgespec.experiments.traces import Trace, replay
-from hedgespec.zoo import NAMES, Prompt, load_prompts
+from hedgespec.zoo import NAMES, Prompt, Zoo, load_prompts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POOL = "mixed"
 DRAFT_LENGTH = 5
@@ -76,7 +79,7 @@ def live_configs() -> dict[str, DecodeConfig]:
 class Live:
     """The decoders of all rows, made once: an objective that measures costs keeps what it measured from text to text."""
 
-    def __init__(self, zoo):
+    def __init__(self, zoo: Zoo) -> None:
         self.zoo, drafters = zoo, POOLS[POOL](zoo)
         alone = DecodeConfig(draft_length=DRAFT_LENGTH, learner="fixed", warm_start=0)
         self.fixed = {drafter.name: Decoder(zoo.target, [drafter], alone) for drafter in drafters}
@@ -232,7 +235,7 @@ def _sense(result: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def draw(result: dict[str, Any]):
+def draw(result: dict[str, Any]) -> Figure:
     replays, rows = result["replayed"], result["live"]["rows"]
     made, (alone, share, speed) = figure(3)
     names = list(replays["fixed"])

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -57,7 +57,7 @@ class Laboratory:
             traces = load_traces(folder, name)
         return traces
 
-    def once(self, key: str, compute: Callable[[], T]) -> T:
+    def once(self, key: str, compute: Callable[..., T]) -> T:
         """What `compute` returns, from the file of an earlier run where there is one. It has to survive JSON.
 
         The key names everything that the value depends on, the seeds included.
@@ -71,7 +71,7 @@ class Laboratory:
         scratch.rename(path)
         return json.loads(text)["value"]
 
-    def track(self, items: Sequence[T], words: str) -> Iterator[T]:
+    def track(self, items: Sequence[T], words: str) -> Iterable[T]:
         """The items, with a progress bar."""
         return track(items, words, console=self.console, transient=True)
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from hedgespec.delay import DelayQueue
 from hedgespec.experiments.statistics import mat
@@ -52,7 +52,7 @@ def rounds_alone(trace: Trace, draft_length: int, seeds: int = 1) -> list[float]
     return [float(np.mean([len(alone(trace, one, draft_length, seed=seed)) for seed in used])) for one in every]
 
 
-def tokens_until_held(stats: DecodeStats, best: Sequence[int]) -> int:
+def tokens_until_held(stats: DecodeStats, best: ArrayLike) -> int:
     """Tokens emitted before the first round from which on `HELD` of the rounds are drafted by one of the best drafters; all of
     them where there is none. Rounds in which nobody drafted are left out."""
     choices = np.array(stats.choices, dtype=np.int64)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from hedgespec import learners
 from hedgespec.config import DecodeConfig
@@ -19,6 +20,9 @@ from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval,
 from hedgespec.experiments.telling import band, figure, titled
 from hedgespec.experiments.traces import Trace, alone, replay
 from hedgespec.learners import AdaNormalHedge, Learner, NormalHedge
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPLAYED = ("NormalHedge", "Hedge", "AdaNormalHedge", "losses x 4", "losses x 16", "losses x 16, one C")
 SETS = ("greedy", "reworded")
@@ -33,18 +37,18 @@ MOMENTS = (8, 16, 32, 64)
 class ScaledAdaNormalHedge(AdaNormalHedge):
     """AdaNormalHedge whose losses are multiplied: against regret in larger numbers its own unit, 1, is smaller."""
 
-    def __init__(self, num_drafters: int, prior=None, *, scale: float = 1.0):
+    def __init__(self, num_drafters: int, prior: ArrayLike | None = None, *, scale: float = 1.0) -> None:
         self.scale = scale
         super().__init__(num_drafters, prior)
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         super()._learn(self.scale * losses, chosen, chosen_weight)
 
 
 class SecondOrderAdaNormalHedge(AdaNormalHedge):
     """AdaNormalHedge with C = sum of r^2, which hardly grows while losses are nearly tied."""
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         instantaneous = self._weights.dot(losses) - losses
         self.regrets += instantaneous
         self.absolute_regrets += instantaneous**2
@@ -53,7 +57,7 @@ class SecondOrderAdaNormalHedge(AdaNormalHedge):
 class SharedScaleAdaNormalHedge(ScaledAdaNormalHedge):
     """AdaNormalHedge with one C for all, the least: a drafter whose losses vary is not slowed for it."""
 
-    def _weigh(self):
+    def _weigh(self) -> NDArray[np.float64]:
         own = self.absolute_regrets
         self.absolute_regrets = np.full_like(own, own.min())
         weights = super()._weigh()
@@ -64,13 +68,13 @@ class SharedScaleAdaNormalHedge(ScaledAdaNormalHedge):
 class AheadAdaNormalHedge(AdaNormalHedge):
     """AdaNormalHedge that gives nothing to a drafter whose regret is not positive, as NormalHedge does."""
 
-    def _weigh(self):
+    def _weigh(self) -> NDArray[np.float64]:
         weights = super()._weigh()
         ahead = self.regrets > 0
         return np.where(ahead, weights, 0.0) / weights[ahead].sum() if ahead.any() else self.prior.copy()
 
 
-LEARNERS: dict[str, Callable[[int], Learner]] = {
+LEARNERS: dict[str, Callable[..., Learner]] = {
     "NormalHedge": NormalHedge,
     "Hedge": lambda count: learners.make("hedge", count),
     "AdaNormalHedge": AdaNormalHedge,
@@ -95,7 +99,8 @@ def warm_starts(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) 
     drafter's weight at the first round, mean of each domain's texts at the default M, [domains, N]."""
     domains = list(dict.fromkeys(trace.domain for trace in traces))
     known = [(best_of(fixed), int(fixed.argmax())) for fixed in (fixed_mats(trace, DRAFT_LENGTH, seeds) for trace in traces)]
-    rows, first_weights = {}, {}
+    rows: dict[str, Any] = {}
+    first_weights: dict[str, Any] = {}
     for most in WARM_STARTS:
         config = DecodeConfig(draft_length=DRAFT_LENGTH, warm_start=most)
         values = []
@@ -278,7 +283,7 @@ def _sense(result: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def draw(result: dict[str, Any]):
+def draw(result: dict[str, Any]) -> Figure:
     made, (pick, begin, prior, along, mass, replays) = figure(3, 2)
     marks = range(len(WARM_STARTS))
     for number, (name, of) in enumerate(result["warm"].items()):
@@ -292,7 +297,7 @@ def draw(result: dict[str, Any]):
     begin.set(title=f"MAT over the first {BEGINNING} tokens", xlabel="M, positions of the prompt heard",
               ylabel="of the best fixed drafter's")  # fmt: skip
     for axes in (pick, begin):
-        axes.set_xticks(marks, WARM_STARTS)
+        axes.set_xticks(marks, [str(count) for count in WARM_STARTS])
         axes.legend()
     first = next(iter(result["warm"].values()))
     shown = prior.imshow(list(first["first_weights"].values()), vmin=0, vmax=1, cmap="Blues", aspect="auto")

@@ -66,16 +66,15 @@ def _measure(laboratory: Laboratory, name: str, sizes: Sequence[int], order: Poo
             requests, ends = [], []
             for trace, loss in zip(traces, known):
                 chosen = order(trace, best[trace.domain], np.random.default_rng((seed, trace.number)))[:size]
-                chosen = np.random.default_rng((seed, trace.number, size)).permutation(
-                    chosen
-                )  # no place of its own for the best
+                # No place of its own for the best.
+                chosen = np.random.default_rng((seed, trace.number, size)).permutation(chosen).tolist()
                 requests.append(stats := replay(trace.of(chosen), config, seed=1000 * seed + trace.number))
                 curve = regret(stats, loss[:, chosen])
                 ends.append(float(curve[-1]) if len(curve) else 0.0)
             found.append({"mat": mat(requests), "regret": float(np.mean(ends))})
         return found
 
-    rows = {}
+    rows: dict[str, list[Any]] = {}
     work = [(way, size) for way in COMPARED if way.split()[0] in learners.NAMES for size in sizes]
     for way, size in laboratory.track(work, f"pools, {name}"):
         learner, _, warm = way.partition(" ")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.experiments.traces import Trace, record
 from hedgespec.zoo import GENERALIST, NAMES, Prompt, Zoo, head_path, load_prompts
 from hedgespec.zoo.storage import load_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FRAMES = (
     "A colleague sent me this, and I would like to read on:\n\n{}",
@@ -80,7 +84,7 @@ def wide_pool(zoo: Zoo) -> list[Drafter]:
 POOLS: dict[str, Callable[[Zoo], list[Drafter]]] = {"zoo": zoo_pool, "mixed": mixed_pool, "wide": wide_pool}
 
 
-def first_layers(target, depth: int):
+def first_layers(target: PreTrainedModel, depth: int) -> PreTrainedModel:
     """The target's first layers under its own norm and head, as a model that shares its weights."""
     config = target.config.__class__.from_dict(target.config.to_dict() | {"num_hidden_layers": depth})
     with torch.device("meta"):
@@ -92,7 +96,7 @@ def first_layers(target, depth: int):
     return small.eval()
 
 
-def with_noise(name: str, strength: float, target) -> Drafter:
+def with_noise(name: str, strength: float, target: PreTrainedModel) -> Drafter:
     """One of the zoo's heads with noise on its weights; its token head stays."""
     head = load_head(head_path(name), target)
     random = torch.Generator().manual_seed(NAMES.index(name) + 1000 * round(100 * strength))
@@ -119,7 +123,7 @@ def load_traces(folder: Path, name: str) -> list[Trace]:
     return [Trace.load(path) for path in paths if path.exists()]
 
 
-def record_set(name: str, folder: Path, zoo: Zoo, *, track: Callable[[Sequence], Sequence] = list) -> None:
+def record_set(name: str, folder: Path, zoo: Zoo, *, track: Callable[[Sequence], Iterable] = list) -> None:
     """Records what is missing of a set.
 
     Args:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hedgespec.config import DecodeConfig
 from hedgespec.experiments import Experiment
@@ -20,6 +21,10 @@ from hedgespec.experiments.traces import Trace, replay
 from hedgespec.learners import NormalHedge
 from hedgespec.metrics import DecodeStats
 from hedgespec.zoo import EXPERTS, NAMES, Prompt, load_prompts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from sklearn.pipeline import Pipeline
 
 DRAFT_LENGTH = 5
 SEGMENTS = 3
@@ -48,7 +53,7 @@ DECOYS = {
 class ForgetfulNormalHedge(NormalHedge):
     """NormalHedge on discounted regrets: what it heard long ago counts less. No part of the library; a bound is not claimed."""
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         self.regrets *= KEEP
         super()._learn(losses, chosen, chosen_weight)
 
@@ -58,7 +63,9 @@ def joined(traces: Sequence[Trace]) -> Trace:
 
     The words at a seam are those of the recordings: what follows was written after its own prompt, not after what now precedes.
     """
-    arrays = {name: np.concatenate([getattr(one, name) for one in traces], axis=1) for name in ("prob", "ratio", "drafted")}
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(one, name) for one in traces], axis=1) for name in ("prob", "ratio", "drafted")
+    }
     texts = [one.tokens[one.prompt_length + 1 :] for one in traces[1:]]
     length = arrays["prob"].shape[1] + 1
     return replace(traces[0], **arrays, tokens=np.concatenate([traces[0].tokens, *texts]), max_new_tokens=length,
@@ -94,7 +101,8 @@ def inside_a_request(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], se
     found = {}
     for learner in (*LEARNERS, FORGETFUL):
         config = DecodeConfig(draft_length=DRAFT_LENGTH, learner="normal_hedge" if learner == FORGETFUL else learner)
-        of_best, until, weight = ([[] for _ in range(SEGMENTS)] for _ in range(3))
+        tables: list[list[list[float]]] = [[[] for _ in range(SEGMENTS)] for _ in range(3)]
+        of_best, until, weight = tables
         for run in track(runs, f"{learner}, texts joined"):
             trace = joined(run)
             ends = np.cumsum([0, *(one.prob.shape[1] for one in run)])
@@ -106,7 +114,7 @@ def inside_a_request(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], se
                 best = best_of(fixed)
                 tokens, rounds = np.sum([within(stats, positions) for stats in every], axis=0)
                 of_best[number].append(tokens / rounds / fixed.max())
-                until[number].append(np.mean([tokens_until(stats, best, positions) for stats in every]))
+                until[number].append(float(np.mean([tokens_until(stats, best, positions) for stats in every])))
                 held = np.mean([weights_by_position(stats)[positions][:, best].sum(1) for stats in every], axis=0)
                 weight[number].append(held[:shown])
         found[learner] = [
@@ -148,14 +156,14 @@ def between_requests(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], se
                 values["of_best"].append(mat(every) / fixed.max())
                 values["beginning"].append(tokens / rounds / fixed.max())
                 whole = slice(0, trace.prob.shape[1])
-                values["until"].append(np.mean([tokens_until(stats, best_of(fixed), whole) for stats in every]))
+                values["until"].append(float(np.mean([tokens_until(stats, best_of(fixed), whole) for stats in every])))
             known.add(trace.domain)
     return {
         policy: {name: ratio_interval(each, np.ones(len(each))) for name, each in of.items()} for policy, of in found.items()
     }
 
 
-def train_router(prompts: Sequence[Prompt]):
+def train_router(prompts: Sequence[Prompt]) -> Pipeline:
     """TF-IDF of words and pairs of them under logistic regression, from a prompt's text to its domain."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -180,7 +188,7 @@ def rewordings(prompts: Sequence[Prompt]) -> dict[str, list[str]]:
     }
 
 
-def routed(name: str, traces: Sequence[Trace], mats: Mapping[int, np.ndarray], router, seeds: int) -> dict[str, Any]:
+def routed(name: str, traces: Sequence[Trace], mats: Mapping[int, np.ndarray], router: Pipeline, seeds: int) -> dict[str, Any]:
     """Of a recorded set: how often the router errs, and the MAT of its drafter, of the domain's expert, and of HedgeSpec, over
     the best fixed drafter's of each text; HedgeSpec's over the router's, that where the router erred, and over the experts of
     other domains, as if it erred everywhere."""
@@ -318,7 +326,7 @@ def _sense(result: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def draw(result: dict[str, Any]):
+def draw(result: dict[str, Any]) -> Figure:
     made, panels = figure(3, 2)
     for number, axes in enumerate(panels[:SEGMENTS]):
         for learner, rows in result["inside"]["learners"].items():
@@ -330,14 +338,14 @@ def draw(result: dict[str, Any]):
     for number, (learner, rows) in enumerate(result["inside"]["learners"].items()):
         bars(until, np.arange(SEGMENTS) + width * number, [row["until"] for row in rows], width=width, label=learner)
     until.set(title="tokens until a segment's best drafter is picked", ylabel="tokens", xlabel="segment")
-    until.set_xticks(np.arange(SEGMENTS) + 0.4, range(1, SEGMENTS + 1))
+    until.set_xticks(np.arange(SEGMENTS) + 0.4, [str(segment) for segment in range(1, SEGMENTS + 1)])
     for number, key in enumerate(("beginning", "of_best")):
         words = f"first {BEGINNING} tokens" if key == "beginning" else "whole text"
         places = np.arange(len(POLICIES)) + 0.4 * number
         bars(policies, places, [of[key] for of in result["between"].values()], width=0.4, label=words)
     policies.set(title="a stream of requests: MAT over the best fixed", ylim=(0.7, 1.05))
-    words = [policy.replace(", ", ",\n").replace(" of ", "\nof ") for policy in POLICIES]
-    policies.set_xticks(np.arange(len(POLICIES)) + 0.2, words, fontsize=7)
+    names = [policy.replace(", ", ",\n").replace(" of ", "\nof ") for policy in POLICIES]
+    policies.set_xticks(np.arange(len(POLICIES)) + 0.2, names, fontsize=7)
     for number, (name, of) in enumerate(result["router"]["sets"].items()):
         label = f"{name} ({100 * of['misrouted']:.0f}% misrouted)"
         bars(routing, np.arange(3) + 0.4 * number, list(of["of_best"].values()), width=0.4, label=label)

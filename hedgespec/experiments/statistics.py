@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hedgespec.config import DecodeConfig
 from hedgespec.experiments.traces import Trace, replay
@@ -15,17 +16,17 @@ CONFIDENCE = 0.95
 T = TypeVar("T")
 
 
-def mean_interval(values: Sequence[float]) -> dict[str, float]:
+def mean_interval(values: ArrayLike) -> dict[str, float]:
     """Mean of at least two independent values, and its 95% confidence interval by Student's t: {"mean", "low", "high"}."""
     from scipy import stats
 
-    values = np.asarray(values, dtype=np.float64)
-    mean, error = values.mean(), stats.sem(values)
-    reach = error * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    sample = np.asarray(values, dtype=np.float64)
+    mean, error = sample.mean(), stats.sem(sample)
+    reach = error * stats.t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1)
     return {"mean": float(mean), "low": float(mean - reach), "high": float(mean + reach)}
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], draws: int = 2000) -> dict[str, float]:
+def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, draws: int = 2000) -> dict[str, float]:
     """sum(numerators) / sum(denominators) of independent texts, and its 95% interval by resampling the texts."""
     above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     drawn = np.random.default_rng(0).integers(len(above), size=(draws, len(above)))
@@ -41,7 +42,7 @@ def mat(requests: Sequence[DecodeStats]) -> float:
 
 
 def by_seed(traces: Sequence[Trace], config: DecodeConfig, seeds: int,
-            measure: Callable[[Sequence[Trace], Sequence[DecodeStats]], T], **arguments) -> list[T]:  # fmt: skip
+            measure: Callable[[Sequence[Trace], Sequence[DecodeStats]], T], **arguments: Any) -> list[T]:  # fmt: skip
     """`measure` of all texts replayed with each of as many seeds; arguments are `replay`'s."""
     values = []
     for seed in range(seeds):

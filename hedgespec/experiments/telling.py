@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,20 +49,20 @@ def called(way: str) -> str:
     return LEARNERS[learner] + (", warm start" if warm else "")
 
 
-def look(way: str) -> dict[str, str]:
+def look(way: str) -> dict[str, Any]:
     """Its colour and line, the same in every figure."""
     learner, _, warm = way.partition(" ")
     return {"color": f"C{list(LEARNERS).index(learner)}", "linestyle": "--" if warm else "-"}
 
 
-def band(axes: Axes, places: Sequence[float], intervals: Sequence[dict[str, float]], **look) -> None:
+def band(axes: Axes, places: ArrayLike, intervals: Sequence[dict[str, float]], **look: Any) -> None:
     """A line through means within a band from low to high."""
     mean, low, high = (np.array([interval[name] for interval in intervals]) for name in ("mean", "low", "high"))
     [line] = axes.plot(places, mean, **look)
     axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def bars(axes: Axes, places: Sequence[float], intervals: Sequence[dict[str, float]], **look) -> None:
+def bars(axes: Axes, places: ArrayLike, intervals: Sequence[dict[str, float]], **look: Any) -> None:
     """Bars with whiskers from low to high."""
     mean, low, high = (np.array([interval[name] for interval in intervals]) for name in ("mean", "low", "high"))
     axes.bar(places, mean, yerr=[mean - low, high - mean], error_kw={"elinewidth": 1, "capsize": 2}, **look)

@@ -8,9 +8,10 @@ proposals a trace holds probabilities, and a replay draws who is accepted: the s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
 from hedgespec.zoo import replay as texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ARRAYS = ("tokens", "prompt_prob", "prob", "ratio", "drafted")
 
@@ -75,7 +79,7 @@ class Trace:
     def save(self, path: Path) -> None:
         """One .npz file, written whole or not at all."""
         head = {name: value for name, value in vars(self).items() if name not in _ARRAYS}
-        arrays = {name: _small(getattr(self, name)) for name in _ARRAYS}
+        arrays: dict[str, Any] = {name: _small(getattr(self, name)) for name in _ARRAYS}
         path.parent.mkdir(parents=True, exist_ok=True)
         with (scratch := path.with_suffix(".part")).open("wb") as file:
             np.savez_compressed(file, head=np.array(json.dumps(head)), **arrays)
@@ -85,8 +89,9 @@ class Trace:
     def load(path: Path) -> Trace:
         with np.load(path) as file:
             head = json.loads(str(file["head"]))
-            arrays = {name: file[name].astype(np.int64 if name == "tokens" else np.float64) for name in _ARRAYS}
-        return Trace(**{name: tuple(value) if isinstance(value, list) else value for name, value in head.items()}, **arrays)
+            arrays: dict[str, Any] = {name: file[name].astype(np.int64 if name == "tokens" else np.float64) for name in _ARRAYS}
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in head.items()}
+        return Trace(**fields, **arrays)
 
 
 def _small(values: np.ndarray) -> np.ndarray:
@@ -99,8 +104,8 @@ def _small(values: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def record(target, drafters: Sequence[Drafter], prompt_ids: torch.Tensor, *, domain: str, number: int, seed: int, mode: str,
-           temperature: float, max_new_tokens: int, depth: int, warm_start: int = 64,
+def record(target: PreTrainedModel, drafters: Sequence[Drafter], prompt_ids: torch.Tensor, *, domain: str, number: int,
+           seed: int, mode: str, temperature: float, max_new_tokens: int, depth: int, warm_start: int = 64,
            writer: Drafter | None = None) -> Trace:  # fmt: skip
     """Decodes one text and records what each drafter would have made of it.
 
@@ -149,7 +154,8 @@ def record(target, drafters: Sequence[Drafter], prompt_ids: torch.Tensor, *, dom
                  tuple(bool(one.aux_layers) for one in drafters), tokens.cpu().numpy(), **arrays)  # fmt: skip
 
 
-def _judge(drafter: Drafter, text: texts.Text, tokens: torch.Tensor, first: int, count: int, depth: int, scores):
+def _judge(drafter: Drafter, text: texts.Text, tokens: torch.Tensor, first: int, count: int, depth: int,
+           scores: Callable[..., torch.Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """prompt_prob [M], prob [T], ratio [T] and drafted [T, D] of one drafter."""
     features = text.features.get(drafter.aux_layers)
     start = first + count  # of the first position
@@ -172,7 +178,7 @@ def _judge(drafter: Drafter, text: texts.Text, tokens: torch.Tensor, first: int,
             continue
         new = slice(session.verified, start + int(position))
         session.prefill(tokens[new], None if features is None else features[new], 1)
-        for d in range(1, min(depth, positions - position)):
+        for d in range(1, min(depth, positions - int(position))):
             here = int(position) + d
             logits = session.step(tokens[start + here - 1 : start + here])
             drafted[position, d] = float(scores(drafter, logits[None], slice(here, here + 1))[1, 0])
@@ -241,8 +247,8 @@ def replay(
             for drafter in np.flatnonzero(asked & (since < begin)).tolist():
                 missed = slice(since[drafter], begin)
                 selector.catch_up(drafter, trace.prob[drafter, missed], trace.ratio[drafter, missed])
-            new = (np.where(asked[:, None], of[:, begin:end], np.nan) for of in (trace.prob, trace.ratio))
-            selector.observe(*new, seconds)
+            prob, ratio = (np.where(asked[:, None], of[:, begin:end], np.nan) for of in (trace.prob, trace.ratio))
+            selector.observe(prob, ratio, seconds)
         drafted = choice.draft_length
         tested = min(drafted, emitted - finished)  # as the decoder knows it
         selector.end_round(choice.drafter if drafted else None, weights, emitted, drafted, tested)

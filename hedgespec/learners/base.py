@@ -85,7 +85,7 @@ class Learner(ABC):
         if self.feedback == "bandit":
             chosen, chosen_weight = self._read_choice(chosen, chosen_weight)
         if self.feedback != "none":
-            seen = losses if self.feedback == "full" else losses[chosen : chosen + 1]
+            seen = losses if chosen is None or self.feedback == "full" else losses[chosen : chosen + 1]
             # argmin stops at a NaN, which then compares false; on so few numbers it costs a fifth of min.
             if not (seen.item(seen.argmin()) >= 0 and seen.item(seen.argmax()) <= 1):
                 known = seen[~np.isnan(seen)] if self.feedback == "full" else seen
@@ -154,7 +154,7 @@ class Learner(ABC):
                 raise ValueError(f"state: expected {field} {expected!r}, got {state[field]!r}")
         if missing := {*identity, "prior", *self.STATE} - state.keys():
             raise ValueError(f"state: {sorted(missing)} missing, got {sorted(state)}")
-        loaded = {"prior": self._read_prior(_numbers(state, "prior"))}
+        loaded: dict[str, NDArray[np.float64] | int] = {"prior": self._read_prior(_numbers(state, "prior"))}
         for field in self.STATE:
             shape, value = np.shape(getattr(self, field)), _numbers(state, field)
             if value.shape != shape or not np.isfinite(value).all():

@@ -35,7 +35,7 @@ class FixedLearner(Learner):
         self.drafter = None if drafter is None else integer("drafter", drafter, 0, num_drafters - 1)
         super().__init__(num_drafters, prior)
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         pass
 
     def _weigh(self) -> NDArray[np.float64]:
@@ -59,7 +59,7 @@ class Uniform(Learner):
     feedback = "none"
     needs_positive_prior = False
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         pass
 
     def _weigh(self) -> NDArray[np.float64]:

@@ -36,6 +36,8 @@ class Hedge(Learner):
     name = "hedge"
     feedback = "full"
     OPTIONS = ("eta",)
+    cumulative_losses: NDArray[np.float64]
+    rounds: int
     STATE = ("cumulative_losses", "rounds")
 
     def __init__(self, num_drafters: int, prior: ArrayLike | None = None, *, eta: float | None = None) -> None:
@@ -44,11 +46,11 @@ class Hedge(Learner):
             raise ValueError(f"eta: expected a positive finite number or None, got {eta}")
         super().__init__(num_drafters, prior)
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         self.cumulative_losses += losses
         self.rounds += 1
 
-    def _regret(self, drafter, regret) -> None:
+    def _regret(self, drafter: int, regret: float) -> None:
         self.cumulative_losses[drafter] -= regret
 
     def _weigh(self) -> NDArray[np.float64]:

@@ -30,12 +30,13 @@ class NormalHedge(Learner):
     name = "normal_hedge"
     feedback = "full"
     negligible = 0.0
+    regrets: NDArray[np.float64]
     STATE = ("regrets",)
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         self.regrets += self._weights.dot(losses) - losses
 
-    def _regret(self, drafter, regret) -> None:
+    def _regret(self, drafter: int, regret: float) -> None:
         self.regrets[drafter] += regret
 
     def _weigh(self) -> NDArray[np.float64]:
