@@ -46,6 +46,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hedgespec.experiments.recordings import first_layers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -54,7 +55,6 @@ from transformers.utils import logging as transformers_logging
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder, eos_of
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.experiments.recordings import first_layers
 from hedgespec.learners import make
 from hedgespec.metrics import STAGES
 from hedgespec.zoo import GENERALIST, NAMES, Prompt, Zoo, load_prompts, load_zoo

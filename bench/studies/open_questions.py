@@ -1,4 +1,9 @@
-"""Two questions that the paper leaves open: whether a prompt can tell the first drafter, and why AdaNormalHedge does worse."""
+"""Two of the paper's open questions: can the first drafter be chosen better than blindly, and why does AdaNormalHedge do worse?
+
+Hypothesis on the first: acceptance on the prompt's own tokens identifies the expert. On the second, AdaNormalHedge's bound is
+the better one, but (a) its C = sum of |r| grows where losses are nearly tied, or slows a drafter whose losses vary, (b) it
+leaves weight on drafters that are behind, (c) its unit steps are too coarse for losses that hardly differ.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +12,40 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from table import interval, markdown
 
 from hedgespec import learners
 from hedgespec.config import DecodeConfig
-from hedgespec.experiments import Experiment
-from hedgespec.experiments.hindsight import best_of, fixed_mats, length_losses, long_enough, tokens_behind
-from hedgespec.experiments.laboratory import Laboratory
-from hedgespec.experiments.measures import signature
-from hedgespec.experiments.shift import BEGINNING, within
-from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, told
-from hedgespec.experiments.telling import band, figure, titled
-from hedgespec.experiments.traces import Trace, alone, replay
+from hedgespec.experiments.measures import (
+    best_of,
+    losses,
+    mean_interval,
+    ratio_interval,
+    tokens_behind,
+    tokens_per_round,
+    tokens_per_round_alone,
+    tokens_within,
+)
+from hedgespec.experiments.recording import Trace
+from hedgespec.experiments.replay import alone, replay
 from hedgespec.learners import AdaNormalHedge, Learner, NormalHedge
+from studies import Study
+from studies.lab import Lab, signature
+from studies.plots import band, bounds, figure
+from studies.shift import BEGINNING
 
 REPLAYED = ("NormalHedge", "Hedge", "AdaNormalHedge", "losses x 4", "losses x 16", "losses x 16, one C")
 SETS = ("greedy", "reworded")
 DRAFT_LENGTH = 5
 WARM_STARTS = (0, 8, 16, 32, 64)
 SCALES = (2, 4, 8, 16)
-"""What AdaNormalHedge's losses are multiplied by."""
+"""Factors of AdaNormalHedge's losses."""
 MOMENTS = (8, 16, 32, 64)
-"""Losses after which weights are told."""
+"""Numbers of losses after which weights are compared."""
 
 
 class ScaledAdaNormalHedge(AdaNormalHedge):
-    """AdaNormalHedge whose losses are multiplied: against regret in larger numbers its own unit, 1, is smaller."""
+    """AdaNormalHedge on losses times `scale`, which makes its own unit, 1, smaller in comparison."""
 
     def __init__(self, num_drafters: int, prior=None, *, scale: float = 1.0):
         self.scale = scale
@@ -51,7 +65,7 @@ class SecondOrderAdaNormalHedge(AdaNormalHedge):
 
 
 class SharedScaleAdaNormalHedge(ScaledAdaNormalHedge):
-    """AdaNormalHedge with one C for all, the least: a drafter whose losses vary is not slowed for it."""
+    """AdaNormalHedge with the smallest C for all drafters, so that a drafter whose losses vary is not slowed."""
 
     def _weigh(self):
         own = self.absolute_regrets
@@ -62,7 +76,7 @@ class SharedScaleAdaNormalHedge(ScaledAdaNormalHedge):
 
 
 class AheadAdaNormalHedge(AdaNormalHedge):
-    """AdaNormalHedge that gives nothing to a drafter whose regret is not positive, as NormalHedge does."""
+    """AdaNormalHedge with weight 0 for drafters without positive regret, as in NormalHedge."""
 
     def _weigh(self):
         weights = super()._weigh()
@@ -80,21 +94,24 @@ LEARNERS: dict[str, Callable[[int], Learner]] = {
     **{f"losses x {scale}": lambda count, scale=scale: ScaledAdaNormalHedge(count, scale=scale) for scale in SCALES},
     f"losses x {SCALES[-1]}, one C": lambda count: SharedScaleAdaNormalHedge(count, scale=SCALES[-1]),
 }
-"""By what they are called; from the fourth on AdaNormalHedge with one thing changed, a hypothesis each."""
+"""Constructors by name. From the fourth on, each is AdaNormalHedge with one change, which tests a hypothesis."""
 
 
 def beginning_of(trace: Trace, positions: int) -> Trace:
-    """The first positions of a text, of a request that goes on."""
+    """Returns the first positions of a text whose request goes on."""
     cut = {name: getattr(trace, name)[:, :positions] for name in ("prob", "ratio", "drafted")}
     return replace(trace, **cut, tokens=trace.tokens[: trace.prompt_length + 1 + cut["prob"].shape[1]])
 
 
 def warm_starts(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) -> dict[str, Any]:
-    """By M and domain: weight at the first round on the drafters that are best in hindsight, the share of requests whose first
-    pick is one of them, and MAT over the first `BEGINNING` tokens, over that of the best fixed drafter there; and every
-    drafter's weight at the first round, mean of each domain's texts at the default M, [domains, N]."""
+    """Returns, by M and domain, the first round's weight on the drafters that are best in hindsight, the share of requests
+    whose first drafter is one of them, and tokens per round over the first `BEGINNING` tokens relative to the best fixed
+    drafter's there; and by domain every drafter's mean weight at the first round with the default M."""
     domains = list(dict.fromkeys(trace.domain for trace in traces))
-    known = [(best_of(fixed), int(fixed.argmax())) for fixed in (fixed_mats(trace, DRAFT_LENGTH, seeds) for trace in traces)]
+    known = [
+        (best_of(fixed), int(fixed.argmax()))
+        for fixed in (tokens_per_round_alone(trace, DRAFT_LENGTH, seeds) for trace in traces)
+    ]
     rows, first_weights = {}, {}
     for most in WARM_STARTS:
         config = DecodeConfig(draft_length=DRAFT_LENGTH, warm_start=most)
@@ -103,7 +120,7 @@ def warm_starts(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) 
             short = beginning_of(trace, BEGINNING + DRAFT_LENGTH + 1)  # no round that begins early enough sees the cut
             every = [replay(short, config, seed=1000 * seed + trace.number) for seed in range(seeds)]
             start = slice(0, BEGINNING)
-            tokens, rounds = np.sum([within(stats, start) for stats in every], axis=0)
+            tokens, rounds = np.sum([tokens_within(stats, start) for stats in every], axis=0)
             emitted = alone(short, leader, DRAFT_LENGTH)
             began = np.cumsum([0, *emitted[:-1]]) < BEGINNING
             values.append((
@@ -125,7 +142,7 @@ def warm_starts(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) 
 
 
 def weights_along(learner: Learner, losses: np.ndarray) -> np.ndarray:
-    """The weights before each loss, [F, N], of a learner that hears them all without delay."""
+    """Returns the weights before each loss, [F, N], of a learner that gets all losses [F, N] without delay."""
     weights = []
     for loss in losses:
         weights.append(learner.weights())
@@ -134,17 +151,17 @@ def weights_along(learner: Learner, losses: np.ndarray) -> np.ndarray:
 
 
 def compared(traces: Sequence[Trace]) -> dict[str, Any]:
-    """Every learner of `LEARNERS` on the same losses from nothing: tokens a round behind the best; after some of the losses the
-    weight on it, that on drafters with no positive regret, and the entropy; and how far losses lie from their mean."""
+    """Returns, for every learner of `LEARNERS` on the same losses, tokens behind the best drafter; after some of the losses the
+    weight on it, the weight on drafters without positive regret, and the entropy; and how far losses lie from their mean."""
     found: dict[str, Any] = {}
-    every = [length_losses(trace, DRAFT_LENGTH) for trace in traces]
+    every = [losses(trace, DRAFT_LENGTH)[: trace.prob.shape[1] - DRAFT_LENGTH + 1] for trace in traces]
     for name, make in LEARNERS.items():
         behind, on_best, entropy, on_losers = [], [], [], []
-        for losses in every:
-            weights = weights_along(make(losses.shape[1]), losses)
-            behind.append(tokens_behind(weights, losses, DRAFT_LENGTH))
-            best = int(losses.sum(0).argmin())
-            regrets = np.cumsum((weights * losses).sum(1, keepdims=True) - losses, axis=0)
+        for known in every:
+            weights = weights_along(make(known.shape[1]), known)
+            behind.append(tokens_behind(weights, known, DRAFT_LENGTH))
+            best = int(known.sum(0).argmin())
+            regrets = np.cumsum((weights * known).sum(1, keepdims=True) - known, axis=0)
             moments = [min(moment, len(weights) - 1) for moment in MOMENTS]
             on_best.append(weights[moments, best])
             entropy.append([-sum(w * np.log(w) for w in weights[moment] if w > 0) for moment in moments])
@@ -155,14 +172,14 @@ def compared(traces: Sequence[Trace]) -> dict[str, Any]:
     reference = found["NormalHedge"]["behind_by_text"]
     for of in found.values():
         of["less_normal_hedge"] = mean_interval(np.subtract(of.pop("behind_by_text"), reference))
-    spread = [np.abs(losses - losses.mean(1, keepdims=True)).mean() for losses in every]
+    spread = [np.abs(known - known.mean(1, keepdims=True)).mean() for known in every]
     return {"texts": len(traces), "learners": found, "loss_spread": float(np.mean(spread))}
 
 
 def replayed(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) -> dict[str, Any]:
-    """MAT of some of the learners over the best fixed drafter's, decoded from nothing, with delay; and how much more that is
-    than NormalHedge's."""
-    best = [fixed_mats(trace, DRAFT_LENGTH, seeds).max() for trace in traces]
+    """Returns the tokens per round of some learners over the best fixed drafter's, replayed with delay and without a warm
+    start, and how much more that is than NormalHedge's."""
+    best = [tokens_per_round_alone(trace, DRAFT_LENGTH, seeds).max() for trace in traces]
     config = DecodeConfig(draft_length=DRAFT_LENGTH, warm_start=0)
     found: dict[str, list[float]] = {}
     for name in REPLAYED:
@@ -170,22 +187,22 @@ def replayed(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) -> 
         for trace, of in track(list(zip(traces, best)), f"{name}, replayed"):
             runs = [replay(trace, config, seed=1000 * seed + trace.number, learner=LEARNERS[name](len(trace.drafters)))
                     for seed in range(seeds)]  # fmt: skip
-            shares.append(mat(runs) / of)
+            shares.append(tokens_per_round(runs) / of)
     reference = found["NormalHedge"]
     return {name: {"of_best": mean_interval(shares), "less_normal_hedge": mean_interval(np.subtract(shares, reference))}
             for name, shares in found.items()}  # fmt: skip
 
 
-def measure(lab: Laboratory) -> dict[str, Any]:
+def measure(lab: Lab) -> dict[str, Any]:
     result: dict[str, Any] = {"draft_length": DRAFT_LENGTH, "warm": {}}
     for name in SETS:
-        traces = long_enough(lab.traces(name), DRAFT_LENGTH)
+        traces = lab.traces(name, full_drafts=DRAFT_LENGTH)
         key = f"{name}: {signature(traces)}, K {DRAFT_LENGTH}, {lab.seeds} seeds"
         result["warm"][name] = lab.once(
             f"warm {key}, M {WARM_STARTS}, {BEGINNING}",
             lambda traces=traces: warm_starts(traces, lab.seeds, lab.track),
         )
-    traces = long_enough(lab.traces("greedy"), DRAFT_LENGTH)
+    traces = lab.traces("greedy", full_drafts=DRAFT_LENGTH)
     key = f"{signature(traces)}, K {DRAFT_LENGTH}, {list(LEARNERS)}"
     result["learners"] = lab.once(f"compared: {key}, {MOMENTS}", lambda: compared(traces))
     result["replayed"] = lab.once(f"replayed: {key}, {lab.seeds} seeds", lambda: replayed(traces, lab.seeds, lab.track))
@@ -193,89 +210,44 @@ def measure(lab: Laboratory) -> dict[str, Any]:
 
 
 def closed(result: dict[str, Any], name: str) -> float:
-    """Share of AdaNormalHedge's lag behind NormalHedge that one of the changes makes up; NaN where it does not lag."""
+    """Returns the share of AdaNormalHedge's lag behind NormalHedge that a change makes up; NaN if there is no lag."""
     of = result["learners"]["learners"]
     gap = of["AdaNormalHedge"]["less_normal_hedge"]["mean"]
     return (of["AdaNormalHedge"]["behind"]["mean"] - of[name]["behind"]["mean"]) / gap if gap > 0 else float("nan")
 
 
-def tell(result: dict[str, Any]) -> str:
+def tables(result: dict[str, Any]) -> dict[str, str]:
     warm, compared_, replays = result["warm"], result["learners"], result["replayed"]
-    domains = list(next(iter(warm.values()))["first_weights"])
     first = next(iter(warm.values()))
+    domains = list(first["first_weights"])
 
-    def about(of: dict[str, Any]) -> list[str]:
-        return [told(of["behind"], 3), told(of["less_normal_hedge"], 3), *(f"{one['mean']:.2f}" for one in of["on_best"]),
-                f"{of['on_losers'][-1]:.3f}", f"{of['entropy'][-1]:.2f}"]  # fmt: skip
+    def row_of(name: str, of: dict[str, Any]) -> list[str]:
+        replayed_ = [interval(one, 3) for one in replays[name].values()] if name in replays else ["", ""]
+        share = f"{100 * closed(result, name):.0f}" if name in list(compared_["learners"])[3:] else ""
+        return [name, interval(of["behind"], 3), interval(of["less_normal_hedge"], 3), share,
+                *(f"{one['mean']:.2f}" for one in of["on_best"]), f"{of['on_losers'][-1]:.3f}", f"{of['entropy'][-1]:.2f}",
+                *replayed_]  # fmt: skip
 
-    return "\n".join([
-        titled(
-            "Open question 1, a prompt's last M positions are heard before the first round, 0 being the paper's. First pick: "
-            "share of requests whose first drafter is the best in hindsight, or equal to it; weight: on those at the first "
-            f"round; MAT: over the first {BEGINNING} tokens, of the best fixed drafter's there:",
-            ["texts", "M", "first pick", "weight", "MAT of best", *(f"first pick, {domain}" for domain in domains)],
-            ([f"{of['texts']} {name}", most, *(told(row[key]) for key in ("picked", "weight")), told(row["of_best"], 3),
+    return {
+        "warm-start": markdown(
+            ["texts, M", "first pick", "weight", "tokens per round, of best", *(f"first pick, {domain}" for domain in domains)],
+            [[f"{of['texts']} {name}, {most}", interval(row["picked"]), interval(row["weight"]), interval(row["of_best"], 3),
               *(f"{row['domains'][domain][1]:.2f}" if domain in row["domains"] else "" for domain in domains)]
-             for name, of in warm.items() for most, row in of["warm_starts"].items()),
+             for name, of in warm.items() for most, row in of["warm_starts"].items()],
         ),
-        titled(
-            f"Weights at the first round after {DecodeConfig.warm_start} positions, {next(iter(warm))} texts:",
-            ["texts of", *first["drafters"]],
-            ([domain, *(f"{weight:.2f}" for weight in weights)] for domain, weights in first["first_weights"].items()),
+        "first-weights": markdown(["texts of", *first["drafters"]], [
+            [domain, *(f"{weight:.2f}" for weight in weights)] for domain, weights in first["first_weights"].items()
+        ]),
+        "learners": markdown(
+            ["learner", "tokens behind the best", "less NormalHedge's", "lag made up, %",
+             *(f"weight on best, {at}" for at in MOMENTS), "weight on those not ahead", "entropy", "replayed, of best",
+             "less NormalHedge's"],
+            [row_of(name, of) for name, of in compared_["learners"].items()],
         ),
-        titled(
-            f"Open question 3, learners on the same losses of {compared_['texts']} texts, from nothing and without delay; "
-            "below AdaNormalHedge the same with one thing changed:",
-            ["learner", "tokens a round behind the best", "less NormalHedge's", *(f"weight on best, {at}" for at in MOMENTS),
-             "weight on those not ahead", "entropy", "MAT of best, replayed", "less NormalHedge's"],
-            ([name, *about(of), *([told(one, 3) for one in replays[name].values()] if name in replays else ["", ""])]
-             for name, of in compared_["learners"].items()),
+        "spread": markdown(
+            ["", "loss"], [["mean distance of a drafter's loss from the drafters' mean", f"{compared_['loss_spread']:.2f}"]]
         ),
-        _sense(result),
-        "",
-    ])  # fmt: skip
-
-
-def _sense(result: dict[str, Any]) -> str:
-    compared_ = result["learners"]
-    words = []
-    for name, of in result["warm"].items():
-        rows = of["warm_starts"]
-        cold, default = rows["0"], rows[str(DecodeConfig.warm_start)]
-        most = max(rows, key=lambda one: rows[one]["of_best"]["mean"])
-        verdict = "beyond the intervals" if default["of_best"]["low"] > cold["of_best"]["high"] else "the intervals overlap"
-        words.append(
-            f"On {name} texts the first pick is the best in hindsight in {100 * cold['picked']['mean']:.0f}% of requests "
-            f"without and {100 * default['picked']['mean']:.0f}% with {DecodeConfig.warm_start} positions of the prompt, and "
-            f"MAT over the first {BEGINNING} tokens goes from {100 * cold['of_best']['mean']:.1f} to "
-            f"{100 * default['of_best']['mean']:.1f}% of the best drafter's ({verdict}); M = {most} does best."
-        )
-    gap = compared_["learners"]["AdaNormalHedge"]["less_normal_hedge"]
-    if gap["low"] <= 0:
-        words.append(f"AdaNormalHedge is {gap['mean']:+.3f} tokens a round behind NormalHedge, which chance explains.")
-        return " ".join(words)
-    changes = {name: closed(result, name) for name in list(compared_["learners"])[3:]}
-    both, alone_ = list(changes)[-1], list(changes)[:-1]
-    best = max(alone_, key=changes.__getitem__)
-    others = ", ".join(f"`{name}` {100 * changes[name]:.0f}%" for name in alone_ if name != best)
-    words.append(
-        f"AdaNormalHedge is {told(gap, 3)} tokens a round behind NormalHedge where both hear the same losses at once. Of "
-        f"single changes `{best}` makes up {100 * changes[best]:.0f}% of that ({others}); `{both}` makes up "
-        f"{100 * changes[both]:.0f}%."
-    )
-    replayed_ = result["replayed"]["AdaNormalHedge"]["less_normal_hedge"]
-    chance = "which chance explains" if replayed_["low"] <= 0 <= replayed_["high"] else "which chance does not explain"
-    words.append(
-        f"Decoding, where losses come late, MAT differs by {100 * replayed_['mean']:+.2f}% of the best drafter's, {chance}."
-    )
-    if changes[both] > max(0.8, 1.2 * changes[best]):
-        words.append(
-            "So it takes two things. The potential compares R + 1 with R - 1, as if losses filled [0, 1], while drafters lie "
-            f"{compared_['loss_spread']:.2f} from their mean: until regret has grown past 1 the weights stay near the prior. "
-            "And the drafter that is ahead has the largest |r| and so the largest C, which holds back just the one to "
-            "follow. NormalHedge has neither a unit nor a scale for each: its c is shared and grows with the regrets."
-        )
-    return " ".join(words)
+    }  # fmt: skip
 
 
 def draw(result: dict[str, Any]):
@@ -287,9 +259,9 @@ def draw(result: dict[str, Any]):
         band(pick, marks, [row["weight"] for row in rows], label=f"{name}, weight", color=f"C{number}", linestyle="--")
         band(begin, marks, [row["of_best"] for row in rows], label=name)
     pick.set(
-        title="the first round's drafter is the best in hindsight", xlabel="M, positions of the prompt heard", ylabel="share"
+        title="the first round's drafter is the best in hindsight", xlabel="M, prompt positions learned from", ylabel="share"
     )
-    begin.set(title=f"MAT over the first {BEGINNING} tokens", xlabel="M, positions of the prompt heard",
+    begin.set(title=f"tokens per round, first {BEGINNING} tokens", xlabel="M, prompt positions learned from",
               ylabel="of the best fixed drafter's")  # fmt: skip
     for axes in (pick, begin):
         axes.set_xticks(marks, WARM_STARTS)
@@ -303,22 +275,22 @@ def draw(result: dict[str, Any]):
     for name, of in result["learners"]["learners"].items():
         style = "-" if name in ("NormalHedge", "Hedge", "AdaNormalHedge") else ":"
         along.plot(MOMENTS, [one["mean"] for one in of["on_best"]], style, marker=".", label=name)
-    along.set(title="weight on the drafter that is best in the end", xlabel="losses heard", ylim=(0, 1))
+    along.set(title="weight on the drafter that is best in the end", xlabel="losses", ylim=(0, 1))
     for axes, values, title, unit in (
         (
             mass,
             {name: of["behind"] for name, of in result["learners"]["learners"].items()},
             "behind the best drafter",
-            "tokens a round",
+            "tokens per round",
         ),
         (
             replays,
             {name: of["of_best"] for name, of in result["replayed"].items()},
-            "MAT, replayed from nothing",
+            "tokens per round, replayed",
             "of the best fixed drafter's",
         ),
     ):
-        mean, low, high = (np.array([one[key] for one in values.values()]) for key in ("mean", "low", "high"))
+        mean, low, high = bounds(list(values.values()))
         axes.errorbar(mean, range(len(values)), xerr=[mean - low, high - mean], fmt="o", capsize=2)
         axes.set_yticks(range(len(values)), values)
         axes.set(title=title, xlabel=unit)
@@ -327,14 +299,4 @@ def draw(result: dict[str, Any]):
     return made
 
 
-EXPERIMENT = Experiment(
-    name="open-questions",
-    title="Two of the paper's open questions",
-    question="The paper asks whether the first drafter could be chosen better than blindly, and why AdaNormalHedge, whose "
-    "bound is the better one, does worse. Our hypothesis on the first: acceptance on the prompt's own tokens tells the expert. "
-    "On the second: (a) its C = sum of |r| grows where losses are nearly tied, or holds back a drafter whose losses vary, (b) "
-    "it leaves weight on drafters that are behind, (c) its unit steps are too coarse for losses that hardly differ.",
-    measure=measure,
-    tell=tell,
-    draw=draw,
-)
+STUDY = Study("open-questions", "Two of the paper's open questions", measure, tables, draw)

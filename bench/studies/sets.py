@@ -1,16 +1,17 @@
-"""Which texts are recorded with which pools, and how: each set once, a file a text, so that an interrupted run goes on."""
+"""The recorded sets of texts: which prompts are decoded with which pool, and how. Each text is one file, recorded once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from hedgespec.drafters import Drafter
+from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.experiments.traces import Trace, record
+from hedgespec.experiments.recording import Trace, record
 from hedgespec.zoo import GENERALIST, NAMES, Prompt, Zoo, head_path, load_prompts
 from hedgespec.zoo.storage import load_head
 
@@ -20,59 +21,57 @@ FRAMES = (
     "As promised in my last letter, what you asked me for:\n\n{}",
     "Notes from this morning, to be continued tomorrow.\n\n{}",
 )
-"""Words around a prompt that say nothing of its domain."""
+"""Text put around the prompts of a reworded set. It is unrelated to their domains."""
 NOISE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4)
-"""Of the wide pool's heads: standard deviation of what is added to each weight, over that of the matrix's weights."""
+"""Standard deviations of the noise on the wide pool's heads, relative to that of each weight matrix."""
 EXIT_LAYERS = (2, 26)
-"""Layers of the target that the mixed pool's small language models have."""
+"""Number of layers of the target in each small language model of the mixed pool."""
 
 
 @dataclass(frozen=True)
-class Recording:
+class TraceSet:
     """One set of traces."""
 
     pool: str
     """A name in `POOLS`."""
     texts: int
-    """Of the zoo's mixed stream the first so many prompts."""
+    """Number of prompts, the first ones of the zoo's mixed stream."""
     max_new_tokens: int
     mode: str = "sampled"
     temperature: float = 0.0
     depth: int = 5
     """Longest draft that can be replayed."""
     reworded: bool = False
-    """Whether `FRAMES` stand around the prompts."""
+    """Whether the prompts are framed by `FRAMES`."""
 
 
-RECORDINGS = {
-    "greedy": Recording("zoo", 48, 128, depth=8),
-    "coupled": Recording("zoo", 18, 96, mode="coupled", temperature=1.0),
-    "sampled": Recording("zoo", 18, 96, temperature=1.0),
-    "reworded": Recording("zoo", 18, 96, reworded=True),
-    "mixed": Recording("mixed", 18, 96),
-    "wide": Recording("wide", 18, 96),
+SETS = {
+    "greedy": TraceSet("zoo", 48, 128, depth=8),
+    "coupled": TraceSet("zoo", 18, 96, mode="coupled", temperature=1.0),
+    "sampled": TraceSet("zoo", 18, 96, temperature=1.0),
+    "reworded": TraceSet("zoo", 18, 96, reworded=True),
+    "mixed": TraceSet("mixed", 18, 96),
+    "wide": TraceSet("wide", 18, 96),
 }
 
 
 def zoo_pool(zoo: Zoo) -> list[Drafter]:
-    """The zoo's seven heads."""
+    """Returns the zoo's heads."""
     return list(zoo.drafters)
 
 
 def mixed_pool(zoo: Zoo) -> list[Drafter]:
-    """The heads, small language models and prompt lookup.
+    """Returns the heads, two small language models and prompt lookup.
 
-    No trained small model with the target's tokenizer is at hand: the target's own first layers stand in, a few, which are
-    cheap and seldom right, and nearly all, which are mostly right and nearly as slow as the target.
+    No trained small model with the target's tokenizer is available. The target's own first layers are used instead: 2 layers
+    are cheap and seldom right, 26 layers are mostly right and nearly as slow as the target.
     """
-    from hedgespec.drafters.causal_lm import CausalLMDrafter
-
     small = [CausalLMDrafter(first_layers(zoo.target, count), zoo.target, f"first {count} layers") for count in EXIT_LAYERS]
     return [*zoo.drafters, *small, NGramDrafter(zoo.target.config.vocab_size)]
 
 
 def wide_pool(zoo: Zoo) -> list[Drafter]:
-    """64 drafters: the heads, each of them with noise of eight strengths on its weights, and prompt lookup."""
+    """Returns 64 drafters: the heads, each head with eight strengths of noise on its weights, and prompt lookup."""
     noisy = [with_noise(name, strength, zoo.target) for strength in NOISE for name in NAMES]
     return [*zoo.drafters, *noisy, NGramDrafter(zoo.target.config.vocab_size)]
 
@@ -81,7 +80,7 @@ POOLS: dict[str, Callable[[Zoo], list[Drafter]]] = {"zoo": zoo_pool, "mixed": mi
 
 
 def first_layers(target, depth: int):
-    """The target's first layers under its own norm and head, as a model that shares its weights."""
+    """Returns a model of the target's first layers with its final norm and output matrix. It shares the target's weights."""
     config = target.config.__class__.from_dict(target.config.to_dict() | {"num_hidden_layers": depth})
     with torch.device("meta"):
         small = type(target)(config)
@@ -93,7 +92,7 @@ def first_layers(target, depth: int):
 
 
 def with_noise(name: str, strength: float, target) -> Drafter:
-    """One of the zoo's heads with noise on its weights; its token head stays."""
+    """Returns one of the zoo's heads with Gaussian noise on its weight matrices, the output matrix excepted."""
     head = load_head(head_path(name), target)
     random = torch.Generator().manual_seed(NAMES.index(name) + 1000 * round(100 * strength))
     for path, weight in head.named_parameters():
@@ -104,41 +103,47 @@ def with_noise(name: str, strength: float, target) -> Drafter:
     return head
 
 
-def prompts_of(recording: Recording) -> list[Prompt]:
-    """The prompts of a set, in order."""
-    prompts = load_prompts()[: recording.texts]
-    if not recording.reworded:
+def prompts_of(trace_set: TraceSet) -> list[Prompt]:
+    """Returns the prompts of a set, in order."""
+    prompts = load_prompts()[: trace_set.texts]
+    if not trace_set.reworded:
         return prompts
-    frames = [FRAMES[number // len(NAMES) % len(FRAMES)] for number in range(len(prompts))]
-    return [Prompt(**{**vars(one), "text": frame.format(one.text)}) for one, frame in zip(prompts, frames)]
+    return [replace(prompt, text=frame_of(number).format(prompt.text)) for number, prompt in enumerate(prompts)]
+
+
+def frame_of(number: int) -> str:
+    """Returns the frame of a reworded set's prompt. Consecutive prompts of all domains share one."""
+    return FRAMES[number // len(NAMES) % len(FRAMES)]
 
 
 def load_traces(folder: Path, name: str) -> list[Trace]:
-    """The recorded traces of a set, in order; fewer than it has where it is not complete."""
-    paths = [folder / name / f"{number:03d}.npz" for number in range(RECORDINGS[name].texts)]
-    return [Trace.load(path) for path in paths if path.exists()]
+    """Returns the recorded traces of a set, in order. There are fewer than the set has if recording is not finished."""
+    return [Trace.load(path) for path in _paths(folder, name) if path.exists()]
 
 
 def record_set(name: str, folder: Path, zoo: Zoo, *, track: Callable[[Sequence], Sequence] = list) -> None:
-    """Records what is missing of a set.
+    """Records the missing traces of a set.
 
     Args:
-        name: one of `RECORDINGS`.
-        folder: of all sets; this one's files are under its name.
-        zoo: loaded whole.
-        track: wraps what is iterated over, for a progress bar.
+        name: a name in `SETS`.
+        folder: folder of all sets. The files of this one go under its name.
+        zoo: the target and all heads.
+        track: wraps the sequence that is iterated over, for a progress bar.
     """
-    recording = RECORDINGS[name]
-    paths = [folder / name / f"{number:03d}.npz" for number in range(recording.texts)]
+    trace_set, paths = SETS[name], _paths(folder, name)
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     if not missing:
         return
-    drafters, prompts = POOLS[recording.pool](zoo), prompts_of(recording)
+    drafters, prompts = POOLS[trace_set.pool](zoo), prompts_of(trace_set)
     writer = next(drafter for drafter in zoo.drafters if drafter.name == GENERALIST)
     for number in track(missing):
         ids = zoo.tokenizer(prompts[number].text, return_tensors="pt").input_ids[0].to(zoo.target.device)
         trace = record(
-            zoo.target, drafters, ids, domain=prompts[number].domain, number=number, seed=number, mode=recording.mode,
-            temperature=recording.temperature, max_new_tokens=recording.max_new_tokens, depth=recording.depth, writer=writer,
+            zoo.target, drafters, ids, domain=prompts[number].domain, number=number, seed=number, mode=trace_set.mode,
+            temperature=trace_set.temperature, max_new_tokens=trace_set.max_new_tokens, depth=trace_set.depth, writer=writer,
         )  # fmt: skip
         trace.save(paths[number])
+
+
+def _paths(folder: Path, name: str) -> list[Path]:
+    return [folder / name / f"{number:03d}.npz" for number in range(SETS[name].texts)]

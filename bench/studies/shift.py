@@ -1,4 +1,9 @@
-"""The domain changes: inside a request, from request to request, and in the words around a prompt, which misleads a router."""
+"""Changes of the domain: inside a request, from request to request, and in the words around a prompt, which mislead a router.
+
+The paper's learner starts from nothing in every request, and an offline router is what it replaces. How fast is a new domain's
+expert found in the middle of a request and from one request to the next, with and without what was learned before? And how does
+a router fare when a prompt is put in other words?
+"""
 
 from __future__ import annotations
 
@@ -7,33 +12,41 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from table import interval, markdown
 
 from hedgespec.config import DecodeConfig
-from hedgespec.experiments import Experiment
-from hedgespec.experiments.hindsight import best_of, fixed_mats, long_enough, weights_by_position
-from hedgespec.experiments.laboratory import Laboratory
-from hedgespec.experiments.measures import signature
-from hedgespec.experiments.recordings import FRAMES, RECORDINGS, prompts_of
-from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, told
-from hedgespec.experiments.telling import bars, figure, titled
-from hedgespec.experiments.traces import Trace, replay
-from hedgespec.learners import NormalHedge
+from hedgespec.experiments.measures import (
+    best_of,
+    mean_interval,
+    ratio_interval,
+    tokens_per_round,
+    tokens_per_round_alone,
+    tokens_within,
+    weights_by_position,
+)
+from hedgespec.experiments.recording import Trace
+from hedgespec.experiments.replay import replay
 from hedgespec.metrics import DecodeStats
-from hedgespec.zoo import EXPERTS, NAMES, Prompt, load_prompts
+from hedgespec.zoo import EXPERTS, Prompt, load_prompts
+from studies import Study
+from studies.lab import Lab, signature
+from studies.plots import bars, figure
+from studies.sets import FRAMES, SETS, frame_of, prompts_of
+from studies.variants import ForgetfulNormalHedge
 
 DRAFT_LENGTH = 5
 SEGMENTS = 3
 """Texts that are joined into one request."""
 LEARNERS = ("normal_hedge", "hedge", "ada_normal_hedge", "exp3", "uniform")
 KEEP = 0.9
-"""What a forgetful learner keeps of its regrets at each position, so that it looks back over some 1 / (1 - KEEP) of them."""
+"""Factor of a forgetful learner's regrets at each position."""
 FORGETFUL = "forgetful"
 CARRIED = 0.1
-"""Share of a carried state's regrets that the last policy keeps."""
+"""Factor of a carried state's regrets in the policy that keeps a tenth."""
 BEGINNING = 32
-"""Tokens over which a request's or a segment's beginning is told."""
+"""Tokens that count as the beginning of a request or a segment."""
 HELD_OUT = 48
-"""Prompts of the mixed stream that a router is not trained on: the first, of which texts are recorded."""
+"""Prompts of the mixed stream that the router is not trained on: the first ones, of which texts are recorded."""
 DECOYS = {
     "python": "def answer(self, value):\n    import math, sys\n    return self.table[value]",
     "sql": "SELECT id, name FROM users WHERE total > 10 ORDER BY name;",
@@ -42,21 +55,13 @@ DECOYS = {
     "legal": "The parties hereby agree that this Agreement shall be governed by the laws of the State.",
     "french": "Il était une fois, dans un pays lointain, un homme qui ne savait pas lire.",
 }
-"""A line of each domain, to stand before a prompt of another one."""
-
-
-class ForgetfulNormalHedge(NormalHedge):
-    """NormalHedge on discounted regrets: what it heard long ago counts less. No part of the library; a bound is not claimed."""
-
-    def _learn(self, losses, chosen, chosen_weight) -> None:
-        self.regrets *= KEEP
-        super()._learn(losses, chosen, chosen_weight)
+"""A line of each domain, put before a prompt of another one."""
 
 
 def joined(traces: Sequence[Trace]) -> Trace:
-    """Several texts as one request, each a segment of it: drafts end where a text does, and so does what is known of them.
+    """Returns several texts as one request, each text a segment. Drafts end where a text does.
 
-    The words at a seam are those of the recordings: what follows was written after its own prompt, not after what now precedes.
+    The tokens are those of the recordings: a segment was written after its own prompt, not after the segment that precedes it.
     """
     arrays = {name: np.concatenate([getattr(one, name) for one in traces], axis=1) for name in ("prob", "ratio", "drafted")}
     texts = [one.tokens[one.prompt_length + 1 :] for one in traces[1:]]
@@ -65,30 +70,23 @@ def joined(traces: Sequence[Trace]) -> Trace:
                    domain=" + ".join(one.domain for one in traces))  # fmt: skip
 
 
-def within(stats: DecodeStats, positions: slice) -> tuple[int, int]:
-    """Tokens and number of the rounds that begin at some positions of a text."""
-    began = np.cumsum([0, *stats.emitted_by_round[:-1]])
-    inside = (began >= positions.start) & (began < positions.stop)
-    return int(np.asarray(stats.emitted_by_round)[inside].sum()), int(inside.sum())
-
-
 def tokens_until(stats: DecodeStats, drafters: np.ndarray, positions: slice) -> int:
-    """Positions of a segment until one of some drafters is picked; the segment's length if none is."""
+    """Returns the positions of a segment until one of some drafters is selected; the segment's length if none is."""
     began = np.cumsum([0, *stats.emitted_by_round[:-1]])
     found = [at for at, choice in zip(began, stats.choices) if positions.start <= at < positions.stop and choice in drafters]
     return int(found[0] if found else positions.stop) - positions.start
 
 
 def chains(traces: Sequence[Trace]) -> list[list[Trace]]:
-    """Runs of `SEGMENTS` texts of different domains in the order of the set, one beginning at every second text."""
+    """Returns runs of `SEGMENTS` texts of different domains in the order of the set. A run starts at every second text."""
     runs = [list(traces[first : first + SEGMENTS]) for first in range(0, len(traces) - SEGMENTS + 1, 2)]
     return [run for run in runs if len({one.domain for one in run}) == SEGMENTS]
 
 
 def inside_a_request(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], seeds: int,
                      track: Callable[..., Any]) -> dict[str, Any]:  # fmt: skip
-    """By learner and segment: MAT over the segment's best fixed drafter, tokens until that one is picked, and its weight along
-    the segment, at most `BEGINNING` * 2 tokens of it."""
+    """Returns, by learner and segment, tokens per round over the segment's best fixed drafter's, tokens until that one is
+    selected, and its weight along the segment's first tokens, at most `BEGINNING` * 2."""
     runs = chains(traces)
     shown = min(2 * BEGINNING, *(one.prob.shape[1] for run in runs for one in run))
     found = {}
@@ -99,12 +97,12 @@ def inside_a_request(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], se
             trace = joined(run)
             ends = np.cumsum([0, *(one.prob.shape[1] for one in run)])
             every = [replay(trace, config, seed=1000 * seed + trace.number,
-                            learner=ForgetfulNormalHedge(len(trace.drafters)) if learner == FORGETFUL else None)
+                            learner=ForgetfulNormalHedge(len(trace.drafters), KEEP) if learner == FORGETFUL else None)
                      for seed in range(seeds)]  # fmt: skip
             for number, one in enumerate(run):
                 positions, fixed = slice(int(ends[number]), int(ends[number + 1])), mats[one.number]
                 best = best_of(fixed)
-                tokens, rounds = np.sum([within(stats, positions) for stats in every], axis=0)
+                tokens, rounds = np.sum([tokens_within(stats, positions) for stats in every], axis=0)
                 of_best[number].append(tokens / rounds / fixed.max())
                 until[number].append(np.mean([tokens_until(stats, best, positions) for stats in every]))
                 held = np.mean([weights_by_position(stats)[positions][:, best].sum(1) for stats in every], axis=0)
@@ -123,7 +121,8 @@ POLICIES = ("fresh, no warm start", "fresh, warm start", "state of the last requ
 
 def between_requests(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], seeds: int,
                      track: Callable[..., Any]) -> dict[str, Any]:  # fmt: skip
-    """NormalHedge over the set as a stream of requests, by what each starts from; the first of each domain is left out."""
+    """Returns NormalHedge's tokens per round over the set as a stream of requests, by what each request starts from. The first
+    request of each domain is left out."""
     found: dict[str, dict[str, list[float]]] = {policy: {"of_best": [], "beginning": [], "until": []} for policy in POLICIES}
     for policy, values in found.items():
         config = DecodeConfig(draft_length=DRAFT_LENGTH, warm_start=0 if policy == POLICIES[0] else DecodeConfig.warm_start)
@@ -144,8 +143,8 @@ def between_requests(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], se
             if trace.domain in known:
                 fixed = mats[trace.number]
                 start = slice(0, BEGINNING)
-                tokens, rounds = np.sum([within(stats, start) for stats in every], axis=0)
-                values["of_best"].append(mat(every) / fixed.max())
+                tokens, rounds = np.sum([tokens_within(stats, start) for stats in every], axis=0)
+                values["of_best"].append(tokens_per_round(every) / fixed.max())
                 values["beginning"].append(tokens / rounds / fixed.max())
                 whole = slice(0, trace.prob.shape[1])
                 values["until"].append(np.mean([tokens_until(stats, best_of(fixed), whole) for stats in every]))
@@ -156,7 +155,7 @@ def between_requests(traces: Sequence[Trace], mats: Mapping[int, np.ndarray], se
 
 
 def train_router(prompts: Sequence[Prompt]):
-    """TF-IDF of words and pairs of them under logistic regression, from a prompt's text to its domain."""
+    """Returns a classifier from a prompt's text to its domain: logistic regression on TF-IDF of words and pairs of words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -166,13 +165,13 @@ def train_router(prompts: Sequence[Prompt]):
 
 
 def rewordings(prompts: Sequence[Prompt]) -> dict[str, list[str]]:
-    """The prompts' texts as they are and in other words, the mildest first."""
+    """Returns the prompts' texts as they are and reworded in five ways."""
     other = [EXPERTS[(EXPERTS.index(prompt.domain) + 1 + number % (len(EXPERTS) - 1)) % len(EXPERTS)]
              for number, prompt in enumerate(prompts)]  # fmt: skip
     texts = [prompt.text for prompt in prompts]
     return {
         "as it is": texts,
-        "framed": [FRAMES[number // len(NAMES) % len(FRAMES)].format(text) for number, text in enumerate(texts)],
+        "framed": [frame_of(number).format(text) for number, text in enumerate(texts)],
         "last 60 characters": [text[-60:] for text in texts],
         "framed, last 60 characters": [FRAMES[number % len(FRAMES)].format(text[-60:]) for number, text in enumerate(texts)],
         "after a line of another domain": [f"{DECOYS[domain]}\n\n{text}" for domain, text in zip(other, texts)],
@@ -181,17 +180,17 @@ def rewordings(prompts: Sequence[Prompt]) -> dict[str, list[str]]:
 
 
 def routed(name: str, traces: Sequence[Trace], mats: Mapping[int, np.ndarray], router, seeds: int) -> dict[str, Any]:
-    """Of a recorded set: how often the router errs, and the MAT of its drafter, of the domain's expert, and of HedgeSpec, over
-    the best fixed drafter's of each text; HedgeSpec's over the router's, that where the router erred, and over the experts of
-    other domains, as if it erred everywhere."""
-    prompts = prompts_of(RECORDINGS[name])
+    """Returns, of a recorded set, how often the router errs; the tokens per round of its drafter, of the domain's expert and of
+    HedgeSpec over the best fixed drafter's of each text; and HedgeSpec's over the router's, over the router's where it errs,
+    and over those of the experts of other domains, which is what a router that always errs would select."""
+    prompts = prompts_of(SETS[name])
     config = DecodeConfig(draft_length=DRAFT_LENGTH)
     shares: dict[str, list[float]] = {key: [] for key in ("router", "domain's expert", "hedgespec")}
     ratios, erred, over_wrong = [], [], []
     for trace in traces:
         fixed = dict(zip(trace.drafters, mats[trace.number]))
         found = str(router.predict([prompts[trace.number].text])[0])
-        ours = mat([replay(trace, config, seed=1000 * seed + trace.number) for seed in range(seeds)])
+        ours = tokens_per_round([replay(trace, config, seed=1000 * seed + trace.number) for seed in range(seeds)])
         best = max(fixed.values())
         for key, value in zip(shares, (fixed[found], fixed[trace.domain], ours)):
             shares[key].append(value / best)
@@ -209,10 +208,12 @@ def routed(name: str, traces: Sequence[Trace], mats: Mapping[int, np.ndarray], r
     }  # fmt: skip
 
 
-def measure(lab: Laboratory) -> dict[str, Any]:
-    sets = {name: long_enough(lab.traces(name), DRAFT_LENGTH) for name in ("greedy", "reworded")}
-    mats = {name: {one.number: fixed_mats(one, DRAFT_LENGTH, 1) for one in lab.track(traces, f"{name}: each drafter alone")}
-            for name, traces in sets.items()}  # fmt: skip
+def measure(lab: Lab) -> dict[str, Any]:
+    sets = {name: lab.traces(name, full_drafts=DRAFT_LENGTH) for name in ("greedy", "reworded")}
+    mats = {
+        name: {one.number: tokens_per_round_alone(one, DRAFT_LENGTH) for one in lab.track(traces, f"{name}, drafters alone")}
+        for name, traces in sets.items()
+    }
     prompts = load_prompts()
     router = train_router(prompts[HELD_OUT:])
     test = prompts[:HELD_OUT]
@@ -234,88 +235,34 @@ def measure(lab: Laboratory) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tell(result: dict[str, Any]) -> str:
+def tables(result: dict[str, Any]) -> dict[str, str]:
     inside, between, router = result["inside"], result["between"], result["router"]
-    ordinals = [f"segment {number + 1}" for number in range(SEGMENTS)]
-    return "\n".join([
-        titled(
-            f"{inside['requests']} requests of {SEGMENTS} recorded texts, each of another domain: MAT over that of the "
-            "segment's best fixed drafter, and tokens until that one is picked:",
-            ["learner", *(f"{one}: MAT of best" for one in ordinals), *(f"{one}: tokens until picked" for one in ordinals)],
-            ([learner, *(told(row["of_best"], 3) for row in rows), *(told(row["until"], 1) for row in rows)]
-             for learner, rows in inside["learners"].items()),
+    segments = [f"segment {number + 1}" for number in range(SEGMENTS)]
+    return {
+        "inside": markdown(
+            ["learner", *(f"{one}, of best" for one in segments), *(f"{one}, found after" for one in segments)],
+            [[learner, *(interval(row["of_best"], 3) for row in rows), *(interval(row["until"], 1) for row in rows)]
+             for learner, rows in inside["learners"].items()],
         ),
-        titled(
-            "The stream of requests, whose domain changes every time, NormalHedge:",
-            ["a request starts", "MAT of the best fixed", f"in the first {BEGINNING} tokens", "tokens until it is picked"],
-            ([name, told(of["of_best"], 3), told(of["beginning"], 3), told(of["until"], 1)] for name, of in between.items()),
+        "between": markdown(
+            ["a request starts from", "tokens per round, of best", f"in the first {BEGINNING} tokens", "found after, tokens"],
+            [[name, interval(of["of_best"], 3), interval(of["beginning"], 3), interval(of["until"], 1)]
+             for name, of in between.items()],
         ),
-        titled(
-            f"A router trained on {router['trained_on']} prompts, tested on {router['tested_on']} others:",
-            ["prompt", "misrouted, %"],
-            [*([words, f"{100 * share:.0f}"] for words, share in router["misrouted"].items()),
-             ["paper, BERT, lightly reworded", "90 to 98"]],
-        ),
-        titled(
-            "MAT over the best fixed drafter's of each text; HedgeSpec's over the router's:",
+        "router": markdown(["prompt", "misrouted, %"], [
+            *([words, f"{100 * share:.0f}"] for words, share in router["misrouted"].items()),
+            ["paper, BERT, lightly reworded", "90 to 98"],
+        ]),
+        "routed": markdown(
             ["texts", "misrouted, %", "router's drafter", "domain's expert", "HedgeSpec", "HedgeSpec over router", "most",
-             "where misrouted", "over another domain's expert", "most"],
-            [*([f"{of['texts']} {name}", f"{100 * of['misrouted']:.0f}", *(told(one, 3) for one in of["of_best"].values()),
-                told(of["over_router"], 3), f"{of['over_router_most']:.2f}", _or_none(of["over_router_misrouted"]),
-                told(of["over_wrong"]), f"{of['over_wrong_most']:.2f}"]
-               for name, of in router["sets"].items()),
+             "where misrouted", "over other domains' experts", "most"],
+            [*([f"{of['texts']} {name}", f"{100 * of['misrouted']:.0f}", *(interval(one, 3) for one in of["of_best"].values()),
+                interval(of["over_router"], 3), f"{of['over_router_most']:.2f}",
+                "none" if of["over_router_misrouted"] is None else f"{of['over_router_misrouted']:.2f}",
+                interval(of["over_wrong"]), f"{of['over_wrong_most']:.2f}"] for name, of in router["sets"].items()),
              ["paper, reworded", "90 to 98", "", "", "", "", "2.34 (speed)", "", "", ""]],
         ),
-        _sense(result),
-        "",
-    ])  # fmt: skip
-
-
-def _or_none(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}"
-
-
-def _sense(result: dict[str, Any]) -> str:
-    inside, between, router = result["inside"]["learners"], result["between"], result["router"]
-    first, *later = inside["normal_hedge"]
-    forgets = inside[FORGETFUL]
-    last = max(later, key=lambda row: row["until"]["mean"])
-    quickest = min(LEARNERS[:3], key=lambda learner: inside[learner][-1]["until"]["mean"])
-    words = [
-        f"NormalHedge reaches {100 * first['of_best']['mean']:.1f}% of the best fixed drafter in a request's first segment "
-        f"and {100 * later[-1]['of_best']['mean']:.1f}% in the last, since regret of the segments before has to be paid back: "
-        f"the best is picked after {first['until']['mean']:.0f} tokens at first and after up to {last['until']['mean']:.0f} "
-        f"later; in the last segment {quickest} is the quickest of those that hear all drafters. One that forgets (regrets "
-        f"times {KEEP} at each position; ours, not in the library) has {100 * forgets[0]['of_best']['mean']:.1f}% and "
-        f"{100 * forgets[-1]['of_best']['mean']:.1f}%, and picks the last segment's best after "
-        f"{forgets[-1]['until']['mean']:.0f} tokens."
-    ]
-    fresh, warm, stream, tenth, domain = (between[policy] for policy in POLICIES)
-    carried = stream["of_best"]["mean"] - warm["of_best"]["mean"]
-    words.append(
-        f"A state carried from request to request of other domains moves MAT by {100 * carried:+.1f} points against a fresh, "
-        f"warm start, a tenth of it by {100 * (tenth['of_best']['mean'] - warm['of_best']['mean']):+.1f}, one carried within "
-        f"a domain by {100 * (domain['of_best']['mean'] - warm['of_best']['mean']):+.1f}, and without the warm start a fresh "
-        f"request has {100 * (fresh['of_best']['mean'] - warm['of_best']['mean']):+.1f}."
-    )
-    plain, framed = (router["misrouted"][words] for words in ("as it is", "framed"))
-    worst = max(router["misrouted"], key=router["misrouted"].__getitem__)
-    verdict = "as badly as the paper's does" if framed >= 0.9 else "where the paper's errs on 90 to 98"
-    words.append(
-        f"The router errs on {100 * plain:.0f}% of plain prompts and on {100 * framed:.0f}% of framed ones, {verdict}: these "
-        f"prompts begin texts, so that their own words tell the domain. Of the rewordings `{worst}` is the hardest "
-        f"({100 * router['misrouted'][worst]:.0f}%)."
-    )
-    for name, of in router["sets"].items():
-        ratio = of["over_router"]
-        verdict = "ahead" if ratio["low"] > 1 else "behind" if ratio["high"] < 1 else "level within the interval"
-        lost = of["over_router_misrouted"]
-        there = "none was misrouted" if lost is None else f"{lost:.2f} where it erred"
-        words.append(
-            f"On {name} texts HedgeSpec has {told(ratio, 3)} times the MAT of the router's drafter, {verdict}; {there}. "
-            f"Were it to err everywhere, that would be {told(of['over_wrong'])} times, up to {of['over_wrong_most']:.2f}."
-        )
-    return " ".join(words)
+    }  # fmt: skip
 
 
 def draw(result: dict[str, Any]):
@@ -329,32 +276,23 @@ def draw(result: dict[str, Any]):
     width = 0.8 / (len(LEARNERS) + 1)
     for number, (learner, rows) in enumerate(result["inside"]["learners"].items()):
         bars(until, np.arange(SEGMENTS) + width * number, [row["until"] for row in rows], width=width, label=learner)
-    until.set(title="tokens until a segment's best drafter is picked", ylabel="tokens", xlabel="segment")
+    until.set(title="tokens until a segment's best drafter is selected", ylabel="tokens", xlabel="segment")
     until.set_xticks(np.arange(SEGMENTS) + 0.4, range(1, SEGMENTS + 1))
     for number, key in enumerate(("beginning", "of_best")):
         words = f"first {BEGINNING} tokens" if key == "beginning" else "whole text"
         places = np.arange(len(POLICIES)) + 0.4 * number
         bars(policies, places, [of[key] for of in result["between"].values()], width=0.4, label=words)
-    policies.set(title="a stream of requests: MAT over the best fixed", ylim=(0.7, 1.05))
+    policies.set(title="a stream of requests: over the best fixed", ylim=(0.7, 1.05))
     words = [policy.replace(", ", ",\n").replace(" of ", "\nof ") for policy in POLICIES]
     policies.set_xticks(np.arange(len(POLICIES)) + 0.2, words, fontsize=7)
     for number, (name, of) in enumerate(result["router"]["sets"].items()):
         label = f"{name} ({100 * of['misrouted']:.0f}% misrouted)"
         bars(routing, np.arange(3) + 0.4 * number, list(of["of_best"].values()), width=0.4, label=label)
-    routing.set(title="MAT over the best fixed drafter of each text", ylim=(0.7, 1.05))
+    routing.set(title="tokens per round over the best fixed drafter's", ylim=(0.7, 1.05))
     routing.set_xticks(np.arange(3) + 0.2, ["router", "domain's expert", "HedgeSpec"])
     for axes in (until, policies, routing):
         axes.legend(fontsize=7)
     return made
 
 
-EXPERIMENT = Experiment(
-    name="shift",
-    title="When the domain changes",
-    question="The paper's learner starts afresh with every request, and an offline router is what it replaces. How fast is a "
-    "new domain's expert found in the middle of a request and from one request to the next, with and without what was learned "
-    "before; and how does a router fare when a prompt is put in other words?",
-    measure=measure,
-    tell=tell,
-    draw=draw,
-)
+STUDY = Study("shift", "When the domain changes", measure, tables, draw)

@@ -1,4 +1,8 @@
-"""A pool of heads, small language models and prompt lookup, whose drafts cost very differently, under both objectives."""
+"""A pool of heads, small language models and prompt lookup, whose drafts cost very differently, under both objectives.
+
+The paper's pools are EAGLE heads, which all cost alike. With drafters of different costs, the most tokens per round and the
+most tokens per second are different goals.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from table import interval, markdown
 
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
-from hedgespec.experiments import Experiment
-from hedgespec.experiments.hindsight import fixed_mats, long_enough
-from hedgespec.experiments.laboratory import Laboratory
-from hedgespec.experiments.measures import signature
-from hedgespec.experiments.recordings import EXIT_LAYERS, POOLS
-from hedgespec.experiments.statistics import mat, mean_interval, ratio_interval, told
-from hedgespec.experiments.telling import bars, figure, titled
-from hedgespec.experiments.traces import Trace, replay
+from hedgespec.experiments.measures import mean_interval, ratio_interval, tokens_per_round, tokens_per_round_alone
+from hedgespec.experiments.recording import Trace
+from hedgespec.experiments.replay import replay
 from hedgespec.zoo import NAMES, Prompt, load_prompts
+from studies import Study
+from studies.lab import Lab, signature
+from studies.plots import bars, figure
+from studies.sets import EXIT_LAYERS, POOLS
 
 POOL = "mixed"
 DRAFT_LENGTH = 5
 LIVE_TEXTS = 6
 LIVE_TOKENS = 48
 LIVE_FIRST = 96
-"""Number of the first prompt that is decoded live: none of the recorded ones."""
+"""Index of the first prompt that is decoded; none of the recorded ones."""
 LIVE_WARM = 4
-"""Prompts before it that pools decode untimed: an objective that measures costs begins by trying every drafter and length."""
+"""Prompts before it that the pools decode untimed, since objective "throughput" first measures every drafter and length."""
 TOKENS, THROUGHPUT = "HedgeSpec, tokens a round", "HedgeSpec, tokens a second"
 EXPERT = "head of the domain"
 PLAIN = "target alone"
@@ -37,13 +41,14 @@ KINDS = {
     "heads and prompt lookup": lambda name: name in NAMES or not name.startswith("first"),
     "all": lambda name: True,
 }
-"""Parts of the pool, by the drafters' names."""
+"""Parts of the pool: whether a drafter belongs to it, by name."""
 
 
 def replayed(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) -> dict[str, Any]:
-    """MAT of each drafter alone, and of HedgeSpec with parts of the pool; picks, as shares of rounds, with all of it."""
+    """Returns the tokens per round of each drafter alone and of HedgeSpec with parts of the pool, and the share of the rounds
+    that each drafter drafts if all are in the pool."""
     names = traces[0].drafters
-    fixed = np.array([fixed_mats(trace, DRAFT_LENGTH, seeds) for trace in track(traces, "each drafter alone")])
+    fixed = np.array([tokens_per_round_alone(trace, DRAFT_LENGTH, seeds) for trace in track(traces, "each drafter alone")])
     domains = list(dict.fromkeys(trace.domain for trace in traces))
     config = DecodeConfig(draft_length=DRAFT_LENGTH)
     pools, picks = {}, {}
@@ -52,7 +57,7 @@ def replayed(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) -> 
         mats, chosen = [], []
         for trace in track(traces, f"HedgeSpec, {kind}"):
             runs = [replay(trace.of(which), config, seed=1000 * seed + trace.number) for seed in range(seeds)]
-            mats.append(mat(runs))
+            mats.append(tokens_per_round(runs))
             chosen.append(np.sum([run.picks for run in runs], axis=0) / sum(run.rounds for run in runs))
         pools[kind] = {"drafters": len(which), "mat": mean_interval(mats),
                        "of_best": mean_interval(mats / fixed[:, which].max(1)),
@@ -66,7 +71,7 @@ def replayed(traces: Sequence[Trace], seeds: int, track: Callable[..., Any]) -> 
 
 
 def live_configs() -> dict[str, DecodeConfig]:
-    """Both objectives, by the words of a row."""
+    """Returns the configurations of both objectives, by the name of their row."""
     return {
         TOKENS: DecodeConfig(draft_length=DRAFT_LENGTH),
         THROUGHPUT: DecodeConfig(draft_length=DRAFT_LENGTH, objective="throughput"),
@@ -74,25 +79,30 @@ def live_configs() -> dict[str, DecodeConfig]:
 
 
 class Live:
-    """The decoders of all rows, made once: an objective that measures costs keeps what it measured from text to text."""
+    """The decoders of all rows. They are made once, since objective "throughput" keeps its measured costs from text to text.
 
-    def __init__(self, zoo):
+    Args:
+        zoo: the target and all heads.
+    """
+
+    def __init__(self, zoo) -> None:
         self.zoo, drafters = zoo, POOLS[POOL](zoo)
         alone = DecodeConfig(draft_length=DRAFT_LENGTH, learner="fixed", warm_start=0)
         self.fixed = {drafter.name: Decoder(zoo.target, [drafter], alone) for drafter in drafters}
         self.pools = {name: Decoder(zoo.target, drafters, config) for name, config in live_configs().items()}
 
     def rows(self, domain: str) -> dict[str, Decoder | None]:
-        """What decodes a text of this domain, by the words of a row."""
+        """Returns what decodes a text of this domain, by the name of the row; None is the target alone."""
         others = {name: decoder for name, decoder in self.fixed.items() if name not in NAMES}
         return {PLAIN: None, EXPERT: self.fixed[domain], **others, **self.pools}
 
     def ids(self, prompt: Prompt) -> torch.Tensor:
+        """Returns the prompt's tokens, int64 [P]."""
         return self.zoo.tokenizer(prompt.text, return_tensors="pt").input_ids[0].to(self.zoo.target.device)
 
     @torch.inference_mode()
     def warm_up(self, prompts: Sequence[Prompt]) -> None:
-        """What is done once, measuring included, before anything is timed: every row a text, and the pools some more."""
+        """Decodes untimed: one text with every row, and the others with the pools."""
         self.text(prompts[0], 0)
         for prompt in prompts[1:]:
             for decoder in self.pools.values():
@@ -100,13 +110,15 @@ class Live:
 
     @torch.inference_mode()
     def text(self, prompt: Prompt, number: int) -> dict[str, dict[str, Any]]:
-        """Every row's text, one after another, each text beginning with another row: tokens, seconds, rounds, picks."""
+        """Decodes one prompt with every row and returns tokens, seconds, rounds and picks. Each text starts with another
+        row."""
         ids = self.ids(prompt)
         rows = list(self.rows(prompt.domain).items())
         turn = number % len(rows)
         return {name: self.decode(decoder, ids, number) for name, decoder in rows[turn:] + rows[:turn]}
 
     def decode(self, decoder: Decoder | None, ids: torch.Tensor, seed: int) -> dict[str, Any]:
+        """Returns tokens, seconds, rounds, emitted and drafted tokens, and the rounds of each drafter."""
         start = time.perf_counter()
         if decoder is None:
             mask = torch.ones_like(ids)[None]
@@ -121,7 +133,8 @@ class Live:
 
 
 def summed(texts: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """By row: tokens a second, how many times the target's own in each text, MAT, mean draft length, and picks as shares."""
+    """Returns, by row, tokens per second, the mean over texts of its ratio to the target alone, tokens per round, mean draft
+    length, and the share of the rounds of each drafter."""
     found = {}
     for name in sorted(texts[0], key=_order):
         every = [text[name] for text in texts]
@@ -138,13 +151,13 @@ def summed(texts: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, An
 
 
 def _order(name: str) -> int:
-    """Of a row: the target, then single drafters, then pools."""
+    """Returns the place of a row: the target, then single drafters, then pools."""
     return (PLAIN, EXPERT).index(name) if name in (PLAIN, EXPERT) else 3 + (TOKENS, THROUGHPUT).index(name) if name in (
         TOKENS, THROUGHPUT) else 2  # fmt: skip
 
 
-def measure(lab: Laboratory) -> dict[str, Any]:
-    traces = long_enough(lab.traces(POOL), DRAFT_LENGTH)
+def measure(lab: Lab) -> dict[str, Any]:
+    traces = lab.traces(POOL, full_drafts=DRAFT_LENGTH)
     result = {"draft_length": DRAFT_LENGTH, "replayed": lab.once(
         f"replayed: {signature(traces)}, K {DRAFT_LENGTH}, {lab.seeds} seeds",
         lambda: replayed(traces, lab.seeds, lab.track))}  # fmt: skip
@@ -165,71 +178,33 @@ def measure(lab: Laboratory) -> dict[str, Any]:
     return result
 
 
-def tell(result: dict[str, Any]) -> str:
-    replays, live = result["replayed"], result["live"]
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    replays, rows = result["replayed"], result["live"]["rows"]
     domains = list(replays["fixed_by_domain"])
-    parts = [
-        titled(
-            f"{replays['texts']} recorded texts, K = {result['draft_length']}: MAT of each drafter alone, and its share of the "
-            "rounds where HedgeSpec picks for the most tokens a round:",
-            ["drafter", "MAT", *domains, "picks, %"],
-            ([name, told(interval), *(f"{replays['fixed_by_domain'][domain][number]:.2f}" for domain in domains),
-              f"{100 * replays['picks'][name]:.0f}"] for number, (name, interval) in enumerate(replays["fixed"].items())),
-        ),
-        titled(
-            "HedgeSpec with parts of the pool, objective tokens a round:",
-            ["pool", "drafters", "MAT", "best fixed of each text", "over it"],
-            ([kind, of["drafters"], told(of["mat"]), told(of["best_fixed"]), told(of["of_best"], 3)]
-             for kind, of in replays["pools"].items()),
-        ),
-    ]  # fmt: skip
-    if live["rows"]:
-        parts.append(titled(
-            f"Decoded live, {live['texts']} other texts of {live['tokens']} tokens, every row in turns on each text:",
-            ["", "tokens/s", "times the target alone", "MAT", "mean draft length", "picks"],
-            ([name, f"{of['tokens_per_second']:.1f}", told(of["times_plain"]),
+    made = {
+        "drafters": markdown(["drafter", "tokens per round", *domains, "drafts of HedgeSpec, %"], [
+            [name, interval(values), *(f"{replays['fixed_by_domain'][domain][number]:.2f}" for domain in domains),
+             f"{100 * replays['picks'][name]:.0f}"] for number, (name, values) in enumerate(replays["fixed"].items())
+        ]),
+        "pools": markdown(["pool", "drafters", "tokens per round", "best fixed of each text", "over it"], [
+            [kind, of["drafters"], interval(of["mat"]), interval(of["best_fixed"]), interval(of["of_best"], 3)]
+            for kind, of in replays["pools"].items()
+        ]),
+    }  # fmt: skip
+    if rows:
+        made["live"] = markdown(
+            ["decoded", "tokens/s", "over the target alone", "tokens per round", "tokens drafted per round", "drafts"],
+            [[name, f"{of['tokens_per_second']:.1f}", interval(of["times_plain"]),
               *([f"{of['mat']:.2f}", f"{of['draft_length']:.1f}", _picks(of["picks"])] if "mat" in of else ["1", "0", ""])]
-             for name, of in live["rows"].items()),
-        ))  # fmt: skip
-    return "\n".join([*parts, _sense(result), ""])
+             for name, of in rows.items()],
+        )  # fmt: skip
+    return made
 
 
 def _picks(shares: dict[str, float]) -> str:
-    """The drafters with a twentieth of the rounds or more, the most picked first."""
+    """Returns the drafters with at least a twentieth of the rounds, the most frequent first; nothing if there is only one."""
     most = sorted(shares, key=shares.__getitem__, reverse=True)
     return ", ".join(f"{name} {100 * shares[name]:.0f}%" for name in most if shares[name] >= 0.05) if len(shares) > 1 else ""
-
-
-def _sense(result: dict[str, Any]) -> str:
-    replays, rows = result["replayed"], result["live"]["rows"]
-    fixed = replays["fixed"]
-    best = max(fixed, key=lambda name: fixed[name]["mean"])
-    heads, whole = replays["pools"]["heads"], replays["pools"]["all"]
-    words = [
-        f"By tokens a round `{best}` is the best single drafter with {fixed[best]['mean']:.2f}; HedgeSpec gives it "
-        f"{100 * replays['picks'][best]:.0f}% of the rounds and has {whole['mat']['mean']:.2f}, against "
-        f"{heads['mat']['mean']:.2f} with the heads alone."
-    ]
-    if not rows:
-        return words[0]
-    quickest = max((name for name in rows if name not in (TOKENS, THROUGHPUT)), key=lambda one: rows[one]["tokens_per_second"])
-    tokens = rows[TOKENS]
-    pays = "pays" if tokens["times_plain"]["low"] > 1 else "does not pay"
-    words.append(
-        f"Whether that pays is another matter: live, that objective gives {told(tokens['times_plain'])} times the target's "
-        f"own speed, which {pays}; of what needs no choice `{quickest}` is the quickest, "
-        f"{told(rows[quickest]['times_plain'])} times."
-    )
-    if THROUGHPUT in rows:
-        of = rows[THROUGHPUT]
-        better = "ahead of" if of["tokens_per_second"] > tokens["tokens_per_second"] else "behind"
-        words.append(
-            f"The objective that counts tokens a second is {better} it with {told(of['times_plain'])} times, at a MAT of "
-            f"{of['mat']:.2f} against {tokens['mat']:.2f} and drafts of {of['draft_length']:.1f} tokens on average; it picks "
-            f"{_picks(of['picks']) or 'no drafter much'}."
-        )
-    words.append("The paper's pools are heads alone, and it maximises tokens a round.")
-    return " ".join(words)
 
 
 def draw(result: dict[str, Any]):
@@ -240,7 +215,7 @@ def draw(result: dict[str, Any]):
     bars(alone, marks, list(replays["fixed"].values()))
     for number, (kind, of) in enumerate(replays["pools"].items()):
         alone.axhline(of["mat"]["mean"], color=f"C{number + 1}", linestyle="--", label=f"HedgeSpec, {kind}")
-    alone.set(title="each drafter alone", ylabel="MAT")
+    alone.set(title="each drafter alone", ylabel="tokens per round")
     alone.legend(fontsize=7)
     picked = {"recorded": replays["picks"]} | {name: of["picks"] for name, of in rows.items() if name in (TOKENS, THROUGHPUT)}
     for number, (label, shares) in enumerate(picked.items()):
@@ -258,12 +233,4 @@ def draw(result: dict[str, Any]):
     return made
 
 
-EXPERIMENT = Experiment(
-    name="heterogeneous",
-    title="Heads, small models and prompt lookup in one pool",
-    question="The paper's pools are EAGLE heads, which all cost alike. With drafters of very different costs the most tokens a "
-    "round and the most tokens a second are different aims. What does HedgeSpec pick for each, and what comes of it?",
-    measure=measure,
-    tell=tell,
-    draw=draw,
-)
+STUDY = Study("heterogeneous", "Heads, small models and prompt lookup in one pool", measure, tables, draw)
