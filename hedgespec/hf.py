@@ -45,6 +45,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from hedgespec.compat import CACHE_NAME, CACHE_NAMES, cache_in
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder, Request, Row, generator, rows_of, stack, states_of
 from hedgespec.drafters import Drafter
@@ -64,7 +65,7 @@ MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASS
 """What is the same text with drafters; with a custom loop, `generate` would let every other mode pass for one of these."""
 BY_ROW = ("encoder_input_ids", "generated_ngrams", "prompt_ignore_length")
 """Attributes in which such processors hold something for each row of the batch."""
-PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "synced_gpus"}
+PREPARED = {"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "cache_position", "synced_gpus"}
 """Arguments of the model that `generate` prepares and that say nothing new."""
 
 
@@ -204,7 +205,7 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
     batch = input_ids.shape[0]
     _refuse(decoder, model, generation_config, streamer, batch, model_kwargs)
     target = decoder.target
-    cache, past = _past(model_kwargs.get("past_key_values"), generation_config)
+    cache, past = _past(cache_in(model_kwargs), generation_config)
     _check_whole(input_ids, model_kwargs.get("attention_mask"), past, generation_config)
     prompts = rows_of(input_ids, model_kwargs.get("attention_mask"), target)
     _check_positions(model_kwargs.get("position_ids"), prompts)
@@ -249,8 +250,8 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
         sequences=sequences,
         scores=_by_step([one.scores for one in recorders]) if recorders[0].keeps_scores else None,
         logits=_by_step([one.logits for one in recorders]) if recorders[0].keeps_logits else None,
-        past_key_values=cache if keep_cache else None,
         hedgespec=[row.stats for row in rows],
+        **{CACHE_NAME: cache if keep_cache else None},
     )
 
 
@@ -293,7 +294,7 @@ def _check_whole(
     whole = getattr(config, "_mask_length", count) if mask is None else mask.shape[1]
     if past is not None and max(whole, past.get_seq_length()) > count:
         raise ValueError(
-            "input_ids: expected the whole text, which drafters read, also where past_key_values holds its beginning, got "
+            f"input_ids: expected the whole text, which drafters read, also where {CACHE_NAME} holds its beginning, got "
             f"{count} tokens behind a cache of {past.get_seq_length()}"
         )
 
@@ -304,7 +305,7 @@ def _past(cache, config: GenerationConfig) -> tuple[DynamicCache | None, Dynamic
         return None, None
     if type(cache) is not DynamicCache or cache.offloading:
         if config.cache_implementation is None or "static" not in config.cache_implementation:
-            name = "past_key_values" if config.cache_implementation is None else "cache_implementation"
+            name = CACHE_NAME if config.cache_implementation is None else "cache_implementation"
             kind = "an offloaded one" if getattr(cache, "offloading", False) else type(cache).__name__
             raise ValueError(f"{name}: expected a DynamicCache that stays where it is, got {kind}")
         return None, None  # a static one that `generate` made: the decoder's own buffers take its place

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from hedgespec import capture
 from hedgespec.cache import RaggedCache, RowBuffer
+from hedgespec.compat import CACHE_NAMES, cache_argument, names_cache
 from hedgespec.linear import few_row_view
 from hedgespec.transfer import to_device
 
@@ -36,8 +37,8 @@ def check_target(model, name: str = "target") -> None:
             f"{name}: expected attention layers with a key-value cache, got {type(model).__name__} with {state}, "
             "which cannot take back a rejected token"
         )
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{name}: expected a model that takes past_key_values, got {type(model).__name__}")
+    if not names_cache(model.forward):
+        raise ValueError(f"{name}: expected a model that takes {' or '.join(CACHE_NAMES)}, got {type(model).__name__}")
 
 
 def context_of(model) -> int | None:
@@ -228,6 +229,7 @@ class TargetSession:
         (zeros before the first)."""
         self._chunk: dict[tuple[int, ...], torch.Tensor] = {}
         self._arguments = set(inspect.signature(model.forward).parameters)
+        self._with_cache = {cache_argument(model.forward): self.cache, "use_cache": True}
 
     def forward(
         self, tokens: torch.Tensor, logits_to_keep: int, tree: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -258,9 +260,7 @@ class TargetSession:
             arguments["attention_mask"] = row_masks(self.model, positions, max(lengths) + count, (first, tree[1]))
         elif min(lengths) != max(lengths):
             arguments["attention_mask"] = row_masks(self.model, positions, max(lengths) + count)
-        out = self.model(
-            tokens, past_key_values=self.cache, use_cache=True, output_hidden_states=bool(self.aux_layers), **arguments
-        )
+        out = self.model(tokens, **self._with_cache, output_hidden_states=bool(self.aux_layers), **arguments)
         if self.cache.layers and self.cache.written != count:
             raise ValueError(
                 f"target: expected keys and values for the {count} tokens it read, got {self.cache.written} from "
@@ -305,7 +305,7 @@ class TargetSession:
         self.cache.fixed = slots
         try:
             out = self.model(
-                tokens, position_ids=self._known(positions), attention_mask=mask, past_key_values=self.cache, use_cache=True,
+                tokens, position_ids=self._known(positions), attention_mask=mask, **self._with_cache,
                 output_hidden_states=bool(self.aux_layers),
             )  # fmt: skip
         finally:

@@ -50,6 +50,7 @@ from transformers.generation import (
 
 import hedgespec
 from hedgespec import hf
+from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.causal_lm import CausalLMDrafter
@@ -685,14 +686,14 @@ def test_a_cache_is_filled_and_read_as_generate_does(options, dtype, rows, with_
     caches, texts = [], []
     for generate in (model.generate, functools.partial(model.generate, custom_generate=decoder)):
         cache = DynamicCache(config=model.config) if with_config else DynamicCache()
-        asked = prompts(rows) | dict(past_key_values=cache, do_sample=False)
+        asked = prompts(rows) | {CACHE_NAME: cache, "do_sample": False}
         turns = []
         for more in (torch.zeros(rows, 0, dtype=torch.int64), torch.arange(1, 4).expand(rows, 3)):
             asked["input_ids"] = torch.cat([asked["input_ids"], more], 1)
             mask = asked["attention_mask"]
             asked["attention_mask"] = torch.cat([mask, mask.new_ones(rows, asked["input_ids"].shape[1] - mask.shape[1])], 1)
             out = generate(**asked, max_new_tokens=10, return_dict_in_generate=True)
-            assert out.past_key_values is cache
+            assert out[CACHE_NAME] is cache
             asked["input_ids"] = out.sequences
             turns.append((out.sequences.tolist(), copy.deepcopy(cache)))
         caches.append([cache for _, cache in turns])
@@ -704,13 +705,13 @@ def test_a_cache_is_filled_and_read_as_generate_does(options, dtype, rows, with_
 
 def test_a_cache_is_filled_without_being_asked_for(model, decoder):
     cache = DynamicCache(config=model.config)
-    model.generate(**prompts(), past_key_values=cache, max_new_tokens=5, do_sample=False, custom_generate=decoder)
+    model.generate(**prompts(), **{CACHE_NAME: cache}, max_new_tokens=5, do_sample=False, custom_generate=decoder)
     assert cache.get_seq_length() == PROMPT + 4
 
 
 def test_generates_own_cache_is_returned(model, decoder):
     out = [
-        model.generate(**prompts(4), max_new_tokens=6, do_sample=False, return_dict_in_generate=True, **asked).past_key_values
+        model.generate(**prompts(4), max_new_tokens=6, do_sample=False, return_dict_in_generate=True, **asked)[CACHE_NAME]
         for asked in ({"custom_generate": decoder}, {})
     ]
     close(*out, rows=4)
@@ -719,15 +720,15 @@ def test_generates_own_cache_is_returned(model, decoder):
 def test_new_tokens_alone_behind_a_cache_are_refused(model, decoder):
     """generate takes them; drafters would not know what came before."""
     cache = DynamicCache(config=model.config)
-    text = model.generate(**prompts(), past_key_values=cache, max_new_tokens=5, do_sample=False, custom_generate=decoder)
+    text = model.generate(**prompts(), **{CACHE_NAME: cache}, max_new_tokens=5, do_sample=False, custom_generate=decoder)
     mask = torch.ones(1, text.shape[1] + 3, dtype=torch.int64)
     for ids in (torch.tensor([[4, 5, 6]]), text[:, -3:]):
         with pytest.raises(ValueError, match="input_ids: expected .*whole text"):
             model.generate(
-                ids, attention_mask=mask[:, : text.shape[1] - 1 + ids.shape[1]], past_key_values=cache, custom_generate=decoder
+                ids, attention_mask=mask[:, : text.shape[1] - 1 + ids.shape[1]], **{CACHE_NAME: cache}, custom_generate=decoder
             )
         with pytest.raises(ValueError, match="input_ids: expected .*whole text"):
-            model.generate(ids, past_key_values=cache, custom_generate=decoder)
+            model.generate(ids, **{CACHE_NAME: cache}, custom_generate=decoder)
 
 
 def test_a_static_cache_by_name_changes_nothing(model, decoder):
@@ -738,9 +739,9 @@ def test_a_static_cache_by_name_changes_nothing(model, decoder):
 
 
 @pytest.mark.parametrize("make", [
-    lambda config: dict(past_key_values=transformers.StaticCache(config=config, max_cache_len=40)),
-    lambda config: dict(past_key_values=DynamicCache(config=config, offloading=True)),
-    lambda config: dict(past_key_values=type("QuantizedCache", (DynamicCache,), {})(config=config)),
+    lambda config: {CACHE_NAME: transformers.StaticCache(config=config, max_cache_len=40)},
+    lambda config: {CACHE_NAME: DynamicCache(config=config, offloading=True)},
+    lambda config: {CACHE_NAME: type("QuantizedCache", (DynamicCache,), {})(config=config)},
     lambda config: dict(cache_implementation="offloaded"),
 ])  # fmt: skip
 def test_other_caches_are_refused(model, decoder, make):
@@ -917,7 +918,7 @@ def test_an_error_leaves_everything_as_it_was(decoder, error, place):
     decoder = Decoder(model, pool(model))
     cache = DynamicCache(config=model.config)
     asked = dict(do_sample=False, return_dict_in_generate=True)
-    text = model.generate(**prompts(), past_key_values=cache, max_new_tokens=3, custom_generate=decoder, **asked).sequences
+    text = model.generate(**prompts(), **{CACHE_NAME: cache}, max_new_tokens=3, custom_generate=decoder, **asked).sequences
     held, raising = copy.deepcopy(cache), Raising(error)
     if place == "forward":
         hook = model.lm_head.register_forward_hook(lambda module, arguments, out: raising(out, out))
@@ -926,13 +927,13 @@ def test_an_error_leaves_everything_as_it_was(decoder, error, place):
         where = {place: raising if place == "streamer" else [raising]}
     before = belongings(model)
     with pytest.raises(error):
-        model.generate(text, past_key_values=cache, max_new_tokens=30, custom_generate=decoder, **asked, **where)
+        model.generate(text, **{CACHE_NAME: cache}, max_new_tokens=30, custom_generate=decoder, **asked, **where)
     assert belongings(model) == before
     for one, other in zip(cache.layers, held.layers, strict=True):
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
     if place == "forward":
         hook.remove()
-    again = model.generate(text, past_key_values=cache, max_new_tokens=10, custom_generate=decoder, **asked).sequences
+    again = model.generate(text, **{CACHE_NAME: cache}, max_new_tokens=10, custom_generate=decoder, **asked).sequences
     assert again.tolist() == model.generate(text, max_new_tokens=10, **asked).sequences.tolist()
 
 

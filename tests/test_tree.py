@@ -18,6 +18,7 @@ from test_pool import pool as mixed_pool
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaForCausalLM, MistralConfig, Qwen3Config
 
 from hedgespec import Tree, algorithm, capture
+from hedgespec.compat import CACHE_NAME
 from hedgespec.config import MOST_CHILDREN, MOST_NODES, DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.delay import DelayQueue
@@ -471,7 +472,7 @@ def test_the_drop_in_tells_of_the_path_only(target, tree, mode):
     assert ours.sequences.tolist() == plain.sequences.tolist()
     for one, other in ((ours.scores, plain.scores), (ours.logits, plain.logits)):
         torch.testing.assert_close(torch.stack(one), torch.stack(other), atol=1e-6, rtol=0)
-    for one, other in zip(ours.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for one, other in zip(ours[CACHE_NAME].layers, plain[CACHE_NAME].layers, strict=True):
         count = min(one.get_seq_length(), other.get_seq_length())
         torch.testing.assert_close(one.keys[:, :, :count], other.keys[:, :, :count], atol=1e-9, rtol=0)
         torch.testing.assert_close(one.values[:, :, :count], other.values[:, :, :count], atol=1e-9, rtol=0)

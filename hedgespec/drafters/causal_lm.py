@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hedgespec.cache import RaggedCache
+from hedgespec.compat import cache_argument
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.linear import few_row_view
 
@@ -48,6 +49,7 @@ class CausalLMSession:
     def __init__(self, drafter: CausalLMDrafter):
         self.drafter = drafter
         self.cache = RaggedCache(1)
+        self._with_cache = {cache_argument(drafter.model.forward): self.cache, "use_cache": True}
         self.verified = 0
 
     def prefill(self, tokens: torch.Tensor, features: None, logits_to_keep: int) -> torch.Tensor:
@@ -60,7 +62,7 @@ class CausalLMSession:
         return self._forward(token, 1)[0]
 
     def _forward(self, tokens: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
-        out = self.drafter.model(tokens[None], past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep)
+        out = self.drafter.model(tokens[None], **self._with_cache, logits_to_keep=logits_to_keep)
         self.cache.lengths[0] += tokens.shape[0]
         return out.logits[0, :, : self.drafter.vocab_size]
 

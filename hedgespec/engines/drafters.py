@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from hedgespec.cache import RowCache
+from hedgespec.compat import cache_argument
 from hedgespec.drafters import Drafter, DrafterSession
 from hedgespec.drafters.causal_lm import usable_vocabulary
 from hedgespec.drafters.datastore import Datastore, check_vocabulary
@@ -222,6 +223,7 @@ class CausalLMs(_ByKey[_Text]):
             model = copy.deepcopy(model).float()
         self.model, self.together = few_row_view(model), rows_may_differ(model)
         self.cache = RowCache()
+        self._with_cache = {cache_argument(self.model.forward): self.cache, "use_cache": True}
         self.max_cache_tokens = sys.maxsize if max_cache_tokens is None else max_cache_tokens
         context = context_of(model)
         self.context = min(self.max_cache_tokens - 1, sys.maxsize - 1 if context is None else context)
@@ -363,7 +365,7 @@ class CausalLMs(_ByKey[_Text]):
         if min(lengths) != max(lengths):
             arguments["attention_mask"] = row_masks(self.model, positions, end)
         self.cache.take(rows, lengths, slots, end)
-        logits = self.model(ids, past_key_values=self.cache, use_cache=True, **arguments).logits
+        logits = self.model(ids, **self._with_cache, **arguments).logits
         return logits[: len(picked), 0, : self.vocab_size].argmax(-1).tolist()
 
     def _pick(self, module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
