@@ -14,6 +14,7 @@ from typing import Any
 
 from table import markdown
 
+from bench_options import table_of
 from studies import NAMES, load
 
 BLOCK = re.compile(r"<!-- table (?P<key>\S+) -->\n(?P<table>.*?)<!-- end -->\n", re.DOTALL)
@@ -61,34 +62,10 @@ def tables_of(folder: Path) -> dict[str, str]:
     return tables
 
 
-OPTION_COLUMNS = {
-    "mat": ("tokens per round", "{:.2f}"),
-    "mat_standard_error": ("standard error", "{:.2f}"),
-    "times_plain": ("speed over plain", "{:.2f}"),
-    "times_first": ("speed over the first", "{:.2f}"),
-    "regret_in_force": ("regret", "{:.2f}"),
-    "scoring_share": ("share of scoring, %", "{:.0%}"),
-    "draft_length": ("tokens drafted", "{:.1f}"),
-    "plain_share": ("rounds without a draft, %", "{:.0%}"),
-    "predicted": ("predicted", "{:.2f}"),
-    "realised": ("realised", "{:.2f}"),
-    "first_pick": ("first drafter is the best, %", "{:.0%}"),
-    "of_best": ("first 32 tokens, of best", "{:.3f}"),
-    "prompt_ms_over_first": ("prompt time over the first", "{:.2f}"),
-}
-"""Columns of a table of bench/bench_options.py: key, heading and format."""
-
-
 def options_table(result: Result) -> str:
-    """Returns the table of one option's values, with the columns that the result lists (all by default) and has figures for."""
-    rows = result["rows"]
-    shown = [key for key in result.get("columns", OPTION_COLUMNS) if any(row.get(key) is not None for row in rows)]
-    cells = [
-        [row["value"], *("" if row.get(key) is None else OPTION_COLUMNS[key][1].format(row[key]).rstrip("%") for key in shown)]
-        for row in rows
-    ]
+    """Returns the command and the table of one result of bench/bench_options.py."""
     source = f"`{result['command'].partition(' --json')[0]}`, {result['date']}.\n"
-    return f"{source}\n{markdown([result['option'], *(OPTION_COLUMNS[key][0] for key in shown)], cells)}"
+    return f"{source}\n{table_of(result['option'], result['rows'])}"
 
 
 # Goals
