@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench_options import table_of
 from table import markdown
 
-from bench_options import table_of
 from studies import NAMES, load
 
 BLOCK = re.compile(r"<!-- table (?P<key>\S+) -->\n(?P<table>.*?)<!-- end -->\n", re.DOTALL)

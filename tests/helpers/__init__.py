@@ -1,0 +1,1 @@
+"""What several test files share. Test files do not import each other."""
