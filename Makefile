@@ -1,6 +1,7 @@
 # make demo   the embedded zoo, decoding        make lint    ruff      (ARGS="..." goes to hedgespec demo)
 # make test   the tests a laptop can run        make clean   everything these targets made
 # make test-vllm   the tests that need vLLM, in an environment of their own (3.5 GB)
+# make results     every study of bench/studies again (hours; continues where it stopped), and the tables of docs/results.md
 #
 # Everything else happens in $(VENV), made once; an installation is repeated only when what it is made from has changed.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 INGREDIENTS := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard triton_kernels/__init__.py)
 
-.PHONY: demo test test-vllm lint clean
+.PHONY: demo test test-vllm results lint clean
 
 demo: $(VENV)/.installed-zoo
 	$(BIN)/hedgespec demo $(ARGS)
@@ -21,6 +22,9 @@ test: $(VENV)/.installed-test
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/vllm
+
+results: $(VENV)/.installed-test
+	$(BIN)/python bench/studies/run.py all $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

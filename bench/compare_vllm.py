@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from interleave import TIE, PromptBatch, environment_info, gap_between, positive, prompt_batches
 from rich.console import Console
+from table import markdown
 from transformers.utils import logging as transformers_logging
 
 import hedgespec
@@ -186,18 +187,16 @@ def one_layer_late(head: Path, folder: Path) -> Path:
 
 
 def table(rows: list[dict], draft_length: int) -> str:
-    """Markdown: acceptance by position of both engines, and the difference in standard errors."""
-    header = ["head", "layout", "temperature", "drafts vLLM", "drafts HedgeSpec", "same texts", "same rounds"]
-    header += [f"position {k + 1}" for k in range(draft_length)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    """Returns a Markdown table: acceptance by position in vLLM and in HedgeSpec, and the difference in standard errors."""
+    head = ["head", "layout", "temperature", "drafts vLLM", "drafts HedgeSpec", "same texts", "same rounds"]
+    lines = []
     for row in rows:
         cells = [row["head"], row["layout"], f"{row['temperature']:g}", row["drafts"]["vllm"], row["drafts"]["hedgespec"]]
         greedy = "same_texts" in row
         cells += [f"{row['same_texts']} of {row['requests']}", f"{row['same_rounds']} of these"] if greedy else ["", ""]
         engines = zip(row["acceptance"]["vllm"], row["acceptance"]["hedgespec"], standard_errors(row))
-        cells += [f"{theirs:.3f} {ours:.3f} ({errors:+.1f})" for theirs, ours, errors in engines]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append(cells + [f"{theirs:.3f} {ours:.3f} ({errors:+.1f})" for theirs, ours, errors in engines])
+    return markdown([*head, *(f"position {k + 1}" for k in range(draft_length))], lines).rstrip()
 
 
 def page(figures: dict) -> str:
@@ -212,7 +211,7 @@ def page(figures: dict) -> str:
         "# The zoo's heads in vLLM and in HedgeSpec",
         f"{figures['date']}, `{figures['command']}`; {figures['machine']['device']}, float32, {figures['machine']['threads']} "
         f"threads, mode {figures['mode']}. HedgeSpec with {versions}. vLLM with {theirs}"
-        + ("; its sampling above temperature 0 is mended, see bench/vllm_worker.py." if figures["mended"] else "."),
+        + ("; its sampling above temperature 0 is mended, see bench/vllm_sampling.py." if figures["mended"] else "."),
         "By position of the draft: accepted tokens a draft in vLLM, in HedgeSpec, and how many standard errors they are apart. "
         "Rounds in which a text ends are left out of both.",
         table(rows, length),
