@@ -2,6 +2,7 @@
 # make test      the tests a laptop can run        make types   mypy
 # make package   the source distribution, the wheel built from it, and that wheel checked in an empty environment
 # make test-vllm   the tests that need vLLM, in an environment of their own (3.5 GB)
+# make results     every study of bench/studies again (hours; continues where it stopped), and the tables of docs/results.md
 # make clean     everything these targets made
 #
 # Everything else happens in $(VENV), made once; an installation is repeated only when what it is made from has changed.
@@ -17,7 +18,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check -c constraints.txt
 INSTALL := $(BIN)/python $(PIP_INSTALL)
 INGREDIENTS := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard triton_kernels/__init__.py)
 
-.PHONY: demo test test-vllm lint types package clean
+.PHONY: demo test test-vllm results lint types package clean
 
 demo: $(VENV)/.installed-zoo
 	$(BIN)/hedgespec demo $(ARGS)
@@ -27,6 +28,9 @@ test: $(VENV)/.installed-test
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/vllm
+
+results: $(VENV)/.installed-test
+	$(BIN)/python bench/studies/run.py all $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

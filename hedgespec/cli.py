@@ -41,8 +41,6 @@ LAYOUTS = {"official": "eagle3", "speculators": "speculators"}
 """Of `hedgespec zoo export`, and what `save_drafter` calls them."""
 EXPORTED = ("float32", "bfloat16", "float16")
 """Dtypes of exported heads."""
-REPORT = "results.md"
-"""Of `hedgespec experiment report`, in the folder of the experiments."""
 
 
 class UsageError(Exception):
@@ -202,22 +200,6 @@ def demo(options: argparse.Namespace) -> None:
         _print_json(result)
     elif options.json:
         write_text(options.json, _to_json(result) + "\n")
-
-
-def experiment(options: argparse.Namespace) -> None:
-    from hedgespec import experiments
-
-    if options.name == "report":
-        from hedgespec.experiments import report
-
-        path = options.report or options.out / REPORT
-        report.write(options.out, path)
-        print(path)
-        return
-    if options.report is not None:
-        raise UsageError(f"argument --report: expected it with report, got it with {options.name}")
-    names = experiments.NAMES if options.name == "all" else (options.name,)
-    experiments.run(names, options.out, seeds=options.seeds, fresh=options.fresh, console=_wide_console(stderr=True))
 
 
 def zoo_list(options: argparse.Namespace) -> None:
@@ -765,18 +747,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_compile(add)
     _add_temperature(add)
     add("--seed", type=_number(int, 0), default=0, help="of the first prompt (default: %(default)s)")
-
-    from hedgespec import experiments
-
-    add = command("experiment", experiment, "measure what this project claims, or tell what was measured").add_argument
-    add("name", metavar="NAME", choices=(*experiments.NAMES, "all", "report"),
-        help=f"{', '.join(experiments.NAMES)}; all; or report, which writes up what was measured")  # fmt: skip
-    add("--out", metavar="FOLDER", type=Path, default=Path("experiments"),
-        help="where everything goes, and what a stopped run had finished is found again (default: %(default)s)")  # fmt: skip
-    add("--seeds", metavar="N", type=_number(int, 2), default=20,
-        help="runs of each learner over each text (default: %(default)s)")  # fmt: skip
-    add("--fresh", action="store_true", help="do again what an earlier run had finished, but for its recorded texts")
-    add("--report", metavar="FILE", type=_output, help=f"with report: where it goes (default: {REPORT} in --out)")
 
     zoo = commands.add_parser("zoo", help="the embedded target and heads").add_subparsers(required=True)
     add = command("list", zoo_list, "what there is, how large and where", zoo).add_argument

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hedgespec
-from hedgespec import Tree, cli, experiments, zoo
+from hedgespec import Tree, cli, zoo
 from hedgespec.checkpoints import inspect_drafter
 from hedgespec.drafters.datastore import MAX_NGRAM, Datastore
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
@@ -438,7 +438,7 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["{generate,inspect,datastore,demo,experiment,zoo,doctor}"]),
+        ([], ["{generate,inspect,datastore,demo,zoo,doctor}"]),
         (["decode"], ["decode", "generate", "inspect", "demo", "zoo", "doctor"]),
         (["generate"], ["PROMPT"]),
         (["generate", ""], ["PROMPT", "expected some text"]),
@@ -474,11 +474,6 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["demo", "--plot", "."], ["--plot", "a file that can be written", "'.'"]),
         (["generate", "x", "--learner-state", "no/such/x.json"], ["--learner-state", "a file that can be written", "x.json"]),
         (["generate", "x", "--learner-state", "."], ["--learner-state", "a file that can be written", "'.'"]),
-        (["experiment"], ["NAME"]),
-        (["experiment", "alchemy"], ["NAME", "baseline", "pool-size", "all", "report", "'alchemy'"]),
-        (["experiment", "delay", "--seeds", "1"], ["--seeds", "an integer >= 2", "'1'"]),
-        (["experiment", "delay", "--report", "x.md"], ["--report", "with report", "delay"]),
-        (["experiment", "report", "--report", "no/such/x.md"], ["--report", "a file that can be written", "x.md"]),
         (["zoo"], ["{list,path,pool,export,train}"]),
         (["inspect"], ["PATH"]),
         (["datastore", "x", "--tokenizer", "x"], ["FILE"]),
@@ -770,42 +765,6 @@ def test_a_command_without_an_optional_package_names_the_extra(package, extra, m
     fails(capsys, 1, package, f"pip install 'hedgespec[{extra}]'", argv=["demo"])
     listed = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"sklearn": "scikit-learn"}.get(package, package) in {re.match(r"[\w-]+", one)[0] for one in listed[extra]}
-
-
-# experiment
-
-
-def test_experiment(monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr("hedgespec.experiments.run", lambda *words, console, **options: calls.append((*words, options)))
-    assert cli.main(["experiment", "pool-size"]) == 0
-    assert cli.main("experiment all --out there --seeds 5 --fresh".split()) == 0
-    assert calls == [
-        (("pool-size",), Path("experiments"), {"seeds": 20, "fresh": False}),
-        (experiments.NAMES, Path("there"), {"seeds": 5, "fresh": True}),
-    ]
-
-
-@pytest.mark.parametrize("package", ["scipy", "sklearn", "matplotlib"])
-def test_experiment_without_a_package_says_how_to_get_it_before_any_work(package, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, package, None)
-    words = (experiments.PACKAGES[package], "hedgespec[experiments]")
-    fails(capsys, 1, *words, argv=["experiment", "baseline", "--out", tmp_path / "new"])
-    assert not (tmp_path / "new").exists()
-
-
-def test_experiment_report(monkeypatch, capsys, tmp_path):
-    calls = []
-    monkeypatch.setattr("hedgespec.experiments.report.write", lambda *paths: calls.append(paths))
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["experiment", "report"]) == 0
-    assert cli.main(["experiment", "report", "--out", "there", "--report", "x.md"]) == 0
-    assert calls == [(Path("experiments"), Path("experiments/results.md")), (Path("there"), Path("x.md"))]
-    assert capsys.readouterr().out.split() == [str(path) for _, path in calls]
-
-
-def test_experiment_report_of_nothing(capsys, tmp_path):
-    fails(capsys, 1, "the results of an experiment", argv=["experiment", "report", "--out", tmp_path])
 
 
 # zoo
