@@ -1,17 +1,24 @@
-# make demo   the embedded zoo, decoding        make lint    ruff      (ARGS="..." goes to hedgespec demo)
-# make test   the tests a laptop can run        make clean   everything these targets made
+# make demo      the embedded zoo, decoding        make lint    ruff      (ARGS="..." goes to hedgespec demo)
+# make test      the tests a laptop can run        make types   mypy
+# make package   the source distribution, the wheel built from it, and that wheel checked in an empty environment
 # make test-vllm   the tests that need vLLM, in an environment of their own (3.5 GB)
+# make results     every study of bench/studies again (hours; continues where it stopped), and the tables of docs/results.md
+# make clean     everything these targets made
 #
 # Everything else happens in $(VENV), made once; an installation is repeated only when what it is made from has changed.
 
 PYTHON ?= python3
 VENV ?= .venv
+PACKAGE_VENV ?= .venv-package
+EMPTY_VENV ?= $(PACKAGE_VENV)/empty
 VLLM_VENV ?= .venv-vllm
+DIST ?= dist
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := -m pip install --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python $(PIP_INSTALL)
 INGREDIENTS := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard triton_kernels/__init__.py)
 
-.PHONY: demo test test-vllm lint clean
+.PHONY: demo test test-vllm results lint types package clean
 
 demo: $(VENV)/.installed-zoo
 	$(BIN)/hedgespec demo $(ARGS)
@@ -22,12 +29,33 @@ test: $(VENV)/.installed-test
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/vllm
 
+results: $(VENV)/.installed-test
+	$(BIN)/python bench/studies/run.py all $(ARGS)
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+# The wheel is built from the source distribution, in isolation, and installed first with its declared dependencies alone, then
+# with the zoo's. -I keeps the checkout out of what the check imports.
+package:
+	rm -rf $(DIST) $(PACKAGE_VENV) $(EMPTY_VENV)
+	$(PYTHON) -m venv $(PACKAGE_VENV)/build
+	$(PACKAGE_VENV)/build/bin/python $(PIP_INSTALL) build
+	HEDGESPEC_REQUIRE_NATIVE=1 $(PACKAGE_VENV)/build/bin/python -m build --outdir $(DIST) .
+	$(PACKAGE_VENV)/build/bin/python tests/package_check.py archives $(DIST)
+	$(PYTHON) -m venv $(EMPTY_VENV)
+	$(EMPTY_VENV)/bin/python $(PIP_INSTALL) $(DIST)/*.whl
+	$(EMPTY_VENV)/bin/python -I tests/package_check.py installed
+	$(EMPTY_VENV)/bin/python $(PIP_INSTALL) "$$(echo $(DIST)/*.whl)[zoo]"
+	$(EMPTY_VENV)/bin/python -I tests/package_check.py installed
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks hedgespec/_native*.so
+	rm -rf $(VENV) $(PACKAGE_VENV) $(VLLM_VENV) $(DIST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .benchmarks hedgespec/_native*.so hedgespec/_native_build.json
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -17,7 +17,7 @@ from hedgespec.config import DecodeConfig
 from hedgespec.engines.drafters import Datastores, NGrams, TokenDrafter
 from hedgespec.engines.pool import TOKENS_ONLY
 from hedgespec.engines.proposer import TokenProposer
-from hedgespec.experiments.traces import Trace
+from hedgespec.experiments.recording import Trace
 from hedgespec.zoo import EXPERTS, NAMES
 from hedgespec.zoo.stores import load_store
 

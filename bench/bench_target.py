@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import StaticCache
 
+from hedgespec.compat import cache_argument
 from hedgespec.linear import few_row_view
 from hedgespec.target import Captures, TargetSession
 from hedgespec.zoo.target import load_target
@@ -42,10 +43,11 @@ def measure(model, batch: int, count: int, prompt: int, rounds: int, clock, tole
         return found, 1e3 * (clock() - began)
 
     past = StaticCache(model.config, max_cache_len=2 * prompt)
-    model(ids, past_key_values=past, use_cache=True)
+    with_cache = {cache_argument(model.forward): past, "use_cache": True}
+    model(ids, **with_cache)
 
     def plain():
-        logits = model(tokens, past_key_values=past, use_cache=True).logits
+        logits = model(tokens, **with_cache).logits
         for layer in past.layers:
             layer.cumulative_length.sub_(count)
         return logits

@@ -12,11 +12,26 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `_HOMES` says, for type checkers and editors
+    from hedgespec import algorithm, drafters, errors, learners
+    from hedgespec.checkpoints import load_drafter, save_drafter
+    from hedgespec.config import DecodeConfig, Tree
+    from hedgespec.decoder import DecodeOutput, Decoder
+    from hedgespec.delay import DelayQueue
+    from hedgespec.evaluate import evaluate, expected_accepted_length, multi_draft_acceptance
+    from hedgespec.hf import accelerate, restore
+    from hedgespec.learner_state import load_learner_state, save_learner_state
+    from hedgespec.metrics import DecodeStats
+    from hedgespec.verify import verify, verify_tree
+    from hedgespec.zoo import load_zoo
 
 _HOMES = {
     "Decoder": "hedgespec.decoder",
     "DecodeOutput": "hedgespec.decoder",
     "accelerate": "hedgespec.hf",
+    "custom_generate": "hedgespec.hf",
     "restore": "hedgespec.hf",
     "DecodeConfig": "hedgespec.config",
     "Tree": "hedgespec.config",
@@ -36,10 +51,34 @@ _HOMES = {
 _MODULES = ("algorithm", "drafters", "errors", "learners")
 
 __version__ = "0.1.0"
-__all__ = [*_HOMES, *_MODULES, "__version__"]
+__all__ = [
+    "DecodeConfig",
+    "DecodeOutput",
+    "DecodeStats",
+    "Decoder",
+    "DelayQueue",
+    "Tree",
+    "__version__",
+    "accelerate",
+    "algorithm",
+    "drafters",
+    "errors",
+    "evaluate",
+    "expected_accepted_length",
+    "learners",
+    "load_drafter",
+    "load_learner_state",
+    "load_zoo",
+    "multi_draft_acceptance",
+    "restore",
+    "save_drafter",
+    "save_learner_state",
+    "verify",
+    "verify_tree",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     elif name in _MODULES:

@@ -10,6 +10,9 @@ from transformers.cache_utils import DynamicLayer
 
 from hedgespec.transfer import to_device
 
+States = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of a layer, [B, heads, T, head_dim] each."""
+
 
 class KVCache:
     """Keys and values of one attention layer, [1, kv_heads, length, head_dim], in buffers that double when full."""
@@ -48,6 +51,7 @@ class RowBuffer:
         return self._length
 
     def __getitem__(self, index: slice) -> torch.Tensor:
+        assert self._rows is not None, "nothing was appended yet"
         return self._rows[: self._length][index]
 
     def append(self, rows: torch.Tensor) -> None:
@@ -100,7 +104,9 @@ class RaggedCache(Cache):
             self._slots = key, slots
         return self._slots[1]
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> States:
         while len(self.layers) <= layer_idx:
             self.layers.append(_RaggedLayer(self))
         self.written = key_states.shape[2]
@@ -148,11 +154,13 @@ class RaggedCache(Cache):
 class _RaggedLayer(DynamicLayer):
     """One layer of a `RaggedCache`, whatever the layer's window: the mask knows it, and every token may still be needed."""
 
+    is_initialized: bool
+
     def __init__(self, cache: RaggedCache):
         super().__init__()
         self.cache = cache
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> States:
         lengths, count = self.cache.lengths, key_states.shape[2]
         if self.cache.fixed is not None:
             self._write(self.cache.fixed.to(self.keys.device), key_states, value_states)
@@ -197,7 +205,7 @@ class RowCache(Cache):
     are the caller's. Nothing is copied where a forward takes neighbouring rows in their order.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rows = self.capacity = 0
         """How many rows there are, and slots of each."""
         self._taken: slice | torch.Tensor = slice(0, 0)
@@ -221,7 +229,9 @@ class RowCache(Cache):
         self._slots = slice(self._length, self._length + slots.shape[1]) if alike else slots
         self._end = end
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> States:
         while len(self.layers) <= layer_idx:
             self.layers.append(_RowLayer(self))
         return self.layers[layer_idx].update(key_states, value_states)
@@ -239,11 +249,13 @@ class RowCache(Cache):
 class _RowLayer(DynamicLayer):
     """One layer of a `RowCache`."""
 
+    is_initialized: bool
+
     def __init__(self, cache: RowCache):
         super().__init__()
         self.cache = cache
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> States:
         cache = self.cache
         if not self.is_initialized:
             self.keys, self.values = (

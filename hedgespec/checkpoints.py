@@ -7,6 +7,7 @@ A head is known by the names of its tensors; what its configuration leaves open 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from hedgespec.checkpoint_schema import read_config
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError
+from hedgespec.files import replacing, write_tensors
+from hedgespec.scalars import integers, shown, text
 
 LAYOUTS = ("eagle3", "eagle", "speculators")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
@@ -46,6 +50,10 @@ HARMLESS = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached)$")
 """Buffers that are worked out anew."""
 WRAPPERS = re.compile(r"^((model|module|_orig_mod|drafter|draft_model|ea_layer|eagle_module)\.)+")
 LAYER = re.compile(r"^(midlayer|transformer|layers\.(?P<number>\d+))\.")
+KNOWN = re.compile(
+    r"((?P<matrix>(fc|embed_tokens|lm_head|layer\.(self_attn|mlp)\.\w+_proj)\.weight)|(?P<map>d2t|t2d)|.*norm(\.\d)?\.weight|.*\.bias)$"
+)
+"""Plain names of tensors whose number of dimensions is known: matrices have two, maps, norms and biases one."""
 SYNONYMS = {
     "fusion_fc.weight": "fc.weight", "fusion_fc.bias": "fc.bias", "pre_lm_head_layernorm.weight": "norm.weight",
     "aux_norm_low.weight": "fc_norm.0.weight", "aux_norm_mid.weight": "fc_norm.1.weight",
@@ -99,11 +107,17 @@ def load_drafter(
         allow_pickle: reads pickled weights where there are no safetensors, with `weights_only`.
         revision: of a repository.
 
-    Raises: CheckpointError, which names every missing, extra or mis-shaped tensor; ImportError without huggingface_hub.
+    Raises:
+        CheckpointError: nothing that can be read there, or a head that does not fit; it names every key of config.json with a
+            wrong type or value, and every missing, extra or mis-shaped tensor.
+        TypeError, ValueError: aux_layers or name is of another type, or outside its range.
+        ImportError: a repository of the hub is asked for and huggingface_hub is not installed.
     """
+    if name is not None:
+        text("name", name, otherwise=" or None")
     files = _find(path, allow_pickle, revision)
     about = _Target.of(target)
-    plan = _Plan(files, about, aux_layers)
+    plan = _Plan(files, about, _given_layers(aux_layers))
     plan.check()
     weights = {key: one.to(device=target.device, dtype=target.dtype) for key, one in plan.weights().items()}
     embedding, output = target.get_input_embeddings(), target.get_output_embeddings()
@@ -129,6 +143,11 @@ def load_drafter(
     return head.requires_grad_(False).to(device=target.device, dtype=target.dtype).eval()
 
 
+def _given_layers(aux_layers: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The argument as plain ints. Raises: TypeError or ValueError."""
+    return None if aux_layers is None else integers("aux_layers", aux_layers, 0, otherwise=" or None")
+
+
 def _equal(own: torch.Tensor, theirs: torch.Tensor) -> bool:
     return own.shape == theirs.shape and not theirs.is_meta and torch.equal(own, theirs.to(own.device))
 
@@ -142,7 +161,7 @@ def inspect_drafter(
     Raises: CheckpointError where there is no EAGLE head that could be described.
     """
     files = _find(path, allow_pickle, revision)
-    plan = _Plan(files, None if target is None else _Target.of(target), aux_layers)
+    plan = _Plan(files, None if target is None else _Target.of(target), _given_layers(aux_layers))
     config, names = plan.config, ("version", "norms", "biases", "norm_before_residual", "feeds_back_norm")
     variant = {name: getattr(config, name) for name in names}
     variant |= {"head_dim": config.head_dim, "rope_theta": config.rope_theta, "rope_scaling": dict(config.rope_scaling)}
@@ -166,7 +185,8 @@ def save_drafter(
     head: EagleHead, folder: str | Path, layout: str | None = None, *, target=None, verifier: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:  # fmt: skip
-    """Writes `config.json` and `model.safetensors` in a layout of other projects and returns the folder.
+    """Writes `config.json` and `model.safetensors` in a layout of other projects and returns the folder. Both files are
+    written whole or not at all.
 
     `load_drafter` reads it. vLLM 0.32 runs EAGLE-3 heads in both layouts. Of EAGLE-1 heads it takes, by its source, those of
     layout "eagle" whose `fc` has no bias.
@@ -181,8 +201,17 @@ def save_drafter(
             loaded by, unless that is a folder of this machine.
         dtype: of the tensors; the head's by default.
 
-    Raises: ValueError for a layout that cannot hold this head, or an EAGLE-3 head that other engines cannot run.
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: a layout that cannot hold this head, or an EAGLE-3 head that other engines cannot run.
+        OSError: the files cannot be written.
     """
+    if not isinstance(head, EagleHead):
+        raise TypeError(f"head: expected an EagleHead, got {shown(head)}")
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder: expected a str or a path, got {shown(folder)}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype or None, got {shown(dtype)}")
     config, folder = head.config, Path(folder)
     official = "eagle" if config.version == 1 else "eagle3"
     layout = official if layout is None else layout
@@ -200,14 +229,21 @@ def save_drafter(
             del tensors["lm_head.weight"]
     dtype = head.fc.weight.dtype if dtype is None else dtype
     tensors = {key: (one.to(dtype) if one.is_floating_point() else one).cpu().contiguous() for key, one in tensors.items()}
-    tensors = {key: one.clone() for key, one in tensors.items()}  # views of one stack share memory, which a file may not
-    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: one.clone() for key, one in tensors.items()}  # tensors that share memory cannot go into one file
     if verifier is None:
         verifier = getattr(target, "name_or_path", None) or None
         verifier = None if verifier and Path(verifier).exists() else verifier
     written = _config_of(config, layout, target, verifier, str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(folder / "config.json") as about, replacing(folder / "model.safetensors") as weights:
+            write_tensors(save_file, tensors, weights, {"format": "pt"})
+            about.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    except BaseException:
+        if is_new:
+            folder.rmdir()
+        raise
     return folder
 
 
@@ -235,6 +271,8 @@ class _Files:
 
 
 def _find(path: str | Path, allow_pickle: bool, revision: str | None, *, local: bool = False) -> _Files:
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"path: expected a folder, a file or a repository of the hub, got {shown(path)}")
     place = Path(path)
     name = place.resolve().name if place.is_dir() else place.resolve().parent.name if place.is_file() else str(path)
     if not place.exists():
@@ -249,7 +287,7 @@ def _find(path: str | Path, allow_pickle: bool, revision: str | None, *, local: 
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: expected a config.json beside the weights, found none") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a config.json that can be read ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected an object in config.json, got {type(config).__name__}")
@@ -307,8 +345,10 @@ def _shards(folder: Path, name: str) -> list[Path]:
         return []
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: expected an index of shards that can be read ({error})") from error
+    if not all(isinstance(one, str) for one in names):
+        raise CheckpointError(f"{index}: expected names of files in weight_map, got others")
     if missing := sorted(one for one in names if Path(one).name != one or not (folder / one).exists()):
         raise CheckpointError(f"{index}: expected shards beside it, found none of {', '.join(missing)}")
     return [folder / one for one in sorted(names)]
@@ -412,13 +452,17 @@ class _Plan:
             raise CheckpointError(
                 f"{files.path}: expected an EAGLE head (fc.weight and one decoder layer's tensors), got the tensors {shown} ..."
             )
-        kind = files.config.get("speculators_model_type")
-        self.speculators = kind is not None or "speculators_config" in files.config
+        read = read_config(files.config)
+        self.settings, self.speculators = read.values, read.is_speculators
+        kind = self.settings.get("speculators_model_type")
         if kind not in (None, "eagle3", "eagle"):
             raise CheckpointError(f"{files.path}: expected an EAGLE head, got speculators' {kind}")
+        self.faults += read.faults
+        self.misread = bool(read.faults)
+        if read.unjudged:
+            self.check()
+        self.assumed += [f"{key} means nothing here" for key in read.unread]
         self.format = ("speculators " if self.speculators else "") + ("eagle3" if self.version == 3 else "eagle")
-        layer = files.config.get("transformer_layer_config") or {}
-        self.settings = {key: value for of in (layer, files.config) for key, value in of.items() if value is not None}
         self._name_tensors()
         self._configure(aux_layers)
         self._compare()
@@ -453,6 +497,24 @@ class _Plan:
             self.there[name], self.origin[name] = tensor, key
         if len(numbers) > 1:
             raise CheckpointError(f"{self.files.path}: expected a head of one decoder layer, got {len(numbers)}")
+        flat = [self._flaw(name, tensor) for name, tensor in self.there.items()]
+        if flaws := [flaw for flaw in flat if flaw]:
+            self.faults += flaws
+            self.check()
+
+    def _flaw(self, name: str, tensor: _Tensor) -> str | None:
+        """What is wrong with a tensor whatever the configuration says: its number of dimensions, and the dtype of a map."""
+        found = KNOWN.match(name)
+        if found is None:
+            return None
+        dims = 2 if found["matrix"] else 1
+        if len(tensor.shape) != dims:
+            return f"{self.origin[name]} has shape {tensor.shape}, expected {dims} dimension{'s' if dims > 1 else ''}"
+        if found["map"] and tensor.floating:
+            return f"{self.origin[name]} is {tensor.dtype}, expected integers or bool"
+        if found["map"] and not tensor.shape[0]:
+            return f"{self.origin[name]} is empty"
+        return None
 
     def _setting(self, name: str, default: Any, why: str = "") -> Any:
         """What the configuration says, or the default, which is then assumed."""
@@ -492,9 +554,10 @@ class _Plan:
         theta, scaling = self._rope()
         before = False
         if version == 3:
-            before = bool(self._setting("norm_before_residual", True, "vLLM's default for speculators") if self.speculators
-                          else settings.get("norm_before_residual", False))  # fmt: skip
-        back = version == 3 and bool(settings.get("norm_output", False))
+            before = settings.get("norm_before_residual", False)
+            if self.speculators:
+                before = self._setting("norm_before_residual", True, "vLLM's default for speculators")
+        back = version == 3 and settings.get("norm_output", False)
         if back:
             self.assumed.append("norm_output means that the head drafts on from its output's norm, as vLLM and SGLang read it")
         if version == 1 and "norm" in norms:
@@ -514,8 +577,9 @@ class _Plan:
     def _integer(self, name: str, default: int | None, why: str = "") -> int:
         """A size; without one nothing else can be said."""
         found = self.settings.get(name) if default is None else self._setting(name, default, why)
-        if not isinstance(found, int) or found < 1:
-            raise CheckpointError(f"{self.files.path}: expected {name} >= 1 in config.json, got {found}")
+        if found is None or found < 1:
+            self.faults.append(f"expected {name} >= 1 in config.json, got {found}")
+            self.check()
         return found
 
     def _norms(self, eagle: dict[str, Any]) -> tuple[str, ...]:
@@ -552,15 +616,12 @@ class _Plan:
     def _rope(self) -> tuple[float, tuple[tuple[str, Any], ...]]:
         settings = self.settings
         given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-        given = {key: value for key, value in given.items() if value is not None}
+        given = dict(given)
         theta = given.pop("rope_theta", settings.get("rope_theta"))
         if theta is None:
             theta = self._setting("rope_theta", 10000.0)
         kind = given.pop("rope_type", given.pop("type", "default"))
         given.pop("type", None)
-        if any(isinstance(value, dict) for value in given.values()):
-            self.faults.append(f"expected positions of one kind, got rope_parameters for {', '.join(given)}")
-            return float(theta), ()
         partial = given.pop("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
         if partial != 1:
             self.faults.append(f"expected rotary positions of whole heads, got partial_rotary_factor {partial}")
@@ -574,8 +635,15 @@ class _Plan:
             self.assumed.append("original_max_position_embeddings as max_position_embeddings")
         needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ("factor",))
         if missing := [key for key in needed if key not in given]:
-            self.faults.append(f"expected {', '.join(missing)} for rope_type {kind}, found none")
+            if not self.misread:  # else one of them may be there and be at fault
+                self.faults.append(f"expected {', '.join(missing)} for rope_type {kind}, found none")
             return float(theta), ()
+        if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
+            self.faults.append(
+                f"expected high_freq_factor above low_freq_factor {given['low_freq_factor']}, got {given['high_freq_factor']}"
+            )
+        if kind == "yarn" and theta <= 1:
+            self.faults.append(f"expected rope_theta above 1 for rope_type yarn, got {theta}")
         return float(theta), (("rope_type", kind), *sorted((key, given[key]) for key in given))
 
     def _vocabularies(self, hidden: int) -> None:
@@ -624,6 +692,8 @@ class _Plan:
             self.faults.append(
                 f"{'d2t' if offsets is not None else 't2d'} names {len(ids)} ids, expected {self.draft_vocab_size}"
             )
+        elif not len(ids):
+            self.faults.append("t2d names no ids")
         elif total is not None and not 0 <= int(ids.min()) <= int(ids.max()) < total:
             self.faults.append(f"d2t leaves 0..{total - 1}: id = i + d2t[i], got {int(ids.min())} to {int(ids.max())}")
         elif ids.unique().numel() < len(ids):
@@ -659,7 +729,7 @@ class _Plan:
                 ids = sorted(ids)
         if ids is not None:
             ids = tuple(ids)
-            if not all(isinstance(one, int) and one >= 0 for one in ids) or len(set(ids)) < len(ids):
+            if len(set(ids)) < len(ids):
                 self.faults.append(f"expected distinct aux layers >= 0, got {ids}")
                 ids = None
             elif layers is not None and max(ids) > layers:

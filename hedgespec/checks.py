@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hedgespec.transfer import Kept
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes of logits, in the order of how few backends take them: of two, the later decides which backend runs."""
 WIDE = (torch.float32, torch.float64)
@@ -20,10 +22,10 @@ _FEW = 64
 
 def wrong(name: str, expected: object, got: object, error: type[Exception] = ValueError) -> Exception:
     """The exception to raise."""
-    return error(f"{name}: expected {expected}; got {got}")
+    return error(f"{name}: expected {expected}, got {got}")
 
 
-def check_logits(name: str, logits: Tensor, dims: str, ndim: int | None) -> torch.Size:
+def check_logits(name: str, logits: Tensor | None, dims: str, ndim: int | None) -> torch.Size:
     """Floating-point logits of `ndim` dimensions (None: at least one) over a vocabulary of at least 1; returns their shape."""
     if not isinstance(logits, Tensor):
         raise wrong(name, "a torch.Tensor", type(logits).__name__, TypeError)
@@ -37,7 +39,7 @@ def check_logits(name: str, logits: Tensor, dims: str, ndim: int | None) -> torc
 
 def check_tensor(
     name: str,
-    tensor: Tensor,
+    tensor: Tensor | None,
     dtypes: tuple[torch.dtype, ...],
     shape: tuple[int, ...],
     device,
@@ -110,14 +112,14 @@ def check_map(name: str, ids: Tensor, shape: tuple[int, ...], device, vocabulary
 
     The values of a map are looked at, on any device, when it is first seen and again after torch wrote to it: maps are few
     and long-lived, and sorting N of them each round would cost more than scoring. Inference tensors keep no version, so
-    they are checked every time.
+    they are checked every time. The copy is complete when this returns, for any stream (`transfer.Kept`).
     """
     check_tensor(name, ids, (torch.int64, torch.int32), shape, device)
     seen = None if ids.is_inference() else (ids._version, vocabulary, distinct)
     if seen is not None:
-        known, narrow = _checked_maps.get(ids, (None, None))
+        known, kept = _checked_maps.get(ids, (None, None))
         if known == seen:
-            return narrow
+            return kept.get()
     if ids.numel():
         low, high = (bound.item() for bound in ids.aminmax())
         if low < 0 or high >= vocabulary:
@@ -130,7 +132,7 @@ def check_map(name: str, ids: Tensor, shape: tuple[int, ...], device, vocabulary
     narrow = ids.to(torch.int32).contiguous()
     if seen is not None:
         # A map that is narrow already would keep its own entry alive: the value would be the key.
-        _checked_maps[ids] = (seen, narrow.clone() if narrow is ids else narrow)
+        _checked_maps[ids] = seen, Kept(narrow.clone() if narrow is ids else narrow)
     return narrow
 
 

@@ -6,6 +6,9 @@ torch and transformers are imported only once there is work for them.
 from __future__ import annotations
 
 import argparse
+import codecs
+import errno
+import io
 import json
 import math
 import os
@@ -24,17 +27,20 @@ from rich.table import Table
 import hedgespec
 from hedgespec.config import CHOICES, DecodeConfig, Tree
 from hedgespec.errors import CheckpointError, HedgeSpecError
+from hedgespec.files import write_text
+from hedgespec.zoo import STAGES
 
 USER_ERRORS = (HedgeSpecError, ValueError, TypeError, OSError, ImportError)
-"""What is told in one line; anything else is a bug of ours and keeps its traceback."""
-STAGES = ("collect", "heads", "matrix", "all")
-"""Of `hedgespec zoo train`."""
+"""Errors that are told in one line; anything else is a bug of ours and keeps its traceback."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of the system for which there is no room for what is to be written."""
+PACKAGES = {"matplotlib": "zoo", "gguf": "zoo", "accelerate": "zoo", "filelock": "zoo", "scipy": "experiments",
+            "sklearn": "experiments"}  # fmt: skip
+"""Packages that commands may lack, and the extra of ours that brings them."""
 LAYOUTS = {"official": "eagle3", "speculators": "speculators"}
 """Of `hedgespec zoo export`, and what `save_drafter` calls them."""
 EXPORTED = ("float32", "bfloat16", "float16")
 """Dtypes of exported heads."""
-REPORT = "results.md"
-"""Of `hedgespec experiment report`, in the folder of the experiments."""
 
 
 class UsageError(Exception):
@@ -42,32 +48,41 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
-    try:
+    """Runs one command and returns its exit code.
+
+    Returns: 0; 1 after an error; 2 for a command line that cannot be meant; 130 after Ctrl-C; 141 where the reader of stdout
+        went away. After 1 and 2 there is one line on stderr.
+    """
+    if sys.stdout is None:  # closed before Python began
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    with _any_text():
         try:
-            options = _parser().parse_args(argv)
-            with _quiet():
-                options.run(options)
-        finally:
-            sys.stdout.flush()  # while a closed pipe can still be caught
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader has seen enough; at exit Python would try again to write the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (UsageError, *USER_ERRORS) as error:
-        if os.environ.get("HEDGESPEC_DEBUG"):
-            traceback.print_exc()
-        _say("error", error)
-        return 2 if isinstance(error, UsageError) else 1
+            try:
+                options = _parser().parse_args(argv)
+                with _quiet():
+                    options.run(options)
+            finally:
+                sys.stdout.flush()  # while a closed pipe or a full disk can still be caught
+            return 0
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            _drop_stdout()
+            return 141
+        except (UsageError, *USER_ERRORS) as error:
+            if os.environ.get("HEDGESPEC_DEBUG"):
+                traceback.print_exc()
+            _say("error", _told(error))
+            if isinstance(error, OSError):
+                _drop_stdout()
+            return 2 if isinstance(error, UsageError) else 1
 
 
 # Commands
 
 
 def generate(options: argparse.Namespace) -> None:
-    prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    prompt = _read_stdin().removesuffix("\n") if options.prompt == "-" else _argument("PROMPT", options.prompt)
     if not prompt:
         raise UsageError("PROMPT: expected some text, got none")
     try:
@@ -179,28 +194,12 @@ def demo(options: argparse.Namespace) -> None:
         compile=options.compile,
         plot=options.plot,
         profile=options.profile,
-        console=Console(stderr=options.json == "-"),  # stdout then holds the JSON alone
+        console=_Console(stderr=options.json == "-"),  # stdout then holds the JSON alone
     )
     if options.json == "-":
         _print_json(result)
     elif options.json:
-        Path(options.json).write_text(_to_json(result) + "\n", encoding="utf-8")
-
-
-def experiment(options: argparse.Namespace) -> None:
-    from hedgespec import experiments
-
-    if options.name == "report":
-        from hedgespec.experiments import report
-
-        path = options.report or options.out / REPORT
-        report.write(options.out, path)
-        print(path)
-        return
-    if options.report is not None:
-        raise UsageError(f"argument --report: expected it with report, got it with {options.name}")
-    names = experiments.NAMES if options.name == "all" else (options.name,)
-    experiments.run(names, options.out, seeds=options.seeds, fresh=options.fresh, console=_wide_console(stderr=True))
+        write_text(options.json, _to_json(result) + "\n")
 
 
 def zoo_list(options: argparse.Namespace) -> None:
@@ -267,7 +266,7 @@ def zoo_train(options: argparse.Namespace) -> None:
     _check_heads("--only", options.only or ())
     from hedgespec.zoo.pipeline import run
 
-    run(names=tuple(options.only) if options.only else None, stage=options.stage, out=options.out, console=Console())
+    run(names=tuple(options.only) if options.only else None, stage=options.stage, out=options.out, console=_Console())
 
 
 def zoo_export(options: argparse.Namespace) -> None:
@@ -288,13 +287,15 @@ def zoo_export(options: argparse.Namespace) -> None:
 def doctor(options: argparse.Namespace) -> None:
     import hedgespec.decoder  # noqa: F401  the operations register their backends when they are imported
     from hedgespec import backends
-    from hedgespec.doctor import describe
+    from hedgespec.doctor import describe, failures
 
-    report = backends.report()
+    report = backends.report(self_tests=True)
     if options.json:
         _print_json(report)
     else:
         print(describe(report))
+    if failed := failures(report):
+        raise HedgeSpecError(f"{len(failed)} self-test(s) of kernels failed: {failed[0]}")
 
 
 # Models
@@ -316,7 +317,7 @@ def _load(target_folder: Path | None, specs: Sequence[str] | None, allow_pickle:
             )
     if repeated := {spec for spec in specs if specs.count(spec) > 1}:
         raise UsageError(f"argument --drafter: expected each once, got {', '.join(sorted(repeated))} again")
-    with Console(stderr=True).status("loading"):
+    with _Console(stderr=True).status("loading", spinner="line"):  # which an ASCII terminal can show, too
         if target_folder is None:
             target, tokenizer = load_target()
         else:
@@ -390,11 +391,36 @@ def _find_tokenizer(spec: str):
         ) from error
 
 
+TO_UTF_8 = "iconv -t utf-8 converts it"
+
+
 def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected a text in UTF-8, got what is none ({error})") from error
+        raise ValueError(f"{file}: expected a text in UTF-8, got what is none ({error}); {TO_UTF_8}") from error
+
+
+def _read_stdin() -> str:
+    """The text on stdin, read as UTF-8 whatever the terminal's encoding, with any ends of lines."""
+    if not hasattr(sys.stdin, "buffer"):
+        return sys.stdin.read()
+    try:
+        return io.TextIOWrapper(io.BytesIO(sys.stdin.buffer.read()), encoding="utf-8").read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"PROMPT: expected a text in UTF-8 on stdin, got what is none ({error}); {TO_UTF_8}") from error
+
+
+def _argument(name: str, value: str) -> str:
+    """An argument as text, also where Python read the bytes of the command line in another encoding than UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(value).decode()
+        except UnicodeError as error:
+            raise UsageError(f"{name}: expected a text in UTF-8, got what is none ({error}); {TO_UTF_8}") from error
+    return value
 
 
 @contextmanager
@@ -481,7 +507,7 @@ def _stats(stats) -> Group:
 
 def _wide_console(stderr: bool = False) -> Console:
     """One that breaks no line, so that a path can be copied and a line be searched for."""
-    return Console(stderr=stderr, width=1000)
+    return _Console(stderr=stderr, width=1000)
 
 
 def _role(name: str) -> str:
@@ -524,11 +550,12 @@ def _words(value: object) -> str:
 
 
 def _print_json(value: object) -> None:
-    print(_to_json(value))
+    """JSON on stdout, in ASCII where stdout takes no UTF-8."""
+    print(_to_json(value, ascii_only=not (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")))
 
 
-def _to_json(value: object) -> str:
-    return json.dumps(_without_nan(value), ensure_ascii=False, indent=2, allow_nan=False)
+def _to_json(value: object, *, ascii_only: bool = False) -> str:
+    return json.dumps(_without_nan(value), ensure_ascii=ascii_only, indent=2, allow_nan=False)
 
 
 def _without_nan(value):
@@ -543,6 +570,54 @@ def _without_nan(value):
 def _say(kind: str, message: object) -> None:
     """One line on stderr, whatever the message."""
     print(f"hedgespec: {kind}:", " ".join(str(message).split()) or type(message).__name__, file=sys.stderr)
+
+
+def _told(error: BaseException) -> str:
+    """An error in words, with what to do about it where the system's own words do not say."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}expected room for what is to be written, got: {error.strerror}; free some, or write to another place"
+    if isinstance(error, ImportError) and (extra := PACKAGES.get((error.name or "").partition(".")[0])):
+        return f"{error}: pip install 'hedgespec[{extra}]'"
+    return str(error)
+
+
+def _drop_stdout() -> None:
+    """Sends what is still to be written to stdout nowhere: at exit Python would try again, and complain."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _any_text() -> Iterator[None]:
+    """Lets stdout take characters that its encoding lacks: they are escaped, which is told once, with the remedy."""
+    stdout, missed = sys.stdout, []
+    if not isinstance(stdout, io.TextIOWrapper):
+        yield
+        return
+
+    def escape_it(error: UnicodeError) -> tuple[str | bytes, int]:
+        missed.append(error)
+        return codecs.backslashreplace_errors(error)
+
+    errors = stdout.errors
+    codecs.register_error("hedgespec", escape_it)
+    stdout.reconfigure(errors="hedgespec")
+    try:
+        yield
+    finally:
+        stdout.reconfigure(errors=errors)
+        if missed:
+            _say("warning", f"characters that {stdout.encoding} lacks were escaped: PYTHONIOENCODING=utf-8 shows them")
+
+
+class _Console(Console):
+    """A console that leaves a closed pipe to `main`."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that is being handled
 
 
 @contextmanager
@@ -563,6 +638,11 @@ def _quiet() -> Iterator[None]:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own, which says nothing where help or version cannot be written."""
+        if message:
+            (file or sys.stderr).write(message)
 
 
 def _cadence(text: str) -> int | str:
@@ -668,18 +748,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_temperature(add)
     add("--seed", type=_number(int, 0), default=0, help="of the first prompt (default: %(default)s)")
 
-    from hedgespec import experiments
-
-    add = command("experiment", experiment, "measure what this project claims, or tell what was measured").add_argument
-    add("name", metavar="NAME", choices=(*experiments.NAMES, "all", "report"),
-        help=f"{', '.join(experiments.NAMES)}; all; or report, which writes up what was measured")  # fmt: skip
-    add("--out", metavar="FOLDER", type=Path, default=Path("experiments"),
-        help="where everything goes, and what a stopped run had finished is found again (default: %(default)s)")  # fmt: skip
-    add("--seeds", metavar="N", type=_number(int, 2), default=20,
-        help="runs of each learner over each text (default: %(default)s)")  # fmt: skip
-    add("--fresh", action="store_true", help="do again what an earlier run had finished, but for its recorded texts")
-    add("--report", metavar="FILE", type=_output, help=f"with report: where it goes (default: {REPORT} in --out)")
-
     zoo = commands.add_parser("zoo", help="the embedded target and heads").add_subparsers(required=True)
     add = command("list", zoo_list, "what there is, how large and where", zoo).add_argument
     add("--json", action="store_true", help="as JSON")
@@ -696,7 +764,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=EXPORTED, default="float32", help="of the tensors (default: %(default)s)")
     add = command("train", zoo_train, "collect the target's texts, train the heads, measure them", zoo).add_argument
     add("--only", metavar="NAME", nargs="+", help="heads to train (default: all)")
-    add("--stage", choices=STAGES, default="all", help="a part of the work (default: %(default)s)")
+    add("--stage", choices=(*STAGES, "all"), default="all", help="a part of the work (default: %(default)s)")
     add("--out", metavar="FOLDER", type=Path, help="where heads and matrix go (default: in the cache)")
 
     add = command("doctor", doctor, "what this installation can do on this machine").add_argument

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from hedgespec.scalars import flag, integer, integers, shown, text
 
 if TYPE_CHECKING:
     from hedgespec.learners import Learner
@@ -25,11 +27,11 @@ class Tree:
     """Shape of a draft tree. Its depth is the draft length K.
 
     Args:
-        branching: number of children of a node: one number for all depths, or a tuple with one number for each depth, the
-            root first.
-        size: None for a static tree, in which every node above depth K has its children. A number for a dynamic tree: at each
-            depth the `branching` most likely nodes get `branching` children each, and the `size` most likely of all nodes are
-            verified.
+        branching: number of children of a node, 1..32: one number for all depths, or one for each depth, the root first, kept
+            as a tuple.
+        size: None for a static tree, in which every node above depth K has its children. A number, 1..512, for a dynamic tree:
+            at each depth the `branching` most likely nodes get `branching` children each, and the `size` most likely of all
+            nodes are verified. Default: None.
 
     Only EAGLE heads branch at every node. Any other drafter continues from the first child only, so its tree is a chain whose
     nodes have siblings without children.
@@ -44,15 +46,16 @@ class Tree:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        counts = self.branching if isinstance(self.branching, tuple) else (self.branching,)
-        if not counts or not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
-            raise TypeError(f"branching: expected an int or a tuple of ints, got {self.branching!r}")
-        if not all(1 <= count <= MAX_CHILDREN for count in counts):
+        if isinstance(self.branching, (set, frozenset)):
+            raise TypeError(f"branching: expected an int or a sequence of ints, got {shown(self.branching)}")
+        counts = integers("branching", self.branching)
+        if not counts or not all(1 <= count <= MAX_CHILDREN for count in counts):
             raise ValueError(f"branching: expected 1..{MAX_CHILDREN} children of a node, got {self.branching}")
+        several = isinstance(self.branching, Iterable) and not (hasattr(self.branching, "shape") and not self.branching.shape)
+        object.__setattr__(self, "branching", counts if several else counts[0])
         if self.size is None:
             return
-        if not isinstance(self.size, int) or isinstance(self.size, bool):
-            raise TypeError(f"size: expected an int or None, got {self.size!r}")
+        object.__setattr__(self, "size", integer("size", self.size, otherwise=" or None"))
         if not 1 <= self.size <= MAX_NODES:
             raise ValueError(f"size: expected 1..{MAX_NODES} nodes or None, got {self.size}")
         if isinstance(self.branching, tuple):
@@ -91,8 +94,10 @@ class Tree:
 class DecodeConfig:
     """Options of a decoder that are the same for all requests.
 
+    Numbers may be Python's, NumPy's, or tensors with one element; they are kept as Python's.
+
     Args:
-        draft_length: K, most tokens drafted in a round, >= 1.
+        draft_length: K, most tokens drafted in a round, >= 1. Default: 5.
         proposal: how the drafter proposes tokens.
 
             - "sampled": samples from the drafter's distribution.
@@ -102,35 +107,38 @@ class DecodeConfig:
               with "sampled".
 
             In a tree the children of a node are independent samples, the most likely tokens, or the most likely tokens after
-            the noise. At temperature 0 every proposal is the most likely token.
+            the noise. At temperature 0 every proposal is the most likely token. Default: "sampled".
         tree: a `hedgespec.Tree`, `draft_length` deep; None drafts a chain. A dynamic tree requires proposal "argmax" or
             "coupled". The target must use an attention that accepts a mask (attn_implementation "sdpa" or "eager").
+            Default: None.
         learner: a name in `hedgespec.learners.NAMES`, or a function that takes the number of arms and returns a fresh
             `hedgespec.learners.Learner`, for example `functools.partial(hedgespec.learners.Hedge, eta=0.1)`. With objective
-            "tokens" the arms are the drafters.
+            "tokens" the arms are the drafters. Default: "normal_hedge".
         objective: "tokens" maximises tokens a round, and every drafter drafts K. "throughput" maximises tokens a second, by the
             measured costs of drafting and verifying: the learner then chooses a drafter and a length 1..K together, or plain
             decoding (`hedgespec.decoder.arms.DraftersAndLengths` has the mathematics). The first rounds of a decoder measure
             every length 0..K. Because choices depend on a clock, a seed repeats a sampled text with proposal "coupled" only.
             Requires chains and a learner with full feedback. On a GPU a round waits for the device after drafting and after
-            verifying.
+            verifying. Default: "tokens".
         evaluate_every: rounds from one evaluation of all drafters to the next, >= 1; the paper uses 1. An evaluation reads the
             weights of the drafters once, however many tokens it covers, so its cost falls as 1 / evaluate_every; the learner
             receives the same losses later, which its delay queue allows. A learner with full feedback changes the drafter only
             after an evaluation. "adaptive" starts at 1, doubles up to 8 while the same drafter is drawn again (up to 64 while
-            plain decoding is), and returns to 1 when another one is drawn; with learner "meta_sd" it stays 1.
+            plain decoding is), and returns to 1 when another one is drawn; with learner "meta_sd" it stays 1. Default:
+            "adaptive".
         warm_start: number of final prompt positions from which the learner is initialised, >= 0; the paper uses 0. Each
             position gives one loss, 1 - acceptance_prob of sampled proposals at temperature 1. This costs no forward of the
             target. It is skipped with a `learner_state`, with logits processors (their state must not see the prompt), with
             learners without full feedback, and, with objective "throughput", until costs are measured. These losses are not
-            part of the regret. The distribution of the text does not depend on them.
+            part of the regret. The distribution of the text does not depend on them. Default: 32.
         drafter_window: most verified tokens of a request that the cache of an EAGLE head keeps, >= 16; the head then drafts as
-            if the text started later. None keeps all.
-        backend: implementation of `evaluate` and `verify`: "auto" or a name in `hedgespec.backends.BACKENDS`.
+            if the text started later. None keeps all. Default: None.
+        backend: implementation of `evaluate` and `verify`: "auto" or a name in `hedgespec.backends.BACKENDS`. Default:
+            "auto".
         compile: captures forwards of fixed shapes once for each shape. On a GPU the target's forward over the tokens of a round
             and the passes of stacked heads become CUDA graphs. On a CPU the target's layers are compiled: this gains little,
             takes about 10 s for a request (up to 30 s the first time), and repeats for a new batch size and at 256, 512, 1024
-            ... tokens. A target that cannot be captured runs without, with a warning.
+            ... tokens. A target that cannot be captured runs without, with a warning. Default: False.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range. The learner is checked by `Decoder`, the
@@ -149,18 +157,21 @@ class DecodeConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.evaluate_every != "adaptive":
-            _check_int("evaluate_every", self.evaluate_every, 1, ' or "adaptive"')
-        _check_int("draft_length", self.draft_length, 1)
-        _check_int("warm_start", self.warm_start, 0)
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if not isinstance(self.evaluate_every, str) or self.evaluate_every != "adaptive":
+            keep("evaluate_every", integer("evaluate_every", self.evaluate_every, 1, otherwise=' or "adaptive"'))
+        keep("draft_length", integer("draft_length", self.draft_length, 1))
+        keep("warm_start", integer("warm_start", self.warm_start, 0))
         if self.drafter_window is not None:
-            _check_int("drafter_window", self.drafter_window, 16, " or None")
-        if not isinstance(self.compile, bool):
-            raise TypeError(f"compile: expected a bool, got {type(self.compile).__name__}")
+            keep("drafter_window", integer("drafter_window", self.drafter_window, 16, otherwise=" or None"))
+        keep("compile", flag("compile", self.compile))
+        text("backend", self.backend)
         if not isinstance(self.learner, str) and not callable(self.learner):
-            raise TypeError(f"learner: expected a name, or a function that returns a learner, got {self.learner!r}")
+            raise TypeError(f"learner: expected a name, or a function that returns a learner, got {shown(self.learner)}")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            if text(name, getattr(self, name)) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         if self.tree is not None:
             self._check_tree(self.tree)
@@ -180,10 +191,3 @@ class DecodeConfig:
     def max_drafted(self) -> int:
         """Most draft tokens that the target reads in a round, beside the last verified token."""
         return self.draft_length if self.tree is None else self.tree.nodes(self.draft_length)
-
-
-def _check_int(name: str, value: object, least: int, otherwise: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int{otherwise}, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}{otherwise}, got {value}")

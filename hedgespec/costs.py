@@ -25,9 +25,6 @@ measured while the machine was busy."""
 SHORTEST = 1e-9
 """Seconds of a round on a clock too coarse to see it."""
 
-_MEASURING = threading.Lock()
-"""One measurement at a time; a lock of its own would keep a decoder from being copied."""
-
 
 class Costs:
     """Seconds to draft a token, by drafter, and to verify a round, by drafted length, for every size of the batch.
@@ -55,23 +52,27 @@ class Costs:
         """Seconds by size of the batch and drafted length."""
         self._plans: dict[int, _Plan] = {}
         """By size of the batch."""
+        self._lock = threading.Lock()
+        """Threads take turns with the three above."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Costs], tuple[int, int, Callable[[], float]]]:
         return Costs, (self.num_drafters, self.draft_length, self.clock)
 
     def drafted(self, rows: int, drafter: int, seconds_per_token: float) -> None:
         """Takes note of a draft in a batch of so many rows."""
-        _note(self._drafted, (_size(rows), drafter), seconds_per_token)
+        with self._lock:
+            _note(self._drafted, (_size(rows), drafter), seconds_per_token)
 
     def verified(self, rows: int, length: int, seconds: float) -> None:
         """Takes note of a verification in a batch whose longest draft had `length` tokens, 0..K."""
-        _note(self._verified, (_size(rows), length), seconds)
+        with self._lock:
+            _note(self._verified, (_size(rows), length), seconds)
 
     def to_measure(self, rows: int, most: int) -> Choice | None:
         """What the next round in a batch of so many rows, which may draft up to `most` tokens, is to draft only to be measured;
         None: nothing. To be asked once a round. Every length 0..K, and every drafter, is measured `FEWEST` + 1 times in turns
         at first, and once more after `AGAIN` rounds, twice as many, and so on."""
-        with _MEASURING:
+        with self._lock:
             plan = self._plans.setdefault(_size(rows), _Plan([0] * (self.draft_length + 1), [0] * self.num_drafters))
             plan.rounds += 1
             often = FEWEST + 1 + (plan.rounds // AGAIN).bit_length()
@@ -95,7 +96,7 @@ class Costs:
         the measured ones beside it. A shorter round costs no more than a longer one.
         """
         size = _size(rows)
-        with _MEASURING:
+        with self._lock:
             verify = np.array([_typical(self._verified.get((size, length))) for length in range(self.draft_length + 1)])
             draft = np.array([_typical(self._drafted.get((size, drafter))) for drafter in range(self.num_drafters)])
             some = [one for (of, _), window in self._drafted.items() if of == size for one in window]
@@ -132,11 +133,10 @@ def _size(rows: int) -> int:
 
 
 def _note(windows: dict[tuple[int, int], deque[float]], key: tuple[int, int], seconds: float) -> None:
-    with _MEASURING:
-        if key not in windows:
-            windows[key] = deque(maxlen=WINDOW)  # and the first measurement goes no further
-        else:
-            windows[key].append(seconds)
+    if key not in windows:
+        windows[key] = deque(maxlen=WINDOW)  # and the first measurement goes no further
+    else:
+        windows[key].append(seconds)
 
 
 def _typical(window: deque[float] | None) -> float:

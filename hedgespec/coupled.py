@@ -117,7 +117,9 @@ def perturb(
     return held + noise
 
 
-def _check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], rows: Sequence[int], width: int | None, device) -> None:
+def _check(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], rows: Sequence[int], width: int | None, device: torch.device
+) -> None:
     """A tensor [..., width] whose leading dimensions are those of logits or 1; any width for None."""
     if isinstance(tensor, Tensor) and tensor.ndim:
         lead = tensor.shape[:-1]

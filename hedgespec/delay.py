@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from hedgespec.records import Feedback
+from hedgespec.scalars import integer
 
 _ROUNDING = 1e-5
 """How far above 1 a value may come in, for callers whose float32 sums are not clamped."""
@@ -32,6 +33,7 @@ class DelayQueue:
             lengths of shorter drafts.
 
     Raises:
+        TypeError: num_drafters or draft_length is not an int.
         ValueError: a value outside its range.
 
     Source: Joulani, Gyorgy, Szepesvari, "Online Learning under Delayed Feedback", ICML 2013; losses arXiv 2510.20064. The
@@ -52,10 +54,7 @@ class DelayQueue:
         *,
         lengths: bool = False,
     ) -> None:
-        if num_drafters < 1:
-            raise ValueError(f"num_drafters: expected at least 1, got {num_drafters}")
-        if draft_length < 1:
-            raise ValueError(f"draft_length: expected at least 1, got {draft_length}")
+        num_drafters, draft_length = integer("num_drafters", num_drafters, 1), integer("draft_length", draft_length, 1)
         self.num_drafters, self.draft_length, self.lengths = num_drafters, draft_length, lengths
         self._reset()
 

@@ -12,12 +12,13 @@ One call compares all N drafters with the target and yields, for every proposal 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from hedgespec.backends import register, register_kernels, resolve
+from hedgespec.backends import register, register_cases, register_kernels, resolve
 from hedgespec.checks import (
     FLOATING,
     check_ids,
@@ -29,6 +30,7 @@ from hedgespec.checks import (
     wrong,
 )  # fmt: skip
 from hedgespec.records import PROPOSAL_MODES, Evaluation, score_row
+from hedgespec.self_test import Case, scattered
 
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
@@ -115,8 +117,8 @@ def evaluate(
     if mode == "top_k" and top_k is None:
         raise wrong("top_k", "a number of candidates in mode 'top_k'", None)
 
-    kind = "cpu" if target_logits.is_cpu else target_logits.device.type  # a device makes its type's name anew each time
-    run = resolve("evaluate", backend, kind, rarer(target_logits.dtype, drafter_logits.dtype))
+    device = "cpu" if target_logits.is_cpu else target_logits.device  # a string is found quicker
+    run = resolve("evaluate", backend, device, rarer(target_logits.dtype, drafter_logits.dtype))
     return run(
         target_logits,
         drafter_logits,
@@ -221,15 +223,15 @@ def evaluate_reference(
         is_emitted = (candidates == laws.emitted[..., None]) & usable & has_target[..., None]
         is_in = is_emitted.to(dtype).cumsum(-1)  # 0 or 1, as candidates are distinct
         scores += torch.stack([mass, is_in], -1).flatten(-2).unbind(-1)
-    scores = torch.stack([score.where(valid, 0) for score in scores])
+    stacked = torch.stack([score.where(valid, 0) for score in scores])
     if draft_length is None:
-        return Evaluation(scores)
-    prob, ratio = scores[score_row(mode, top_k) :][:2].masked_fill(~valid, math.nan)
+        return Evaluation(stacked)
+    prob, ratio = stacked[score_row(mode, top_k) :][:2].masked_fill(~valid, math.nan)
     prob, ratio = (torch.nn.functional.pad(score, (0, draft_length), value=math.nan) for score in (prob, ratio))
     expected = expected_accepted_length(prob, ratio, draft_length, estimator, all_lengths=True)
     whole = expected[:, :, 0, -1]  # padded by K, so there is a first position even where T = 0
     losses = 1 - expected[:, :, :positions] / torch.arange(2, draft_length + 2, dtype=dtype, device=expected.device)
-    return Evaluation(scores, whole, losses)
+    return Evaluation(stacked, whole, losses)
 
 
 def multi_draft_acceptance(
@@ -279,7 +281,7 @@ def multi_draft_acceptance(
     )  # fmt: skip
     _check_count("samples", samples)
     dtype = rarer(target_logits.dtype, drafter_logits.dtype)
-    run = resolve("multi_draft_acceptance", backend, target_logits.device.type, dtype)
+    run = resolve("multi_draft_acceptance", backend, target_logits.device, dtype)
     laws = _laws(
         target_logits, drafter_logits, tokens, lengths, draft_to_target, target_temperature, drafter_temperature,
         target_threshold, drafter_threshold,
@@ -410,7 +412,9 @@ def expected_accepted_length(
     _check_acceptance(acceptance_prob, acceptance_ratio, draft_length, estimator)
     starts = acceptance_prob.shape[-1] - draft_length + 1
     survival = acceptance_ratio if estimator == "exact" else acceptance_prob
-    alive, length, partial_sums = 1.0, 1.0, []
+    alive: Any = 1.0
+    length: Any = 1.0
+    partial_sums = []
     for k in range(draft_length):
         here = slice(k, k + starts)
         length = length + alive * acceptance_prob[..., here]
@@ -418,7 +422,8 @@ def expected_accepted_length(
         partial_sums.append(length)
     if not all_lengths:
         return length
-    return torch.stack(partial_sums, -1) if isinstance(length, torch.Tensor) else np.stack(partial_sums, -1)
+    stack: Any = torch.stack if isinstance(length, torch.Tensor) else np.stack
+    return stack(partial_sums, -1)
 
 
 def length_loss(expected_length: Array, draft_length: int) -> Array:
@@ -445,27 +450,27 @@ def _check_acceptance(acceptance_prob: Array, acceptance_ratio: Array, draft_len
         elif isinstance(values, np.ndarray):
             floating = np.issubdtype(values.dtype, np.floating)
         else:
-            raise TypeError(f"{name}: expected a torch tensor or a NumPy array; got {type(values).__name__}")
+            raise TypeError(f"{name}: expected a torch tensor or a NumPy array, got {type(values).__name__}")
         if not floating:
-            raise TypeError(f"{name}: expected a floating-point dtype; got {values.dtype}")
+            raise TypeError(f"{name}: expected a floating-point dtype, got {values.dtype}")
     if isinstance(acceptance_prob, torch.Tensor) is not isinstance(acceptance_ratio, torch.Tensor):
         raise TypeError(
-            f"acceptance_ratio: expected {type(acceptance_prob).__name__}, like acceptance_prob; "
+            f"acceptance_ratio: expected {type(acceptance_prob).__name__}, like acceptance_prob, "
             f"got {type(acceptance_ratio).__name__}"
         )
     if acceptance_prob.shape != acceptance_ratio.shape:
         raise ValueError(
-            f"acceptance_ratio: expected acceptance_prob's shape {tuple(acceptance_prob.shape)}; "
+            f"acceptance_ratio: expected acceptance_prob's shape {tuple(acceptance_prob.shape)}, "
             f"got {tuple(acceptance_ratio.shape)}"
         )
     _check_count("draft_length", draft_length)
     if acceptance_prob.ndim == 0 or acceptance_prob.shape[-1] < draft_length:
         raise ValueError(
-            f"acceptance_prob: expected at least draft_length = {draft_length} positions in its last dimension; "
+            f"acceptance_prob: expected at least draft_length = {draft_length} positions in its last dimension, "
             f"got shape {tuple(acceptance_prob.shape)}"
         )
     if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}; got {estimator!r}")
+        raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {estimator!r}")
 
 
 def _check_count(name: str, count: int, most: int | None = None) -> None:
@@ -475,5 +480,51 @@ def _check_count(name: str, count: int, most: int | None = None) -> None:
         raise wrong(name, "at least 1" if most is None else f"1..{most}", count)
 
 
+def _self_test_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Small calls of `evaluate_reference` that contain what a kernel may get wrong; scores are probabilities."""
+
+    def case(name: str, target: torch.Tensor, drafters: torch.Tensor, target_dtype: torch.dtype = dtype, **options) -> Case:
+        vocabulary = target.shape[-1]
+        tokens = (scattered(*target.shape[:2], seed=5, low=0, high=vocabulary)).long()
+        tokens[0, 0], tokens[-1, -1] = vocabulary - 1, 0
+        return Case(name, (target.to(target_dtype), drafters.to(dtype), tokens), options, tolerance=1e-4)
+
+    odd = 3 * scattered(2, 5, 257, seed=1), 3 * scattered(3, 2, 5, 257, seed=2)
+    yield case("one token", scattered(1, 1, 1), scattered(1, 1, 1, 1))
+    yield case("odd vocabulary", *odd, lengths=torch.tensor([5, 3]), top_k=4, draft_length=3)
+    yield case("target in float32", *odd, target_dtype=torch.float32, draft_length=2, estimator="product", mode="argmax")
+
+    wide, others = scattered(1, 2, 9001, seed=3), scattered(2, 1, 2, 9001, seed=4)
+    places = [0, 1023, 1024, 4095, 4096, 8191, 8192, 9000]  # the ends, and around sizes that blocks may have
+    wide[..., places] += 10 + scattered(8, seed=6)
+    others[..., places] += 10 + scattered(8, seed=7)
+    yield case("wide vocabulary", wide, others, target_temperature=0.9, drafter_temperature=1.2, top_k=8)
+
+    ids = (torch.arange(37, device="cpu") * 11 % 101).int()
+    maps = torch.stack([ids, (ids + 50) % 101, (ids + 64) % 101])
+    yield case(
+        "reduced vocabularies", 2 * scattered(2, 4, 101, seed=8), 2 * scattered(3, 2, 4, 37, seed=9),
+        draft_to_target=maps, lengths=torch.tensor([2, 4]), top_k=3, draft_length=2, mode="top_k",
+    )  # fmt: skip
+
+    tied = torch.zeros(3, 2, 70, dtype=torch.float64, device="cpu")
+    tied[1, :, [3, 69]] = 2.0
+    tied_drafters = torch.stack([tied, tied.flip(-1)])
+    yield case(
+        "ties", tied, tied_drafters, top_k=5,
+        target_temperature=torch.tensor([0.0, 1.0, 2.5]), drafter_temperature=torch.tensor([1.0, 0.0, 0.0]),
+    )  # fmt: skip
+    yield case("temperature 0", *odd, target_temperature=0.0, drafter_temperature=0.0)
+
+    extreme, extremes = 4 * scattered(1, 4, 65, seed=10), 4 * scattered(2, 1, 4, 65, seed=11)
+    extreme[0, 0, 64], extreme[0, 1, ::2], extreme[0, 2] = 3e4, -math.inf, -math.inf
+    extremes[0, 0, 0, 64], extremes[0, 0, 1, 1::2], extremes[1, 0, 1], extremes[1, 0, 3, :60] = 3e4, -math.inf, -math.inf, -3e4
+    yield case(
+        "extreme logits and thresholds", extreme, extremes, top_k=2, draft_length=2, estimator="product",
+        target_threshold=torch.tensor([[-1.0, -math.inf, 0.0, 2.0]]), drafter_threshold=torch.full((2, 1, 4), 0.5),
+    )  # fmt: skip
+
+
 register_kernels("evaluate", evaluate_reference)
+register_cases("evaluate", _self_test_cases)
 register("multi_draft_acceptance", "reference", lambda: _multi_draft_acceptance)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hedgespec.errors import LearnerStateError
+from hedgespec.files import write_text
+from hedgespec.scalars import shown
 
 if TYPE_CHECKING:
     from hedgespec.decoder import Decoder
@@ -34,19 +35,17 @@ def save_learner_state(path: str | Path, stats: DecodeStats) -> None:
         stats: of the request, finished.
 
     Raises:
-        LearnerStateError: the request has no learner's state yet.
+        LearnerStateError: the request has no learner's state yet, or the path is a folder.
+        TypeError: the path is neither a str nor a path.
         OSError: the file cannot be written.
     """
-    if not stats.learner_state:
+    if not getattr(stats, "learner_state", None):
         raise LearnerStateError("stats: expected those of a finished request, got none with a learner's state")
     saved = {"format": FORMAT, "version": VERSION, "drafters": list(stats.drafters), "state": stats.learner_state}
-    text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
-    path = Path(path).resolve()  # of a link, what it names
-    # Beside the file: a rename replaces it in one step within a file system only.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        fresh = Path(folder, path.name)
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
+    path = _path(path)
+    if path.is_dir():
+        raise LearnerStateError(f"{path}: expected a file to write a learner's state to, got a folder")
+    write_text(path, json.dumps(saved, indent=1, allow_nan=False) + "\n")
 
 
 def load_learner_state(path: str | Path, decoder: Decoder) -> dict[str, Any]:
@@ -57,14 +56,22 @@ def load_learner_state(path: str | Path, decoder: Decoder) -> dict[str, Any]:
         decoder: the one that is to go on from it.
 
     Raises:
-        LearnerStateError: no such file, not JSON, another format, a newer version, a field that is missing or of another type,
-            other drafters or another order of them, another learner or other options, or numbers that are no state of it.
+        LearnerStateError: no such file, a folder, a file that cannot be read, not JSON, another format, a newer version, a
+            field that is missing or of another type, other drafters or another order of them, another learner or other options,
+            or numbers that are no state of it.
+        TypeError: the path is neither a str nor a path.
     """
-    path = Path(path)
+    path = _path(path)
     try:
         saved = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except FileNotFoundError as error:
         raise LearnerStateError(f"{path}: expected a learner's state, found no file") from error
+    except IsADirectoryError as error:
+        raise LearnerStateError(f"{path}: expected a file with a learner's state, got a folder") from error
+    except OSError as error:
+        raise LearnerStateError(
+            f"{path}: expected a file with a learner's state that can be read ({error.strerror})"
+        ) from error
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise LearnerStateError(f"{path}: expected a learner's state as JSON, got what is not ({error})") from error
     if not isinstance(saved, dict):
@@ -93,6 +100,12 @@ def load_learner_state(path: str | Path, decoder: Decoder) -> dict[str, Any]:
             f"{path}: {error} (for objective {config.objective!r} with draft_length {config.draft_length})"
         ) from error
     return learner.state_dict()
+
+
+def _path(path: str | Path) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected a str or a path, got {shown(path)}")
+    return Path(path)
 
 
 def _refuse(constant: str) -> None:

@@ -6,11 +6,15 @@ every drafter. General matrix products are made for many rows; on a CPU they tak
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from hedgespec import backends
+from hedgespec.self_test import Case, gridded
+from hedgespec.wrappers import is_compiled
 
 MOST_ROWS = 24
 """Rows up to which the CPU kernel pays: a round of four requests with five drafts each. Beyond, the vendor's library is at home
@@ -41,7 +45,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> t
         )
     if x.device != weight.device:
         raise ValueError(f"x: expected device {weight.device} as weight, got {x.device}")
-    return backends.resolve("linear", backend, x.device.type, x.dtype)(x, weight)
+    return backends.resolve("linear", backend, x.device, x.dtype)(x, weight)
 
 
 def _linear_cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -67,17 +71,26 @@ _LIBRARY.impl("few_row_linear", lambda x, weight: _quick()(x, weight), "CPU")
 _LIBRARY.impl("few_row_linear", lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
 
 
-def _load_reference():
+def _load_reference() -> Callable:
     return functional.linear
 
 
-def _load_cpu():
+def _load_cpu() -> Callable:
     from hedgespec import _native  # noqa: F401  (the backend is there if this import works)
 
     return _linear_cpu
 
 
+def _self_test_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Small products whose every sum is exact in float32."""
+    for rows, columns, inner in ((1, 1, 1), (0, 3, 5), (3, 17, 37), (MOST_ROWS, 40, 64), (7, 131, 100)):
+        x, weight = gridded(rows, inner, seed=1).to(dtype), gridded(columns, inner, seed=2).to(dtype)
+        yield Case(f"{rows} rows, {columns} columns of {inner}", (x, weight))
+    yield Case("more dimensions", (gridded(2, 3, 9, seed=3).to(dtype), gridded(5, 9, seed=4).to(dtype)))
+
+
 backends.register("linear", "reference", _load_reference)
+backends.register_cases("linear", _self_test_cases)
 backends.register("linear", "cpu", _load_cpu, devices=("cpu",), dtypes=(torch.float32,))
 
 
@@ -97,7 +110,7 @@ class FewRowLinear(nn.Linear):
         return functional.linear(x, weight)
 
 
-def _quick():
+def _quick() -> Callable:
     """What "auto" means for float32 on a CPU; looked up anew each time, since the table remembers."""
     return backends.resolve("linear", "auto", "cpu", torch.float32)
 
@@ -106,11 +119,18 @@ def few_row_view(model: nn.Module) -> nn.Module:
     """The same model, weights shared, with its bias-free linear layers as `FewRowLinear`.
 
     Modules are copied shallowly with their own dictionaries, so the original is not touched: neither its classes, nor its
-    submodules, nor its hooks. Layers of other types (quantised, adapted) stay what they are.
+    submodules, nor its hooks. Layers of other types (quantised, adapted) stay what they are. What `torch.compile` has put
+    around modules, or in place of their forward, is left out: it would run the original modules.
     """
+    if is_compiled(model):
+        model = model._orig_mod
     view = object.__new__(type(model))
     # Hooks, buffers, parameters: what is added to one must not show in the other.
     vars(view).update((name, value.copy() if isinstance(value, dict) else value) for name, value in vars(model).items())
+    vars(view).pop("_compiled_call_impl", None)
+    compiled = getattr(vars(view).get("forward"), "_torchdynamo_orig_callable", None)
+    if getattr(compiled, "__func__", None) is type(model).forward:
+        del vars(view)["forward"]
     for name, child in view._modules.items():
         view._modules[name] = None if child is None else few_row_view(child)
     if type(view) is nn.Linear and view.bias is None:

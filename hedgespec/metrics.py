@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hedgespec.files import replacing
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -233,7 +235,7 @@ def plot_profile(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    def bars(level: float, spans: Sequence[tuple[float, float]], **look) -> None:
+    def bars(level: float, spans: Sequence[tuple[float, float]], **look: Any) -> None:
         axes.broken_barh([(1e3 * start, 1e3 * (end - start)) for start, end in spans], (level, 1), **look)
 
     figure, axes = pyplot.subplots(figsize=(14, 1.5 + 0.8 * len(traces)), layout="constrained")
@@ -252,7 +254,8 @@ def plot_profile(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:
     axes.set(xlabel="ms; from above: the request, its prompt and rounds, their stages")
     axes.set_xlim(0, 1e3 * max(stats.seconds for _, stats in traces))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=110)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=110)
     pyplot.close(figure)
 
 
@@ -271,11 +274,12 @@ def plot_weights(traces: Sequence[tuple[str, DecodeStats]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(14, 4), layout="constrained")
     weights = np.concatenate([np.asarray(stats.weights) for _, stats in traces])
     edges = np.cumsum([0, *(stats.rounds for _, stats in traces)])
-    axes.stackplot(np.arange(len(weights)), weights.T, labels=names, step="post", colors=pyplot.cm.tab10.colors)
+    axes.stackplot(np.arange(len(weights)), weights.T, labels=names, step="post", colors=pyplot.get_cmap("tab10")(range(10)))
     for edge in edges:
         axes.axvline(edge, color="black", linewidth=0.8)
     axes.set_xticks((edges[:-1] + edges[1:]) / 2, [title for title, _ in traces], rotation=45, ha="right")
     axes.set(xlim=(0, len(weights) - 1), ylim=(0, 1), ylabel="weight", xlabel="requests, and the rounds within each")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=110)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=110)
     pyplot.close(figure)

@@ -124,7 +124,7 @@ def verifier(module: ModuleType, launch: Launch) -> Callable[..., Verdict]:
         accepted_length = torch.empty(batch, dtype=torch.int64, device=device)
         tokens = torch.empty((batch, positions), dtype=torch.int64, device=device)
         if batch:
-            shared_map = draft_to_target is None or draft_to_target.dim() == 1
+            map_stride = 0 if draft_to_target is None or draft_to_target.dim() == 1 else draft_to_target.shape[1]
             parameters = module.VerifyParams(
                 (batch, positions - 1, vocabulary, vocabulary if draft_logits is None else draft_logits.shape[2]),
                 target_logits.data_ptr(),
@@ -138,7 +138,7 @@ def verifier(module: ModuleType, launch: Launch) -> Callable[..., Verdict]:
                 uniforms.dtype is torch.float64,
                 _address(lengths),
                 0 if draft_logits is None else _address(draft_to_target),
-                0 if shared_map else draft_to_target.shape[1],
+                map_stride,
                 _address(target_threshold),
                 _address(draft_threshold),
                 target_shared,
@@ -171,7 +171,7 @@ def stack_linear_cpu(
         (heads, columns), (table_rows, inner) = index.shape, weight.shape
     which, strides = _rows_of(x, which)
     rows = x.shape[-2]
-    out = torch.empty((rows, columns) if which is not None else (heads, rows, columns), dtype=torch.float32)
+    out = torch.empty((rows, columns) if which is not None else (heads, rows, columns), dtype=torch.float32, device="cpu")
     _native.linear(
         (heads, rows, columns, inner), x.data_ptr(), strides, _address(which), weight.data_ptr(), _address(index), table_rows,
         out.data_ptr(), torch.get_num_threads(),
@@ -188,7 +188,7 @@ def stack_rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, which:
     if which is None and x.shape[0] == 1:
         strides = 0, strides[1]
     rows = x.shape[-2]
-    out = torch.empty((rows, width) if which is not None else (heads, rows, width), dtype=torch.float32)
+    out = torch.empty((rows, width) if which is not None else (heads, rows, width), dtype=torch.float32, device="cpu")
     _native.stack_rms_norm(
         (heads, rows, width), x.data_ptr(), strides, _address(which), weight.data_ptr(), eps, out.data_ptr(),
         torch.get_num_threads(),
@@ -199,7 +199,7 @@ def stack_rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, which:
 def swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor:
     gate_up = gate_up.contiguous()
     *leading, both = gate_up.shape
-    out = torch.empty((*leading, both // 2), dtype=torch.float32)
+    out = torch.empty((*leading, both // 2), dtype=torch.float32, device="cpu")
     if out.numel():
         _native.swiglu(gate_up.data_ptr(), out.data_ptr(), out.numel() // (both // 2), both // 2, torch.get_num_threads())
     return out
@@ -220,7 +220,7 @@ def rotary_append_cpu(
     heads, _, kv_heads, _, head_dim = keys.shape
     *leading, steps, width = qkv.shape
     attention_heads = width // head_dim - 2 * kv_heads
-    queries = torch.empty((*leading, attention_heads, steps, head_dim), dtype=torch.float32)
+    queries = torch.empty((*leading, attention_heads, steps, head_dim), dtype=torch.float32, device="cpu")
     _native.rotary_append(
         (heads, leading[-1], steps, attention_heads, kv_heads, head_dim), qkv.data_ptr(), frequency.data_ptr(),
         positions.data_ptr(), slots.data_ptr(), rows.data_ptr(), _address(which), keys.data_ptr(), values.data_ptr(),
@@ -231,7 +231,7 @@ def rotary_append_cpu(
 
 def _rows_of(x: torch.Tensor, which: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, int]]:
     """`which`, contiguous, and the strides of x by head and by row."""
-    return (None, x.stride()[:2]) if which is None else (which.contiguous(), (0, x.stride(0)))
+    return (None, (x.stride(0), x.stride(1))) if which is None else (which.contiguous(), (0, x.stride(0)))
 
 
 def require_cuda() -> None:

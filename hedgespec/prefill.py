@@ -8,6 +8,7 @@ Values of `which`, slots and rows are looked at on the CPU only. No gradient pas
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional
@@ -16,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hedgespec import backends
 from hedgespec.checks import FLOATING, check_ids, check_tensor, wrong
 from hedgespec.linear import MOST_ROWS
+from hedgespec.self_test import Case, gridded, scattered
 
 # The operations: each checks its arguments, then hands them to a backend.
 
@@ -66,7 +68,7 @@ def stack_linear(
     _check_rows("x", x, 2, heads, shape[-1], which)
     if backend == "auto" and device.type == "cpu" and _many_rows(x, which, index):
         backend = "reference"
-    return backends.resolve("stack_linear", backend, device.type, dtype)(x, weight, which, index=index)
+    return backends.resolve("stack_linear", backend, device, dtype)(x, weight, which, index=index)
 
 
 def stack_rms_norm(
@@ -98,7 +100,7 @@ def stack_rms_norm(
     if which is None and x.ndim == 3 and x.shape[0] == 1:
         heads = 1
     _check_rows("x", x, 2, heads, width, which)
-    return backends.resolve("stack_rms_norm", backend, device.type, dtype)(x, weight, eps, which)
+    return backends.resolve("stack_rms_norm", backend, device, dtype)(x, weight, eps, which)
 
 
 def swiglu(gate_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -117,7 +119,7 @@ def swiglu(gate_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
         raise wrong("gate_up", "a floating-point dtype", dtype, TypeError)
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise wrong("gate_up", "[..., 2 I]", list(gate_up.shape))
-    return backends.resolve("swiglu", backend, gate_up.device.type, dtype)(gate_up)
+    return backends.resolve("swiglu", backend, gate_up.device, dtype)(gate_up)
 
 
 def rotary_append(
@@ -182,7 +184,7 @@ def rotary_append(
             places = list(zip(of_heads, rows.tolist(), slots.tolist() if steps == 1 else itertools.repeat(0)))
             if len(set(places)) < count:
                 raise wrong("rows", "distinct rows" + (" or slots" if steps == 1 else ""), places)
-    rotate = backends.resolve("rotary_append", backend, device.type, dtype)
+    rotate = backends.resolve("rotary_append", backend, device, dtype)
     return rotate(qkv, frequency, positions, slots, keys, values, rows, which)
 
 
@@ -293,6 +295,59 @@ def rotary_append_reference(
     return rotated[..., :-kv_heads, :].transpose(-3, -2)
 
 
-for _reference in (stack_linear_reference, stack_rms_norm_reference, swiglu_reference, rotary_append_reference):
+# The self-tests.
+
+
+def _stack_linear_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Small products whose every sum is exact in float32. In half types the vendor's library may round partial sums."""
+    tolerance = 0.0 if dtype is torch.float32 else 0.25
+    which = torch.tensor([2, 0, 2, 1, 0])
+    index = torch.tensor([[0, 4, 9, 30], [1, 2, 3, 4], [30, 8, 8, 0]])
+    for rows, columns, inner in ((1, 1, 1), (3, 17, 37), (5, 70, 129)):
+        weight, x = gridded(3, columns, inner, seed=1).to(dtype), gridded(3, rows, inner, seed=2).to(dtype)
+        yield Case(f"{rows} rows a head, {columns} columns of {inner}", (x, weight), tolerance=tolerance)
+        own = gridded(5, inner).to(dtype)
+        yield Case(f"rows of heads, {columns} columns of {inner}", (own, weight, which), tolerance=tolerance)
+    table, x = gridded(31, 40, seed=3).to(dtype), gridded(3, 5, 40, seed=4).to(dtype)
+    yield Case("rows of a table", (x, table), {"index": index}, tolerance)
+    yield Case("rows of heads and of a table", (x[0], table, which), {"index": index}, tolerance)
+
+
+def _stack_rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
+    which = torch.tensor([2, 0, 2, 1, 0])
+    for width in (1, 33, 4100):  # the last is wider than a block
+        x, weight = scattered(3, 5 if width < 99 else 2, width, seed=1).to(dtype), (1 + scattered(3, width, seed=2)).to(dtype)
+        yield Case(f"every head, {width} wide", (x, weight, 1e-5), tolerance=1e-4)
+        yield Case(f"rows shared, {width} wide", (x[:1], weight, 1e-5), tolerance=1e-4)
+        yield Case(f"rows of heads, {width} wide", (x[0], weight, 1e-6, which[: x.shape[1]]), tolerance=1e-4)
+    yield Case("zeros and large values", (torch.stack([x[0] * 0, x[1] * 1000]), weight[:2], 1e-6), tolerance=1e-3)
+
+
+def _swiglu_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for shape in ((2, 3, 2), (5, 2 * 33), (3, 2 * 1025)):
+        yield Case(f"shape {list(shape)}", (3 * scattered(*shape).to(dtype),), tolerance=1e-4)
+    yield Case("large values", (torch.tensor([[-3e4, -90.0, 90.0, 200.0, 1.5, 1.5, 1.5, 2.0]]).to(dtype),), tolerance=1e-2)
+
+
+def _rotary_append_cases(dtype: torch.dtype) -> Iterator[Case]:
+    heads, batch, kv_heads, capacity, head_dim, attention_heads = 2, 3, 2, 8, 6, 4
+    frequency = torch.tensor([1.0, 0.1, 0.01])
+    keys, values = (gridded(heads, batch, kv_heads, capacity, head_dim, seed=seed).to(dtype) for seed in (1, 2))
+    width = (attention_heads + 2 * kv_heads) * head_dim
+    every = gridded(heads, 2, 3, width, seed=3).to(dtype)
+    positions, slots, rows = torch.tensor([0, 700]), torch.tensor([5, 0]), torch.tensor([2, 0])
+    yield Case("every head", (every, frequency, positions, slots, keys, values, rows), tolerance=2e-3)
+    one = gridded(3, 1, width, seed=4).to(dtype)
+    positions, slots, rows, which = (torch.tensor(each) for each in ([3, 4, 99], [1, 2, 7], [1, 1, 1], [1, 1, 0]))
+    yield Case("rows of heads", (one, frequency, positions, slots, keys, values, rows, which), tolerance=2e-3)
+
+
+for _reference, _cases in (
+    (stack_linear_reference, _stack_linear_cases),
+    (stack_rms_norm_reference, _stack_rms_norm_cases),
+    (swiglu_reference, _swiglu_cases),
+    (rotary_append_reference, _rotary_append_cases),
+):
     _operation = _reference.__name__.removesuffix("_reference")
     backends.register_kernels(_operation, _reference, stem="prefill", cpu_dtypes=(torch.float32,), cuda=False)
+    backends.register_cases(_operation, _cases)

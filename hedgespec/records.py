@@ -66,7 +66,7 @@ for every number of candidates from 1 to `top_k`."""
 def score_row(mode: str, top_k: int | None) -> int:
     """The row of `Evaluation.scores` with the acceptance_prob of a mode, in "top_k" that of all k candidates; the row after
     it is the acceptance_ratio."""
-    return 2 * PROPOSAL_MODES.index(mode) + (2 * (top_k - 1) if mode == "top_k" else 0)
+    return 2 * PROPOSAL_MODES.index(mode) + (2 * (top_k - 1) if mode == "top_k" and top_k is not None else 0)
 
 
 @dataclass(frozen=True, slots=True)

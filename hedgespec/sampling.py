@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hedgespec.scalars import integer, real
+
 NUCLEUS = 1024
 """Tokens among which a nucleus is looked for first: to sort a whole vocabulary takes ten times as long."""
 
@@ -19,12 +21,14 @@ class Sampling:
     """How tokens are drawn; the same for the target and for what drafts in its stead.
 
     Args:
-        temperature: >= 0; 0 is greedy.
-        top_k: keep the k largest logits; None keeps all.
-        top_p: of what is left keep the smallest set of mass >= top_p, in (0, 1]; None keeps all.
-        min_p: of what is left keep probabilities >= min_p times the largest, in [0, 1]; None keeps all.
+        temperature: >= 0; 0 is greedy. Default: 0.0.
+        top_k: keep the k largest logits, k >= 1; None keeps all. Default: None.
+        top_p: of what is left keep the smallest set of mass >= top_p, in (0, 1]; None keeps all. Default: None.
+        min_p: of what is left keep probabilities >= min_p times the largest, in [0, 1]; None keeps all. Default: None.
 
-    Raises: ValueError for a value outside its range.
+    Raises: TypeError for what is no number; ValueError for a value outside its range.
+
+    Numbers may come as NumPy scalars or as tensors of one element; they are kept as Python's.
 
     The order (temperature, top-k, top-p, min-p) and the meaning are transformers', ties at the threshold apart.
     """
@@ -35,10 +39,14 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", real("temperature", self.temperature))
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", integer("top_k", self.top_k, 1, otherwise=" or None"))
+        for name in ("top_p", "min_p"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, real(name, value, otherwise=" or None"))
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hedgespec.scalars import real
+
 
 def select(weights: ArrayLike, uniform: float) -> int:
     """Returns the first i with cumsum(weights)[i] > uniform * sum(weights): one draw from the weights.
@@ -28,6 +30,8 @@ def select(weights: ArrayLike, uniform: float) -> int:
     total = cumulative.item(-1)
     if not (weights.item(weights.argmin()) >= 0 and abs(total - 1) <= 1e-6):  # written so that NaN fails too
         raise ValueError(f"weights: expected non-negative values with sum 1, got {weights}")
+    if type(uniform) is not float:
+        uniform = real("uniform", uniform)
     if not 0 <= uniform < 1:
         raise ValueError(f"uniform: expected a number in [0, 1), got {uniform}")
     # Strictly greater, so flat steps (weight 0) are skipped, at 0 as well. Scaled by the total as it was rounded, so the last

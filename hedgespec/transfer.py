@@ -31,6 +31,42 @@ def stack(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:
     return pad_sequence(list(tensors), batch_first=True, padding_value=padding)
 
 
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Returns the stream that work on the device goes to; None on a CPU, where nothing is queued."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def settle(device: torch.device) -> None:
+    """Waits for the current stream of the device: whatever it has made may then be read on any stream, by any thread."""
+    stream = current_stream(device)
+    if stream is not None:
+        stream.synchronize()
+
+
+class Kept:
+    """A tensor that is made on demand and kept, for every stream that asks later.
+
+    Streams run beside each other, so a stream might read the tensor before the one that made it has written it, and memory that
+    is freed might be written to again while another stream still reads. The constructor therefore waits, once, for the current
+    stream, which made the tensor; and the allocator is told of every other stream that gets it.
+
+    Args:
+        tensor: made on the current stream of its device.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor, self._stream = tensor, current_stream(tensor.device)
+        settle(tensor.device)
+
+    def get(self) -> torch.Tensor:
+        """Returns the tensor, for work on the current stream."""
+        if self._stream is not None:
+            stream = current_stream(self._tensor.device)
+            if stream != self._stream:
+                self._tensor.record_stream(stream)
+        return self._tensor
+
+
 class SideStream:
     """A CUDA stream for work that nothing on the current stream waits for.
 

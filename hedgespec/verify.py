@@ -8,12 +8,13 @@ lives here too.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hedgespec.backends import register, register_kernels, resolve
+from hedgespec.backends import register, register_cases, register_kernels, resolve
 from hedgespec.checks import (
     FLOATING,
     WIDE,
@@ -27,6 +28,7 @@ from hedgespec.checks import (
     wrong,
 )  # fmt: skip
 from hedgespec.records import Verdict
+from hedgespec.self_test import Case, scattered
 from hedgespec.tree import ancestry
 
 MODES = ("sampled", "argmax")
@@ -131,7 +133,7 @@ def verify(
         raise wrong("draft_logits", 'a tensor in mode "sampled" with a target temperature above 0', None)
 
     draft_dtype = target_logits.dtype if draft_logits is None else draft_logits.dtype
-    run = resolve("verify", backend, device.type, rarer(target_logits.dtype, draft_dtype))
+    run = resolve("verify", backend, device, rarer(target_logits.dtype, draft_dtype))
     return run(
         target_logits,
         draft_tokens,
@@ -259,8 +261,8 @@ def verify_tree(
         return _verify_chosen(
             target_logits, draft_tokens, parents, uniforms, depth, target_temperature, target_threshold, backend
         )
-    draft_vocabulary = check_logits("draft_logits", draft_logits, "[B, P, Vd]", 3)[-1]
-    rows = draft_logits.shape[1]
+    _, rows, draft_vocabulary = check_logits("draft_logits", draft_logits, "[B, P, Vd]", 3)
+    assert draft_logits is not None  # or the line above had raised
     check_tensor("draft_logits", draft_logits, FLOATING, (batch, rows, draft_vocabulary), device)
     check_tensor("origins", origins, (torch.int64,), (batch, rows), device)
     if draft_to_target is not None:
@@ -271,21 +273,32 @@ def verify_tree(
     draft_temperature = check_temperature("draft_temperature", draft_temperature, (batch,), device)
     if draft_threshold is not None:
         check_tensor("draft_threshold", draft_threshold, FLOATING, (batch, rows), device)
-    run = resolve("verify_tree", backend, device.type, rarer(target_logits.dtype, draft_logits.dtype))
+    run = resolve("verify_tree", backend, device, rarer(target_logits.dtype, draft_logits.dtype))
     return run(
         target_logits, draft_tokens, parents, draft_logits, uniforms, depth, origins, draft_to_target,
         target_temperature, draft_temperature, target_threshold, draft_threshold,
     )  # fmt: skip
 
 
-def _check_draft_map(draft_to_target: Tensor, batch: int, draft_vocabulary: int, device, vocabulary: int) -> Tensor:
+def _check_draft_map(
+    draft_to_target: Tensor, batch: int, draft_vocabulary: int, device: torch.device, vocabulary: int
+) -> Tensor:
     """`check_map` of a map that all rows share, or of one for each."""
     per_row = isinstance(draft_to_target, Tensor) and draft_to_target.dim() == 2
     shape = (batch, draft_vocabulary) if per_row else (draft_vocabulary,)
     return check_map("draft_to_target", draft_to_target, shape, device, vocabulary, distinct=False)
 
 
-def _verify_chosen(target_logits, draft_tokens, parents, uniforms, depth, temperature, threshold, backend) -> Verdict:
+def _verify_chosen(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    parents: Tensor,
+    uniforms: Tensor,
+    depth: int,
+    temperature: float | Tensor,
+    threshold: Tensor | None,
+    backend: str,
+) -> Verdict:
     """Draws a token at every node, whether it is reached or not: one call, and nothing that the host has to know."""
     batch, positions, vocabulary = target_logits.shape
     level = ancestry(parents, depth)[0].clamp(max=depth)
@@ -309,8 +322,20 @@ def _verify_chosen(target_logits, draft_tokens, parents, uniforms, depth, temper
     return _walked(draft_tokens, torch.cat(path, 1), drawn.gather(1, here))
 
 
-def _verify_sampled(target_logits, draft_tokens, parents, draft_logits, uniforms, depth, origins, draft_to_target,
-                    target_temperature, draft_temperature, target_threshold, draft_threshold) -> Verdict:  # fmt: skip
+def _verify_sampled(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor,
+    uniforms: Tensor,
+    depth: int,
+    origins: Tensor,
+    draft_to_target: Tensor | None,
+    target_temperature: float | Tensor,
+    draft_temperature: float | Tensor,
+    target_threshold: Tensor | None,
+    draft_threshold: Tensor | None,
+) -> Verdict:
     """The recursion in float64, all rows at once; waits for no device."""
     batch, nodes = draft_tokens.shape
     rows = torch.arange(batch, device=parents.device)
@@ -349,6 +374,7 @@ def _verify_sampled(target_logits, draft_tokens, parents, draft_logits, uniforms
         path.append(torch.where(alive, chosen, -1))
         here = torch.where(alive, chosen + 1, here)
     path += [torch.full_like(rows, -1)] * (depth - len(path))
+    assert final is not None
     return _walked(draft_tokens, torch.stack(path, 1), _inverse_cdf(final, uniforms[:, -1:]))
 
 
@@ -388,13 +414,15 @@ def verify_reference(
 
     target_probs = _distribution(target_logits, _per_position(target_temperature), target_threshold)
     rows = torch.arange(batch, device=draft_tokens.device)
+    draft_ids: Tensor | None = None
     if draft_length == 0:
         return _verdict(draft_tokens, torch.zeros_like(lengths), _inverse_cdf(target_probs[:, 0], uniforms)[:, 0])
 
     if mode == "argmax":
         draft_probs, draft_ids = torch.ones_like(target_probs[:, :-1, :1]), draft_tokens[..., None]
     else:
-        draft_probs, draft_ids = _distribution(draft_logits, _per_position(draft_temperature), draft_threshold), None
+        assert draft_logits is not None
+        draft_probs = _distribution(draft_logits, _per_position(draft_temperature), draft_threshold)
         if draft_to_target is not None:
             shared = draft_to_target.dim() == 1
             draft_ids = (draft_to_target if shared else draft_to_target[:, None]).long().expand(draft_probs.shape)
@@ -502,5 +530,58 @@ def _is_zero(temperature: float | Tensor) -> bool:
     return not isinstance(temperature, Tensor) and temperature == 0
 
 
+def _self_test_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Small calls of `verify_reference`. No uniform is near a step, so that every right implementation emits the same tokens
+    (a test moves the uniforms to see that)."""
+
+    def case(
+        name: str, target: Tensor, tokens: Tensor, draft: Tensor | None, seed: int, target_dtype: torch.dtype = dtype, **options
+    ) -> Case:  # fmt: skip
+        uniforms = scattered(*target.shape[:2], seed=seed, low=0.0).to(options.pop("uniforms_dtype", torch.float32))
+        arguments = target.to(target_dtype), tokens, None if draft is None else draft.to(dtype), uniforms
+        return Case(name, arguments, options)
+
+    target = 3 * scattered(4, 5, 257, seed=1)
+    draft = target[:, :4] + 0.7 * scattered(4, 4, 257, seed=2)
+    tokens = draft.argmax(-1)
+    yield case("one token", scattered(1, 2, 1), tokens[:1, :1] * 0, scattered(1, 1, 1), 3)
+    yield case("odd vocabulary", target, tokens, draft, 4, lengths=torch.tensor([4, 2, 0, 3]))
+    yield case("argmax", target, target[:, :4].argmax(-1), None, 5, mode="argmax", target_temperature=0.06)
+    if dtype is not torch.float32:
+        yield case("target in float32", target, tokens, draft, 6, target_dtype=torch.float32)
+
+    wide = scattered(3, 1, 9001, seed=7)
+    places = [0, 1023, 1024, 4095, 4096, 8191, 8192, 9000]  # the ends, and around sizes that blocks may have
+    wide[..., places] += 10 + scattered(8, seed=8)
+    yield case("no draft, wide vocabulary", wide, tokens[:3, :0], None, 9)
+    wide = wide.view(1, 3, 9001)
+    yield case("wide vocabulary", wide, wide[:, :2].argmax(-1), wide[:, :2] + scattered(1, 2, 9001, seed=10), 11)
+
+    ids = torch.arange(37, device="cpu") * 11 % 101
+    few = 2 * scattered(3, 3, 37, seed=12)
+    reduced = 0.5 * scattered(3, 4, 101, seed=13)
+    reduced[:, :3, ids] += 1.5 * few
+    yield case(
+        "reduced vocabulary", reduced, ids[few.argmax(-1)], few, 14, draft_to_target=ids.int(), draft_temperature=0.8,
+        target_threshold=torch.full((3, 4), -1.0), draft_threshold=torch.full((3, 3), 0.25),
+    )  # fmt: skip
+    maps = torch.stack([ids, (ids + 50) % 101, (ids + 64) % 101])
+    reduced = (reduced - 1).scatter_add(2, maps[:, None].expand(few.shape), 1.5 * few)
+    yield case(
+        "a map of each row", reduced, maps.gather(1, few.argmax(-1)), few, 15, draft_to_target=maps.int(),
+        target_temperature=torch.tensor([0.7, 0.0, 1.5]), draft_temperature=torch.tensor([1.0, 2.0, 0.0]),
+        uniforms_dtype=torch.float64,
+    )  # fmt: skip
+
+    tied = torch.zeros(2, 3, 70, dtype=torch.float64, device="cpu")
+    tied[:, :, [3, 69]] = 2.0
+    yield case("ties at temperature 0", tied, torch.tensor([[3, 69], [0, 3]]), None, 16, target_temperature=0.0)
+    extreme = 4 * scattered(2, 3, 65, seed=17)
+    extreme[0, :, 64], extreme[1, :, ::2] = 3e4, -math.inf
+    drafted = extreme[:, :2].flip(-1)
+    yield case("extreme logits", extreme, torch.tensor([[64, 0], [1, 64]]), drafted, 18, target_temperature=1.5)
+
+
 register_kernels("verify", verify_reference)
+register_cases("verify", _self_test_cases)
 register("verify_tree", "reference", lambda: _verify_sampled)

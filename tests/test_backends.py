@@ -19,12 +19,12 @@ def missing():
 def table(monkeypatch):
     """An empty table; {"op": reference everywhere, cpu on the CPU in float32, cuda missing}."""
     monkeypatch.setattr(backends, "_table", {})
+    backends.forget()
     backends.register("op", "reference", lambda: "reference".upper)
     backends.register("op", "cpu", lambda: "cpu".upper, devices=("cpu",), dtypes=(torch.float32,))
     backends.register("op", "cuda", missing, devices=("cuda",))
     yield
-    backends._load.cache_clear()
-    backends.resolve.cache_clear()
+    backends.forget()
 
 
 @pytest.mark.usefixtures("table")
@@ -61,15 +61,15 @@ class TestResolve:
             backends.resolve("op", "triton", "cpu")
 
     def test_wrong_device(self):
-        with pytest.raises(ValueError, match="backend: 'cpu' takes tensors on cpu; got tensors on cuda"):
+        with pytest.raises(ValueError, match="backend: 'cpu' takes tensors on cpu, got tensors on cuda"):
             backends.resolve("op", "cpu", "cuda")
 
     def test_wrong_dtype(self):
-        with pytest.raises(TypeError, match="backend: 'cpu' takes float32 logits; got float64"):
+        with pytest.raises(TypeError, match="backend: 'cpu' takes float32 logits, got float64"):
             backends.resolve("op", "cpu", "cpu", torch.float64)
 
     def test_unknown_name(self):
-        with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of .*; got 'gpu'"):
+        with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of .*, got 'gpu'"):
             backends.resolve("op", "gpu", "cpu")
 
     def test_only_import_errors_mean_unavailable(self):
@@ -99,10 +99,10 @@ class TestResolve:
 
 
 def test_register_rejects_an_unknown_backend():
-    with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda; got 'gpu'"):
+    with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda, got 'gpu'"):
         backends.register("op", "gpu", missing)
 
 
 def test_doctor_without_the_native_module():
-    report = backends.report() | {"native": {"built": False, "why": "no such module"}}
+    report = backends.report() | {"native": {"built": False, "why": "not built: no such module"}}
     assert "not built: no such module" in doctor.describe(report)

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from hedgespec import capture, target
 from hedgespec.capture import CudaGraphs, NotCapturable
+from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.linear import few_row_view
@@ -199,7 +200,7 @@ def test_changed_weights_are_seen():
 def test_a_cache_that_is_taken_over():
     model, [text] = tiny("Gemma3Text"), texts_of(20)
     past = DynamicCache(config=model.config)
-    model(text[None], past_key_values=past, use_cache=True)
+    model(text[None], **{CACHE_NAME: past}, use_cache=True)
     pair = Pair(model, 1, Captures(ROUND))
     for session in pair.sessions:
         session.cache.load(past, [0], [0], [20])

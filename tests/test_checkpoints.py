@@ -728,7 +728,7 @@ REFUSED = {
     "scaled logits": ({"logit_scale": 0.5}, {}, "expected logit_scale 1, got 0.5"),
     "one hidden state": ({"eagle_config": {"use_aux_hidden_state": False}}, {}, "got use_aux_hidden_state false"),
     "too few aux layers": ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, {}, "fc.weight has shape (16, 48), expected (16, 32)"),
-    "an aux layer twice": ({"eagle_aux_hidden_state_layer_ids": [1, 2, 2]}, {}, "expected distinct aux layers >= 0"),
+    "an aux layer twice": ({"eagle_aux_hidden_state_layer_ids": [1, 2, 2]}, {}, "a list of distinct aux layers >= 0"),
     "an aux layer that is not there": (
         {"eagle_aux_hidden_state_layer_ids": [1, 2, 9]},
         {},

@@ -6,8 +6,10 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
+import tomllib
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hedgespec
-from hedgespec import Tree, cli, experiments, zoo
+from hedgespec import Tree, cli, zoo
 from hedgespec.checkpoints import inspect_drafter
 from hedgespec.drafters.datastore import MAX_NGRAM, Datastore
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
@@ -436,7 +438,7 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["{generate,inspect,datastore,demo,experiment,zoo,doctor}"]),
+        ([], ["{generate,inspect,datastore,demo,zoo,doctor}"]),
         (["decode"], ["decode", "generate", "inspect", "demo", "zoo", "doctor"]),
         (["generate"], ["PROMPT"]),
         (["generate", ""], ["PROMPT", "expected some text"]),
@@ -472,11 +474,6 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["demo", "--plot", "."], ["--plot", "a file that can be written", "'.'"]),
         (["generate", "x", "--learner-state", "no/such/x.json"], ["--learner-state", "a file that can be written", "x.json"]),
         (["generate", "x", "--learner-state", "."], ["--learner-state", "a file that can be written", "'.'"]),
-        (["experiment"], ["NAME"]),
-        (["experiment", "alchemy"], ["NAME", "baseline", "pool-size", "all", "report", "'alchemy'"]),
-        (["experiment", "delay", "--seeds", "1"], ["--seeds", "an integer >= 2", "'1'"]),
-        (["experiment", "delay", "--report", "x.md"], ["--report", "with report", "delay"]),
-        (["experiment", "report", "--report", "no/such/x.md"], ["--report", "a file that can be written", "x.md"]),
         (["zoo"], ["{list,path,pool,export,train}"]),
         (["inspect"], ["PATH"]),
         (["datastore", "x", "--tokenizer", "x"], ["FILE"]),
@@ -489,7 +486,7 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
         (["zoo", "export", "x", "--dtype", "int8"], ["--dtype", "float32", "bfloat16"]),
         (["zoo", "path", "klingon"], ["NAME", "generalist", "'klingon'"]),
         (["zoo", "train", "--only", "sql", "klingon"], ["--only", "generalist", "'klingon'"]),
-        (["zoo", "train", "--stage", "eat"], ["--stage", "collect", "'eat'"]),
+        (["zoo", "train", "--stage", "eat"], ["--stage", "collect", "stores", "'eat'"]),
     ],
     ids=" ".join,
 )
@@ -628,7 +625,7 @@ def test_debug_shows_the_traceback_too(capsys, monkeypatch):
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(hedgespec.Decoder, "generate", lambda *_, **__: {}["bug"])
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="bug"):
         run("x")
 
 
@@ -758,49 +755,16 @@ def test_demo_json_on_stdout_has_it_to_itself(demo, capsys):
     assert "on the console" in err
 
 
-def test_demo_without_an_optional_package(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(("package", "extra"), cli.PACKAGES.items())
+def test_a_command_without_an_optional_package_names_the_extra(package, extra, monkeypatch, capsys, tmp_path):
     def run(**_):
-        raise ModuleNotFoundError("No module named 'matplotlib'")
+        raise ModuleNotFoundError(f"No module named '{package}'", name=package)
 
     monkeypatch.setitem(sys.modules, "hedgespec.zoo.demo", SimpleNamespace(run=run))
     monkeypatch.chdir(tmp_path)
-    fails(capsys, 1, "matplotlib", argv=["demo"])
-
-
-# experiment
-
-
-def test_experiment(monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr("hedgespec.experiments.run", lambda *words, console, **options: calls.append((*words, options)))
-    assert cli.main(["experiment", "pool-size"]) == 0
-    assert cli.main("experiment all --out there --seeds 5 --fresh".split()) == 0
-    assert calls == [
-        (("pool-size",), Path("experiments"), {"seeds": 20, "fresh": False}),
-        (experiments.NAMES, Path("there"), {"seeds": 5, "fresh": True}),
-    ]
-
-
-@pytest.mark.parametrize("package", ["scipy", "sklearn", "matplotlib"])
-def test_experiment_without_a_package_says_how_to_get_it_before_any_work(package, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, package, None)
-    words = (experiments.PACKAGES[package], "hedgespec[experiments]")
-    fails(capsys, 1, *words, argv=["experiment", "baseline", "--out", tmp_path / "new"])
-    assert not (tmp_path / "new").exists()
-
-
-def test_experiment_report(monkeypatch, capsys, tmp_path):
-    calls = []
-    monkeypatch.setattr("hedgespec.experiments.report.write", lambda *paths: calls.append(paths))
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["experiment", "report"]) == 0
-    assert cli.main(["experiment", "report", "--out", "there", "--report", "x.md"]) == 0
-    assert calls == [(Path("experiments"), Path("experiments/results.md")), (Path("there"), Path("x.md"))]
-    assert capsys.readouterr().out.split() == [str(path) for _, path in calls]
-
-
-def test_experiment_report_of_nothing(capsys, tmp_path):
-    fails(capsys, 1, "the results of an experiment", argv=["experiment", "report", "--out", tmp_path])
+    fails(capsys, 1, package, f"pip install 'hedgespec[{extra}]'", argv=["demo"])
+    listed = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"sklearn": "scikit-learn"}.get(package, package) in {re.match(r"[\w-]+", one)[0] for one in listed[extra]}
 
 
 # zoo
@@ -898,9 +862,12 @@ def test_zoo_train(monkeypatch):
     monkeypatch.setitem(sys.modules, "hedgespec.zoo.pipeline", fake)
     assert cli.main(["zoo", "train"]) == 0
     assert cli.main(["zoo", "train", "--only", "sql", "french", "--stage", "heads", "--out", "there"]) == 0
+    for stage in zoo.STAGES:
+        assert cli.main(["zoo", "train", "--stage", stage]) == 0
     assert [options for _, options in calls] == [
         {"names": None, "stage": "all", "out": None},
         {"names": ("sql", "french"), "stage": "heads", "out": Path("there")},
+        *({"names": None, "stage": stage, "out": None} for stage in ("collect", "stores", "heads", "matrix")),
     ]
     assert all(hasattr(console, "print") for console, _ in calls)
 
@@ -929,6 +896,111 @@ def test_version(capsys):
 
 def enter(*argv: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run([*ENTER, *map(str, argv)], capture_output=True, text=True, encoding="utf-8", **options)
+
+
+@pytest.fixture
+def ngram(place) -> tuple:
+    """The arguments of `generate` that make it quick."""
+    return ("--target", place.target, "--drafter", "ngram", "--max-new-tokens", 12)
+
+
+FULL = (
+    "hedgespec: error: expected room for what is to be written, got: No space left on device; free some, or write to another "
+    "place"
+)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("argv", [("generate", "c"), ("zoo", "list"), ("zoo", "list", "--json"), ("--version",)], ids=" ".join)
+def test_a_full_disk_behind_stdout_is_one_line(argv, ngram):
+    more = ngram if "generate" in argv else ()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*ENTER, *map(str, (*argv, *more))], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.splitlines()) == (1, [FULL])
+
+
+BEGIN = """
+import resource, sys, types, hedgespec, torch
+from hedgespec import cli
+from hedgespec.drafters.datastore import Datastore
+from hedgespec.drafters.eagle import EagleConfig, EagleHead
+out = sys.argv[1]
+"""
+WRITE = {
+    "datastore.safetensors": "store = Datastore.build([range(5000)])\n"
+                             "work = lambda _: store.save(f'{out}/datastore.safetensors')",
+    "state.json": "stats = types.SimpleNamespace(drafters=['x' * 5000], learner_state={'x': 1})\n"
+                  "work = lambda _: hedgespec.save_learner_state(f'{out}/state.json', stats)",
+    "demo.json": "sys.modules['hedgespec.zoo.demo'] = types.SimpleNamespace(run=lambda **_: {'x': 'y' * 5000})\n"
+                 "demo, cli.demo = cli.demo, None\n"
+                 "work = lambda _: demo(cli._parser().parse_args(['demo', '--json', f'{out}/demo.json']))",
+    "model.safetensors": "config = EagleConfig(64, 64, 4, 2, 16, 8, 257, 40, (0, 1, 2))\n"
+                         "head = EagleHead(config, torch.nn.Embedding(257, 64), torch.arange(40))\n"
+                         "work = lambda _: hedgespec.save_drafter(head, out)",
+    "plot.png": "from hedgespec.metrics import plot_weights\n"
+                "from matplotlib.figure import Figure\n"
+                "from hedgespec.files import replacing\n"
+                "def work(_):\n with replacing(f'{out}/plot.png') as fresh: Figure().savefig(fresh)",
+}  # fmt: skip
+"""What writes each file; a file may then have 1000 bytes, and what is longer stops in the middle, as on a full disk."""
+END = """
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+cli.doctor = work
+sys.exit(cli.main(['doctor']))
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("name", WRITE)
+def test_a_file_that_does_not_fit_is_one_line_and_nothing_half_written(name, there, tmp_path):
+    if there:
+        (tmp_path / name).write_text("what was there")
+    code = BEGIN + WRITE[name] + END
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("hedgespec")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "expected room for what is to be written, got: File too large; free some, or write to another place" in line
+    assert [one.name for one in tmp_path.iterdir()] == ([name] if there else [])
+    assert not there or (tmp_path / name).read_text() == "what was there"
+
+
+def test_a_text_on_stdin_is_utf_8_whatever_the_terminal_says(ngram):
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    command = [*ENTER, "generate", "-", *map(str, ngram)]
+    done = subprocess.run([*command, "--json"], input="café".encode(), capture_output=True, env=environment)
+    assert done.returncode == 0 and json.loads(done.stdout)["text"] == " 日🙂"
+    done = subprocess.run(command, input="café".encode("latin-1"), capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().startswith("hedgespec: error: PROMPT: expected a text in UTF-8 on stdin, got what is none (")
+    assert done.stderr.decode().endswith("iconv -t utf-8 converts it\n") and done.stderr.count(b"\n") == 1
+
+
+def test_an_argument_that_is_no_utf_8_is_wrong_usage(ngram):
+    done = subprocess.run([*ENTER, "generate", b"caf\xe9", *map(str, ngram)], capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"hedgespec: error: PROMPT: expected a text in UTF-8, got what is none (")
+
+
+def test_an_ascii_terminal_gets_the_whole_text_escaped_and_is_told_once(ngram):
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment.pop("PYTHONIOENCODING", None)
+    command = [*ENTER, "generate", *map(str, ngram)]
+    done = subprocess.run([*command, "c"], capture_output=True, env=environment)
+    assert done.returncode == 0
+    assert done.stdout == STORY[1:].encode("ascii", "backslashreplace") + b"\n"
+    [line] = done.stderr.decode().splitlines()
+    assert line.startswith("hedgespec: warning: characters that ") and line.endswith("PYTHONIOENCODING=utf-8 shows them")
+    done = subprocess.run([*command, "café", "--json"], capture_output=True, env=environment)  # read as it was typed
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii() and json.loads(done.stdout)["text"] == " 日🙂"
+
+
+def test_tables_into_a_closed_pipe_have_the_same_exit_code():
+    process = subprocess.Popen([*ENTER, "zoo", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    process.stderr.close()
 
 
 @pytest.mark.parametrize("argv", [["generate", "--help"], ["generate", "x", "--top-p", "2"]], ids=" ".join)

@@ -106,9 +106,9 @@ def test_the_noise_draws_what_is_rare():
 
 def test_what_the_noise_refuses():
     for arguments, match in [
-        (([1, 2], [3], 5), "positions: expected one for each of 2 keys; got 1"),
-        (([1], [-1], 5), "positions: expected values of at least 0; got -1"),
-        (([1], [1], 0), "vocabulary: expected at least 1; got 0"),
+        (([1, 2], [3], 5), "positions: expected one for each of 2 keys, got 1"),
+        (([1], [-1], 5), "positions: expected values of at least 0, got -1"),
+        (([1], [1], 0), "vocabulary: expected at least 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=match):
             gumbel(*arguments)

@@ -7,6 +7,7 @@ import pytest
 
 from hedgespec.config import DecodeConfig
 from hedgespec.engines.heads import SILENT, HeadLearning
+from hedgespec.learners import NormalHedge
 from hedgespec.records import NO_DRAFT
 
 HEADS = ("good", "bad", "worse")
@@ -109,5 +110,5 @@ def test_rounds_without_a_draft():
 def test_mistakes_are_told_at_once():
     with pytest.raises(ValueError, match="got 'magic'"):
         learning(learner="magic")
-    with pytest.raises(ValueError, match="prior: expected shape"):
-        learning(prior=(0.5, 0.5))
+    with pytest.raises(ValueError, match="learner: expected one over 3 arms, got one over 2"):
+        learning(learner=lambda arms: NormalHedge(2))

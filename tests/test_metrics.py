@@ -160,7 +160,25 @@ def test_to_dict_is_json(stats):
     assert (told["picks"], told["lengths"]) == ([1, 0, 2], [4, 4, 4, 0])
 
 
-def test_the_plot_is_drawn(stats, tmp_path):
-    pytest.importorskip("matplotlib")
-    plot_weights([("first", stats), ("empty", DecodeStats(("a", "b", "c"), 4)), ("second", stats)], tmp_path / "plot.png")
+def test_the_plot_of_weights_stacks_each_drafters_share(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    close, figures = pyplot.close, []
+    monkeypatch.setattr(pyplot, "close", lambda figure: figures.append(figure) or close(figure))
+    first, second = (DecodeStats(("a", "b", "c"), 4) for _ in range(2))
+    weights = [[0.5, 0.25, 0.25], [0.0, 0.0, 1.0], [0.1, 0.7, 0.2]]
+    for stats, row in ((first, weights[0]), (first, weights[1]), (second, weights[2])):
+        stats.record_round(0, np.array(row), 2, 4)
+    plot_weights([("first", first), ("empty", DecodeStats(("a", "b", "c"), 4)), ("second", second)], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert not pyplot.get_fignums()
+    [axes] = figures[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["first", "second"]
+    assert axes.get_xticks().tolist() == [1.0, 2.5]  # in the middle of rounds 0 to 2 and 2 to 3
+    assert [area.get_label() for area in axes.collections] == ["a", "b", "c"]
+    tops = np.cumsum(weights, axis=1).T
+    for number, area in enumerate(axes.collections):
+        bottom = tops[number - 1] if number else np.zeros(3)
+        corners = area.get_paths()[0].vertices
+        drawn = {round: sorted(corners[corners[:, 0] == round][:, 1].round(6)) for round in range(3)}
+        for round in range(3):
+            assert {bottom[round].round(6), tops[number][round].round(6)} <= set(drawn[round]), (number, round)

@@ -427,7 +427,7 @@ def test_bad_arguments_are_refused(operation, arguments, error, message):
     [
         (torch.zeros(2, 3), TypeError, "index: expected torch.int64"),
         (torch.zeros(3, dtype=torch.int64), ValueError, r"index: expected \[N, columns\]"),
-        (torch.tensor([[0, 5], [1, 2]]), ValueError, r"index: expected values in 0..4; got 5"),
+        (torch.tensor([[0, 5], [1, 2]]), ValueError, r"index: expected values in 0..4, got 5"),
         (torch.tensor([[0, 4], [1, -2]]), ValueError, r"index: .* got -2"),
         (torch.zeros(3, 3, dtype=torch.int64), ValueError, r"x: expected \[3, R, 4\]"),
     ],
@@ -444,7 +444,7 @@ def test_an_index_that_changes_is_looked_at_again():
     with pytest.raises(ValueError, match=r"values in 0..3"):
         stack_linear(x, table[:4], index=index)
     index[1, 1] = 5
-    with pytest.raises(ValueError, match=r"values in 0..4; got 5"):
+    with pytest.raises(ValueError, match=r"values in 0..4, got 5"):
         stack_linear(x, table, index=index)
 
 
@@ -462,10 +462,10 @@ def test_an_index_that_changes_is_looked_at_again():
         (dict(frequency=torch.zeros(3).double()), TypeError, "frequency: expected torch.float32"),
         (dict(frequency=torch.zeros(6)), ValueError, r"frequency: expected shape \[3\]"),
         (dict(positions=torch.zeros(2, dtype=torch.int32)), TypeError, "positions: expected torch.int64"),
-        (dict(slots=torch.tensor([0, 7])), ValueError, "slots: expected values in 0..6; got 7"),
-        (dict(rows=torch.tensor([0, 3])), ValueError, "rows: expected values in 0..2; got 3"),
+        (dict(slots=torch.tensor([0, 7])), ValueError, "slots: expected values in 0..6, got 7"),
+        (dict(rows=torch.tensor([0, 3])), ValueError, "rows: expected values in 0..2, got 3"),
         (dict(rows=torch.tensor([1, 1])), ValueError, "rows: expected distinct"),
-        (dict(which=torch.tensor([0, 2])), ValueError, "which: expected values in 0..1; got 2"),
+        (dict(which=torch.tensor([0, 2])), ValueError, "which: expected values in 0..1, got 2"),
     ],
 )
 def test_bad_arguments_of_a_rotation_are_refused(changes, error, message):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import copy
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from torch import nn
 
 from hedgespec.capture import CudaGraphs
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
-from hedgespec.drafters.stack import HeadStack, StackSession, kind_of
+from hedgespec.drafters.stack import HeadStack, StackSession, is_plain, kind_of
+from hedgespec.linear import FewRowLinear
 from hedgespec.prefill import stack_linear
 
 VOCABULARY, HEADS, WIDTH = 40, 4, 36
@@ -179,27 +180,59 @@ def test_rounds_that_take_back_what_they_drafted_need_no_memory():
     assert session.cache_bytes == size
 
 
-def test_heads_lie_in_the_stack_and_not_beside_it():
+def test_a_stack_has_weights_of_its_own_and_leaves_the_heads_alone():
     heads = pool_of(3)
+    places = [weight.data_ptr() for head in heads for weight in head.parameters()]
     before = [weight.clone() for head in heads for weight in head.parameters()]
-    stack = HeadStack(heads)
+    stack, other = HeadStack(heads), HeadStack(heads[:2])
+    assert places == [weight.data_ptr() for head in heads for weight in head.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, (weight for head in heads for weight in head.parameters())))
-    for name, weight in stack.weights.items():
-        if name != "lm_head.weight":
-            for own, head in zip(weight, heads):
-                assert own.data_ptr() == head.get_parameter(name).data_ptr()
-    assert stack.is_current()
+    held = {weight.untyped_storage().data_ptr() for head in heads for weight in head.parameters()}
+    for one in (stack, other):
+        assert one.is_current()
+        assert not held & {weight.untyped_storage().data_ptr() for weight in one.weights.values()}
+    assert not {weight.data_ptr() for weight in stack.weights.values()} & {
+        weight.data_ptr() for weight in other.weights.values()
+    }
     assert len(stack.weights["lm_head.weight"]) <= VOCABULARY  # a row for each id, not for each head's
 
-    other = HeadStack(heads[:2])  # the first stack is alive: what it holds stays where it is
-    assert stack.is_current() and other.is_current()
-    torch.testing.assert_close(other.weights["fc.weight"], stack.weights["fc.weight"][:2], atol=0, rtol=0)
+    # What it costs: the heads' weights once more, but for output rows that several heads have.
+    own = sum(weight.nbytes for head in heads for name, weight in head.named_parameters() if name != "lm_head.weight")
+    assert stack.nbytes == own + stack.weights["lm_head.weight"].nbytes
     single = HeadStack(heads[:1])
-    assert single.weights["fc.weight"].data_ptr() == heads[0].fc.weight.data_ptr()
-    del stack, other, single
-    gc.collect()
-    heir = HeadStack(heads[:2])
-    assert heir.weights["fc.weight"].data_ptr() == heads[0].fc.weight.data_ptr()
+    assert single.nbytes == 0 and single.weights["fc.weight"].data_ptr() == heads[0].fc.weight.data_ptr()
+
+
+def test_a_copy_of_a_stacked_head_is_a_head_like_any_other(tmp_path):
+    heads = pool_of(2)
+    stack = HeadStack(heads)
+    copied = copy.deepcopy(heads[0])
+    assert copied.embedding is heads[0].embedding and kind_of(copied) == kind_of(heads[0])
+    torch.save(heads[0].state_dict(), tmp_path / "head.pt")
+    assert (tmp_path / "head.pt").stat().st_size < 1.5 * sum(one.nbytes for one in heads[0].parameters()) + 10_000
+    with torch.no_grad():
+        copied.fc.weight.zero_()
+    assert stack.is_current() and heads[0].fc.weight.any()
+
+    embedding = heads[0].embedding
+    both, head = copy.deepcopy((embedding, heads[0]))  # with the target's embedding, as a decoder is copied
+    assert head.embedding is both is not embedding
+    owner = EagleHead(heads[0].config, nn.Embedding(VOCABULARY, 16), owns_embedding=True)
+    twin = copy.deepcopy(owner)
+    assert twin.embedding is twin.embed_tokens is not owner.embed_tokens
+
+
+@pytest.mark.parametrize("size", [10, 25, 40])
+def test_only_heads_of_the_size_that_their_configuration_names_are_stacked(size):
+    """Another draft vocabulary than the configuration's, or other weights, make a head that works by itself."""
+    head = pool_of(1)[0]
+    assert is_plain(head)
+    head.draft_to_target = torch.arange(size)
+    head.lm_head = FewRowLinear(16, size, bias=False).double().requires_grad_(False)
+    assert is_plain(head) == (size == 25)
+    other = pool_of(1)[0]
+    other.down_proj.weight = nn.Parameter(torch.zeros(16, 4).double())
+    assert not is_plain(other)
 
 
 @pytest.mark.parametrize("change", ["moved", "written", "replaced"])

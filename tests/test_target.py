@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder, Request, generator
 from hedgespec.drafters.causal_lm import CausalLMDrafter
@@ -268,7 +269,7 @@ def test_a_cache_is_taken_over(family):
     model = tiny(family)
     ids, mask = padded_prompts()
     past = DynamicCache(config=model.config)
-    model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=past, use_cache=True)
+    model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **{CACHE_NAME: past}, use_cache=True)
     rows, more = [0, 2, 3], texts_of(6, 6, 6)
     texts = [torch.cat([ids[row, PADDING[row] :], tokens]) for row, tokens in zip(rows, more)]
     reader = Reader(model, texts)
@@ -302,7 +303,7 @@ REFUSED = {
     "RecurrentGemma": ({"num_hidden_layers": 3, "intermediate_size": 48}, "cannot take back a rejected token"),
     "Qwen3Next": ({"num_hidden_layers": 4, "intermediate_size": 48}, "cannot take back a rejected token"),
     "Rwkv": ({"hidden_size": 32, "num_hidden_layers": 2}, "a recurrent state"),
-    "XLNet": ({"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 32}, "a model that takes past_key_values"),
+    "XLNet": ({"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 32}, "a model that takes cache or past_key_values"),
 }
 
 

@@ -48,8 +48,11 @@ class Drafters:
         return weights
 
     def losses(self, feedback: Feedback, seconds: Seconds | None) -> NDArray[np.float64]:
-        """Loss of every arm at one position, [A], in [0, 1]."""
+        """Returns the loss of every arm at the position that follows those of `update`, [A], in [0, 1]. Changes nothing."""
         return feedback.losses
+
+    def update(self, feedback: Feedback) -> None:
+        """Adds a position to those that later losses are measured by. Call it once for each, after its `losses`."""
 
     def of_prompt(self, acceptance_prob: NDArray[np.float64], position: int) -> Feedback:
         """What acceptance [N] at a position of the prompt says."""
@@ -73,7 +76,9 @@ class DraftersAndLengths(Drafters):
     order of -L_a(t), that of the objective "tokens". Switching costs nothing: drafters take in all that is verified whoever
     drafts.
 
-    The mean lengths begin with one position of which no drafter had any token accepted, and are of this request alone.
+    The mean lengths are over all positions whose losses the learner gets, of the prompt and of the text, and over the position
+    of the loss itself: the learner's sums are then of C_a / c - L_a with c from the mean of these same L_a. They begin with one
+    position of which no drafter had any token accepted, and are of this request alone.
 
     Source: Dinkelbach, "On Nonlinear Fractional Programming", Management Science 13, 1967; as a loss of arms it is ours.
     """
@@ -110,12 +115,19 @@ class DraftersAndLengths(Drafters):
         draft, verify = seconds
         drafted = np.arange(1, self.draft_length + 1)
         costs = np.append((draft[:, None] * drafted + verify[1:]).ravel(), verify[0])  # C_a
-        emitted = np.append(feedback.lengths.T.ravel(), 1.0)  # L_a(t)
-        self._emitted += emitted
-        self._positions += 1
-        per_token = (costs * self._positions / self._emitted)[self.alive].min()  # c
+        emitted = self._lengths(feedback)  # L_a(t)
+        per_token = (costs * (self._positions + 1) / (self._emitted + emitted))[self.alive].min()  # c
         excess = np.minimum(costs / per_token - emitted, self.draft_length)
         return ((self.draft_length + excess) / (2 * self.draft_length)).clip(0.0, 1.0)
+
+    def update(self, feedback: Feedback) -> None:
+        self._emitted += self._lengths(feedback)
+        self._positions += 1
+
+    @staticmethod
+    def _lengths(feedback: Feedback) -> NDArray[np.float64]:
+        """Expected tokens of a round of each arm from the position, [A]."""
+        return np.append(feedback.lengths.T.ravel(), 1.0)
 
     def of_prompt(self, acceptance_prob: NDArray[np.float64], position: int) -> Feedback:
         """Lengths as if every later token were accepted as likely as this one: 1 + g + g^2 + ..."""

@@ -17,8 +17,9 @@ import torch
 from transformers import DynamicCache
 
 from hedgespec.decoder.noise import CoupledNoise
+from hedgespec.decoder.plain import PlainBatch, PlainDecoding
 from hedgespec.decoder.pool import Pool
-from hedgespec.decoder.request import Request
+from hedgespec.decoder.request import Request, Together
 from hedgespec.decoder.row import Row, no_draft
 from hedgespec.decoder.scoring import Scorer
 from hedgespec.decoder.verification import RowVerdict, Verifier
@@ -56,25 +57,35 @@ class Batch:
         sampling: temperature and filters of all rows.
         on_tokens: called with the index of a row and its new tokens; None calls nothing.
         warned: names of the drafters whose failure the caller was already warned of.
+        plain: properties of all requests of the call.
+        together: callbacks that see all rows at once, or None.
     """
 
     def __init__(self, decoder: Decoder, requests: Sequence[Request], first: int, sampling: Sampling,
-                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str]):  # fmt: skip
+                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str], plain: PlainBatch,
+                 together: Together | None = None):  # fmt: skip
         self.config, self.device, self.on_tokens = decoder.config, device_of(decoder.target), on_tokens
         # A view of the target as it is now: adapters and hooks may have changed since the last request.
         view = few_row_view(decoder.target)
         layers = (drafter.aux_layers for drafter in decoder.drafters)
-        self.target = TargetSession(view, layers, len(requests), captures=decoder.captures)
+        self.target = TargetSession(
+            view, layers, len(requests), captures=decoder.captures,
+            offsets=[request.padding - plain.padding for request in requests], floor=plain.width - plain.padding,
+        )  # fmt: skip
         self.rows = [
             Row(index, request, decoder.drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
         ]
+        self.all_rows = list(self.rows)
+        """Every row, finished ones included."""
+        self.plain = PlainDecoding(decoder.target, self.target, self.rows, plain, decoder.reread_at)
         self.noise = CoupledNoise(sampling) if self.config.proposal == "coupled" and sampling.temperature > 0 else None
         if self.noise is not None:
             self.noise.begin(self.rows)
         self._number_rows()
         rule = sampling if self.noise is None else Sampling()  # logits with noise are decoded greedily
-        self.verifier = Verifier(self.config, rule, self.noise, self.device)
+        target_name = type(decoder.target).__name__
+        self.verifier = Verifier(self.config, rule, self.noise, self.device, target_name, self.all_rows, together)
         self.scorer = Scorer(self.config, rule, self.noise, self.device)
         self.pool = Pool(decoder.drafters, decoder.stacks(), self.rows, self.config, sampling, self.verifier.one_hot)
         self.costs = decoder.costs
@@ -93,13 +104,14 @@ class Batch:
             past: keys and values of the prompts or of their beginnings; None if nothing is cached.
         """
         with self._timed("prompt"):
-            if past is not None:
+            if past is not None and not self.plain.drops(past):
                 self._load(past)
             logits = self._read_prompts()
             drafts = [no_draft(row) for row in self.rows]
             uniforms = [row.uniforms(1) for row in self.rows]
             noise = None if self.noise is None else self.noise.next(self.rows, 1)
             verdicts = self.verifier.verify(self.rows, logits, drafts, [NO_DRAFT] * len(self.rows), uniforms, noise)
+            self.plain.check_inputs(self.rows)
             if self.noise is not None:
                 for row in self.rows:
                     self.noise.spend(row, 1)
@@ -108,6 +120,8 @@ class Batch:
 
     def round(self) -> None:
         """Runs one round: one forward of the target, and everything around it."""
+        self.target.check_room([row.length for row in self.rows])
+        self.plain.read_again(self.rows)
         uniforms = self._uniforms()
         with self._timed("select"):
             weights = [row.selector.weights() for row in self.rows]
@@ -123,6 +137,8 @@ class Batch:
                 groups = self.pool.teacher_forced_logits(due)
             with self._timed("evaluate"):
                 self.scorer.submit(due, groups)
+            for row in due:
+                row.stats.evaluations += 1
         with self._timed("learn"):
             overlaps = self.overlaps and bool(due) and not any(row.finished for row in self.rows)
             self._learn(overlaps, choices, drafts, weights, verdicts)
@@ -132,20 +148,21 @@ class Batch:
 
     def _select(self, weights: Sequence[np.ndarray], uniforms: np.ndarray) -> list[Choice]:
         """Chooses the drafter and the draft length of every row, or what is to be measured."""
-        measure = None
+        rooms, measure = [self.plain.room(row) for row in self.rows], None
         if self.costs is not None:
-            measure = self.costs.to_measure(len(self.rows), max(row.room for row in self.rows) - 1)
+            measure = self.costs.to_measure(len(self.rows), max(rooms) - 1)
         return [
-            row.selector.select(own, uniform, row.room, measure)
-            for row, own, uniform in zip(self.rows, weights, uniforms.tolist())
+            row.selector.select(own, uniform, room, measure)
+            for row, own, uniform, room in zip(self.rows, weights, uniforms.tolist(), rooms)
         ]
 
     def _verify(self, choices: Sequence[Choice], drafts: Sequence[Draft], uniforms: np.ndarray,
                 noise: torch.Tensor | None) -> list[RowVerdict]:  # fmt: skip
         """Runs the target over the drafts, emits tokens, and adds them to the rows' backlogs."""
         began = self._now() if self.costs is not None else 0.0
-        logits, noise = self._forward(drafts, noise)
+        logits, noise = self._forward(choices, drafts, noise)
         verdicts = self.verifier.verify(self.rows, logits, drafts, choices, uniforms, noise)
+        self.plain.check_inputs(self.rows)
         paths = None if self.config.tree is None else [verdict.path for verdict in verdicts]
         self.target.keep([len(verdict.emitted) for verdict in verdicts], paths)
         if self.costs is not None:
@@ -156,16 +173,20 @@ class Batch:
                 row.backlog.add(verdict.logits, spent)
         return verdicts
 
-    def _forward(self, drafts: Sequence[Draft], noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _forward(
+        self, choices: Sequence[Choice], drafts: Sequence[Draft], noise: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the target's logits [B, T, V] at each row's last verified token and at its draft, and the noise of the token
         that each position scores."""
         tokens = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens]) for row, draft in zip(self.rows, drafts)]
         tokens = stack(tokens, 0)
+        # Nodes that do not exist may lie deeper than the deepest node of the row's own tree.
+        reach = [1 + min(choice.draft_length, len(draft.tokens)) for choice, draft in zip(choices, drafts)]
         if self.config.tree is None:
-            return self.target.forward(tokens, tokens.shape[1]), noise
+            return self.target.forward(tokens, tokens.shape[1], reach=reach), noise
         parents = stack([draft.tokens if draft.parents is None else draft.parents for draft in drafts], -1)
         shape = ancestry(parents, self.config.draft_length)
-        logits = self.target.forward(tokens.clamp(min=0), tokens.shape[1], shape)
+        logits = self.target.forward(tokens.clamp(min=0), tokens.shape[1], shape, reach)
         if noise is not None:
             noise = noise[torch.arange(len(self.rows), device=self.device)[:, None], shape[0]]
         return logits, noise
@@ -178,7 +199,8 @@ class Batch:
             drafted, emitted = len(draft.tokens), len(verdict.emitted)
             # If the text ended within the draft, its last token may have been accepted or recovered.
             tested = min(drafted, emitted - row.finished)
-            row.selector.end_round(choice.drafter if drafted else None, own, emitted, drafted, tested)
+            held_back = row.held_back and not row.finished
+            row.selector.end_round(choice.drafter if drafted else None, own, emitted, drafted, tested, held_back)
 
     def _observe(self, keep_newest: bool) -> None:
         seconds = None if self.costs is None else self.costs.of(len(self.rows))
@@ -221,14 +243,17 @@ class Batch:
         if min(counts) < max(counts):
             # The last tokens of all rows are in few columns only if they are read by themselves.
             rest = [count - end for count, end in zip(counts, ends)]
-            self.target.forward(stack([tokens[:count] for tokens, count in zip(new, rest)], 0), 1)
+            self.target.forward(stack([tokens[:count] for tokens, count in zip(new, rest)], 0), 1, reach=rest)
             self.target.keep(rest)
             new, counts = [tokens[count:] for tokens, count in zip(new, rest)], ends
-        logits = self.target.forward(stack(new, 0), most)
+        logits = self.target.forward(stack(new, 0), most, reach=counts)
         self.target.keep(counts)
         for row, own, end, count in zip(self.rows, logits, ends, warm):
             if row.selector.needs_scores:
-                row.backlog.add(own[end - count : end])
+                prompt = own[end - count : end]  # no token is drawn from these logits; drafters are compared with them
+                if count:
+                    prompt = prompt.masked_fill(~prompt.amax(-1, keepdim=True).isfinite(), 0)
+                row.backlog.add(prompt)
         return torch.stack([own[end - 1 : end] for own, end in zip(logits, ends)])
 
     # Helpers
@@ -275,6 +300,12 @@ class Batch:
         if self.on_tokens is not None:
             for row, verdict in zip(self.rows, verdicts):
                 self.on_tokens(row.index, verdict.emitted)
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """Removes finished rows from the batch."""
+        if self.scorer.has_pending and any(row.finished for row in self.rows):
+            self._observe(False)
         for place, row in enumerate(self.rows):
             if row.finished:
                 row.close(time.perf_counter() - self.began, self.pool.cache_bytes)

@@ -121,7 +121,8 @@ class UnstackedDrafters:
         self.members, self.drafters, self.rows = list(members), list(drafters), list(rows)
         self.maps = self.map_of = None
         if drafters[0].draft_to_target is not None:
-            self.maps = torch.stack([drafter.draft_to_target.to(rows[0].tokens.device) for drafter in drafters])
+            own = [drafter.draft_to_target for drafter in drafters]
+            self.maps = torch.stack([one.to(rows[0].tokens.device) for one in own if one is not None])
             self.map_of = list(self.maps)
         self.sessions: dict[tuple[int, int], DrafterSession] = {}
         """By (row index, member)."""
@@ -208,8 +209,13 @@ class UnstackedDrafters:
         session, chunks = self.sessions[row.index, member], self.pending_logits.setdefault((row.index, member), [])
         tokens, features = row.unread(session.verified, self.drafters[member].aux_layers)
         if len(tokens):
-            keep = len(tokens) if session.verified else unscored + 1
+            before = session.verified
+            keep = len(tokens) if before else unscored + 1
             logits = self._checked(member, session.prefill(tokens, features, keep), keep)
+            if session.verified != before + len(tokens):
+                raise ValueError(
+                    f"expected prefill to add its {len(tokens)} tokens to `verified`, {before} before, got {session.verified}"
+                )
             if not row.selector.needs_scores:
                 chunks.clear()  # the earlier ones are never asked for
             chunks.append(logits)

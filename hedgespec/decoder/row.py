@@ -82,6 +82,8 @@ class Row:
         self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
         """The target's keys and values by layer, [heads, length, head_dim], once finished and if the request asks for them."""
         self.finished = False
+        self.held_back = False
+        """Whether the last round ended within the row's draft because another row's draft had ended, see `Together`."""
         self.backlog = ScoringBacklog()
         self.num_trees, self.tree_widths = 0, np.zeros(config.draft_length)
         """Number of dynamic trees drafted, and the sum of their `Draft.widths`, [K]."""
@@ -99,6 +101,11 @@ class Row:
     def seen(self) -> torch.Tensor:
         """`sequence` as a batch of one, without a copy: the input of logits processors and stopping criteria."""
         return self.padded[None, : self.request.padding + self.length]
+
+    @property
+    def emitted(self) -> int:
+        """Tokens emitted so far."""
+        return self.length - self.prompt_length
 
     @property
     def room(self) -> int:
@@ -134,11 +141,23 @@ class Row:
                 return tokens[:count]
         return tokens
 
+    def cut(self, emitted: int) -> None:
+        """Ends the text after this many emitted tokens; tokens that were emitted beyond them are dropped."""
+        excess = self.emitted - emitted
+        assert excess >= 0, (self.emitted, emitted)
+        self.length -= excess
+        self.finished, self.stats.emitted_tokens = True, emitted
+        counts = self.stats.emitted_by_round
+        for number in reversed(range(len(counts))):
+            dropped = min(excess, counts[number])
+            counts[number] -= dropped
+            excess -= dropped
+
     @property
     def warm_positions(self) -> int:
         """Number of prompt positions in the warm start. The last prompt token is excluded, and so are the positions for which
         a head has no prediction: the first two tokens and what its window forgets."""
-        fresh = self.request.learner_state is None and self.request.process is None
+        fresh = self.request.learner_state is None and not self.request.is_processed
         if not fresh or not self.selector.full_feedback:
             return 0
         window = self.config.drafter_window
@@ -160,7 +179,7 @@ class Row:
 
     def close(self, seconds: float, drafter_cache_bytes: int) -> None:
         """Completes the statistics and frees what only decoding needs."""
-        self.stats.emitted_tokens = self.length - self.prompt_length
+        self.stats.emitted_tokens = self.emitted
         self.stats.learner_state = self.selector.learner.state_dict()
         self.stats.seconds, self.stats.drafter_cache_bytes = seconds, drafter_cache_bytes
         self.features, self.backlog, self.noise = {}, ScoringBacklog(), self.noise[:0].clone()

@@ -78,6 +78,11 @@ class Scorer:
         self._side = SideStream(device)
         self._pending: list[_Evaluation] = []
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether an evaluation was submitted whose scores were not handed out."""
+        return bool(self._pending)
+
     def submit(self, rows: list[Row], groups: Sequence[GroupLogits], of_prompt: bool = False) -> None:
         """Launches the evaluation of the backlogs of some rows, and empties them.
 

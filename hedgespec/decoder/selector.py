@@ -60,6 +60,8 @@ class _Round:
     emitted: int
     tested: int
     """Number of leading draft tokens that are known to have been accepted or rejected."""
+    accepted: int
+    """Number of these that were accepted."""
 
 
 class Selector:
@@ -164,7 +166,9 @@ class Selector:
             return
         columns = acceptance_prob.clip(max=1.0).T
         for position, column in enumerate(columns, -len(columns)):
-            losses = self.arms.losses(self.arms.of_prompt(column, position), seconds)
+            feedback = self.arms.of_prompt(column, position)
+            losses = self.arms.losses(feedback, seconds)
+            self.arms.update(feedback)
             self.stats.prompt_losses.append(losses)
             self.learner.update(losses)
 
@@ -176,7 +180,6 @@ class Selector:
                 [K, N, T], by depth.
             seconds: costs of a round. Losses that depend on them wait while it is None.
         """
-        self.stats.evaluations += 1
         self.scored.extend(np.moveaxis(acceptance_prob, -1, 0))
         self.unpriced += self.queue.push(acceptance_prob, acceptance_ratio)
         self.may_switch = True
@@ -184,12 +187,15 @@ class Selector:
             return
         for feedback in self.unpriced:
             losses = self.arms.losses(feedback, seconds)
+            self.arms.update(feedback)
             self.stats.record_loss(losses, self.learner.expected_loss(losses))
             if self.full_feedback:
                 self.learner.update(losses)
         self.unpriced.clear()
 
-    def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int, tested: int) -> None:
+    def end_round(
+        self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int, tested: int, held_back: bool = False
+    ) -> None:  # fmt: skip
         """Records a round, and updates a bandit.
 
         Args:
@@ -198,6 +204,7 @@ class Selector:
             emitted: tokens that the round emitted.
             drafted: tokens that it drafted.
             tested: number of leading draft tokens that are known to have been accepted or rejected.
+            held_back: whether the last emitted token is an accepted one, see `Row.held_back`.
         """
         weight = 0.0
         if drafter is not None and self.learner.feedback == "bandit":
@@ -206,7 +213,7 @@ class Selector:
                 self._update_bandit(drafter, weight, 1 - emitted / (self.config.draft_length + 1))
         self.stats.record_round(drafter, self.arms.by_drafter(weights), emitted, drafted)
         if self.needs_scores:
-            self.unscored_rounds.append(_Round(drafter, weight, emitted, tested))
+            self.unscored_rounds.append(_Round(drafter, weight, emitted, tested, min(emitted - 1 + held_back, tested)))
             while self.unscored_rounds and self.unscored_rounds[0].emitted <= len(self.scored):
                 self._complete_round(self.unscored_rounds.popleft())
 
@@ -218,7 +225,7 @@ class Selector:
         chain, deepest = self.config.tree is None, self.config.draft_length - 1
         block = [one[past.drafter] if chain else one[min(depth, deepest), past.drafter] for depth, one in enumerate(scores)]
         if chain and self.alive[past.drafter]:
-            self.stats.record_depths(np.array(block[: past.tested]), min(past.emitted - 1, past.tested))
+            self.stats.record_depths(np.array(block[: past.tested]), past.accepted)
         if self.learner.hears_scores:
             self._update_bandit(past.drafter, past.weight, 1 - min(float(np.mean(block)), 1.0))
 

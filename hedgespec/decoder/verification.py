@@ -6,6 +6,7 @@ because a processor may keep state and must be called once for every emitted tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,10 @@ import torch
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.groups import NON_FINITE_LOGITS
 from hedgespec.decoder.noise import CoupledNoise
+from hedgespec.decoder.request import Together
 from hedgespec.decoder.row import Row
+from hedgespec.decoder.walks import Walk, Walker
+from hedgespec.errors import TargetLogitsError
 from hedgespec.records import Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
 from hedgespec.transfer import stack, to_device
@@ -37,6 +41,20 @@ class RowVerdict:
     """Index of each of these among the positions of the target's forward: 0, 1, ... for a chain."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One row of a call that verified several."""
+
+    usable: int
+    """Number of usable draft tokens."""
+    tokens: list[int]
+    """Token ids to emit."""
+    path: list[int]
+    """Indices of their logits."""
+    sound: int
+    """How many of these logits, from the first, have a finite maximum."""
+
+
 class Verifier:
     """Verifies the drafts of a batch.
 
@@ -45,11 +63,18 @@ class Verifier:
         sampling: how tokens are drawn from logits; greedy where the logits hold noise.
         noise: the noise with proposal "coupled", else None.
         device: of the target's logits.
+        target_name: what errors call the target.
+        all_rows: every row of the batch, finished ones included.
+        together: callbacks that see all rows at once, or None.
     """
 
-    def __init__(self, config: DecodeConfig, sampling: Sampling, noise: CoupledNoise | None, device: torch.device) -> None:
+    def __init__(self, config: DecodeConfig, sampling: Sampling, noise: CoupledNoise | None, device: torch.device,
+                 target_name: str, all_rows: Sequence[Row], together: Together | None) -> None:  # fmt: skip
         self.config, self.sampling, self.noise, self.device = config, sampling, noise, device
+        self.target_name, self.all_rows, self.together = target_name, all_rows, together
+        self.greedy = (sampling if noise is None else noise.sampling).temperature == 0
         self.one_hot = config.proposal != "sampled" or sampling.temperature == 0
+        self._walker = Walker(config, self.one_hot, device, self._call_verify, self._call_verify_tree, self._emit_one)
         self._stacked_maps: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
     def verify(
@@ -66,44 +91,66 @@ class Verifier:
             uniforms: for each row one uniform for each draft token, and a last one that draws the recovered or bonus token; in
                 a tree those of `verify_tree`.
             noise: [B, at least T, V], the noise of the token that each position scores, with proposal "coupled".
+
+        Raises:
+            TargetLogitsError: the logits of an emitted token have no finite maximum.
         """
-        verdicts: list[RowVerdict | None] = [None] * len(rows)
+        verdicts: dict[int, RowVerdict] = {}
         together: dict[tuple, list[int]] = {}
-        unprocessed = logits
-        if noise is not None and any(row.request.process is None for row in rows):
-            logits = self.noise.perturb(logits, noise[:, : logits.shape[1]])
+        walks: dict[int, tuple[Walk, int]] = {}
         for place, (row, draft) in enumerate(zip(rows, drafts)):
-            if row.request.process is None:
+            if not row.request.is_processed:
                 together.setdefault(_shape_of(draft), []).append(place)
                 continue
             usable = len(draft.tokens) if draft.usable is None else int(draft.usable)
             self._drop_unusable(row, choices[place], draft, usable)
-            own = None if noise is None else noise[place]
-            walk = self._walk_chain if draft.parents is None else self._walk_tree
-            verdicts[place] = walk(row, unprocessed[place], draft, usable, uniforms[place], own)
+            walk = Walk()
+            walks[place] = walk, self._walker.begin(walk, row, draft, usable, uniforms[place])
+        self._walk(rows, walks, logits, noise)
+        for place, (walk, _) in walks.items():
+            verdicts[place] = RowVerdict(walk.emitted, torch.cat(walk.verified), walk.path)
+        if noise is not None and together:
+            logits = self.noise.perturb(logits, noise[:, : logits.shape[1]])
         for places in together.values():
             is_tree = drafts[places[0]].parents is not None
             verify_stacked = self._verify_trees if is_tree else self._verify_chains
             own = logits if len(places) == len(rows) else logits[to_device(places, self.device)]
             some = [[each[place] for place in places] for each in (rows, drafts, uniforms)]
-            for place, (usable, tokens, path) in zip(places, verify_stacked(own, *some)):
+            for place, found in zip(places, verify_stacked(own, *some)):
                 row = rows[place]
-                self._drop_unusable(row, choices[place], drafts[place], usable)
-                emitted = row.emit(tokens)
-                path = path[: len(emitted)]
+                self._drop_unusable(row, choices[place], drafts[place], found.usable)
+                emitted = row.emit(found.tokens[: found.sound])
+                if not row.finished and (found.sound < len(found.tokens) or not found.tokens):
+                    raise self._unsound_logits(row, logits[place, [*found.path, 0][found.sound]])
+                path = found.path[: len(emitted)]
                 kept = to_device(path, self.device) if is_tree else slice(len(path))
                 verdicts[place] = RowVerdict(emitted, logits[place, kept], path)
-        return verdicts
+        return [verdicts[place] for place in range(len(rows))]
 
     def _drop_unusable(self, row: Row, choice: Choice, draft: Draft, usable: int) -> None:
         if draft.usable is not None and usable < self.config.draft_length:
             row.drop(choice.drafter, ValueError(NON_FINITE_LOGITS))
 
+    def _unsound_logits(self, row: Row, logits: torch.Tensor) -> TargetLogitsError:
+        """Returns the error about the target's logits [V] for the next token of a row."""
+        if bool(logits.isnan().any()):
+            got = "NaN"
+        elif bool((logits == math.inf).any()):
+            got = "+inf"
+        else:
+            got = "-inf throughout: no token is allowed"
+        processed = " (after the logits processors)" if row.request.is_processed else ""
+        return TargetLogitsError(
+            f"target: expected logits with a finite maximum for token {row.seen.shape[1]} of row {row.index}, counted from 0, "
+            f"from {self.target_name}{processed}, got {got}"
+        )
+
+    # Rows without processors
+
     def _verify_chains(
         self, logits: torch.Tensor, rows: Sequence[Row], drafts: Sequence[Draft], uniforms: Sequence[np.ndarray]
-    ) -> list[tuple[int, list[int], list[int]]]:
-        """Verifies chains in one call. Returns for each row the number of usable draft tokens, the token ids that it emits, and
-        the positions of their logits."""
+    ) -> list[_Found]:
+        """Verifies chains in one call."""
         counts = [len(draft.tokens) for draft in drafts]
         most = max(counts)
         tests = np.zeros((len(drafts), most + 1))
@@ -117,16 +164,18 @@ class Verifier:
         unknown = torch.full((), most, device=self.device)
         usable = torch.stack([unknown if draft.usable is None else draft.usable for draft in drafts])
         lengths = torch.minimum(to_device(counts, self.device), usable) if most else None
-        verdict = self._call_verify(logits[:, : most + 1], draft_tokens, draft_logits, mapping, tests, lengths)
+        target_logits = logits[:, : most + 1]
+        verdict = self._call_verify(target_logits, draft_tokens, draft_logits, mapping, tests, lengths)
+        sound = target_logits.amax(-1).isfinite().cumprod(1).sum(1)
         # One transfer brings all that the host needs of a round.
-        found = torch.cat([usable[:, None], verdict.tokens], 1).tolist()
-        emitted = [[token for token in tokens if token >= 0] for _, *tokens in found]
-        return [(known, tokens, list(range(len(tokens)))) for (known, *_), tokens in zip(found, emitted)]
+        found = torch.cat([usable[:, None], sound[:, None], verdict.tokens], 1).tolist()
+        emitted = [[token for token in tokens if token >= 0] for _, _, *tokens in found]
+        return [_Found(one[0], tokens, list(range(len(tokens))), one[1]) for one, tokens in zip(found, emitted)]
 
     def _verify_trees(
         self, logits: torch.Tensor, rows: Sequence[Row], drafts: Sequence[Draft], uniforms: Sequence[np.ndarray]
-    ) -> list[tuple[int, list[int], list[int]]]:
-        """Verifies trees in one call; see `_verify_chains`."""
+    ) -> list[_Found]:
+        """Verifies trees in one call."""
         tokens = stack([draft.tokens for draft in drafts], -1)
         parents = stack([draft.parents for draft in drafts], -1)
         draft_logits = origins = mapping = None
@@ -134,89 +183,74 @@ class Verifier:
             draft_logits = stack([draft.logits for draft in drafts], 0)
             origins = stack([draft.origins for draft in drafts], -2)
             mapping = self._stack_maps([draft.draft_to_target for draft in drafts])
-        verdict = self._call_verify_tree(
-            logits[:, : tokens.shape[1] + 1], tokens, parents, draft_logits, origins, mapping, np.stack(uniforms)
-        )
-        length = self.config.draft_length
-        parts = [torch.stack([draft.usable for draft in drafts])[:, None], verdict.tokens, verdict.path]
+        target_logits = logits[:, : tokens.shape[1] + 1]
+        verdict = self._call_verify_tree(target_logits, tokens, parents, draft_logits, origins, mapping, np.stack(uniforms))
+        sound, length = target_logits.amax(-1).isfinite().long(), self.config.draft_length
+        parts = [torch.stack([draft.usable for draft in drafts])[:, None], sound, verdict.tokens, verdict.path]
         if drafts[0].widths is not None:
             parts.append(torch.stack([draft.widths for draft in drafts]))
         results = []
         for row, (usable, *rest) in zip(rows, torch.cat(parts, 1).tolist()):  # one transfer
+            is_sound, rest = rest[: sound.shape[1]], rest[sound.shape[1] :]
             emitted, path, widths = rest[: length + 1], rest[length + 1 : 2 * length + 1], rest[2 * length + 1 :]
             if widths:
                 row.record_tree(widths)
             path = [0, *(node + 1 for node in path if node >= 0)]
-            results.append((usable, [token for token in emitted if token >= 0], path))
+            number = next((number for number, node in enumerate(path) if not is_sound[node]), len(path))
+            results.append(_Found(usable, [token for token in emitted if token >= 0], path, number))
         return results
 
-    def _walk_chain(
-        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray, noise: torch.Tensor | None
-    ) -> RowVerdict:
-        """Verifies a chain token by token, with the row's processors."""
-        emitted: list[int] = []
-        verified: list[torch.Tensor] = []
-        drafted = min(len(draft.tokens), usable)
-        for position in range(drafted + 1):
-            here = slice(position, min(position + 1, drafted))  # empty at the bonus position
-            verified.append(self._processed(row, logits, position, noise))
-            # `verify` wants logits for a bonus position too; it is not used, because the walk continues there.
-            target_logits = verified[-1].expand(1 + here.stop - here.start, -1)[None]
-            draft_logits = None if draft.logits is None or position == drafted else draft.logits[None, here]
-            mapping = None if draft_logits is None else draft.draft_to_target
-            tests = np.append(uniforms[here], uniforms[-1])[None]
-            verdict = self._call_verify(target_logits, draft.tokens[None, here], draft_logits, mapping, tests)
-            emitted += row.emit(verdict.tokens[0, :1].tolist())
-            if row.finished or int(verdict.accepted_length[0]) == 0:
-                break
-        return RowVerdict(emitted, torch.cat(verified), list(range(len(emitted))))
+    # Rows with processors
 
-    def _walk_tree(
-        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray, noise: torch.Tensor | None
-    ) -> RowVerdict:
-        """Verifies a tree node by node, with the row's processors."""
-        emitted: list[int] = []
-        verified: list[torch.Tensor] = []
-        node, path = -1, []
-        parents, tokens = draft.parents.tolist(), draft.tokens.tolist()
-        if draft.widths is not None:
-            row.record_tree(draft.widths.tolist())
-        for depth in range(self.config.draft_length + 1):
-            path.append(node + 1)
-            verified.append(self._processed(row, logits, path[-1], noise))
-            children = [place for place, parent in enumerate(parents) if parent == node and tokens[place] >= 0]
-            verdict = self._verify_children(verified[-1], draft, node, children, uniforms, depth)
-            emitted += row.emit(verdict.tokens[0, :1].tolist())
-            if row.finished or int(verdict.accepted_length[0]) == 0:
-                break
-            node = children[int(verdict.path[0, 0])]
-        return RowVerdict(emitted, torch.cat(verified), path)
+    def _walk(self, rows: Sequence[Row], walks: dict[int, tuple[Walk, int]], logits: torch.Tensor,
+              noise: torch.Tensor | None) -> None:  # fmt: skip
+        """Verifies drafts token by token, each by itself or all in step."""
+        if walks and self.together is not None and self.together.processes:
+            self._walk_in_step(rows, walks, logits, noise)
+            return
+        for place, (walk, index) in walks.items():
+            row, at = rows[place], index
+            while at is not None:
+                processed = row.request.process(row.seen, logits[place, at : at + 1])
+                at = walk.advance(self._prepare(processed, None if noise is None else noise[place, at : at + 1]))
 
-    def _verify_children(
-        self, logits: torch.Tensor, draft: Draft, node: int, children: list[int], uniforms: np.ndarray, depth: int
-    ) -> Verdict:
-        """Verifies the children of one node, by the target's logits [1, V] behind it."""
-        index = to_device(children, self.device).long()
-        drafted, root = draft.tokens[None, index], torch.full_like(draft.parents[None, index], -1)
-        draft_logits = origins = None
-        if self.one_hot:
-            tests = np.repeat(uniforms[min(depth, len(uniforms) - 1)], 2)
-        else:
-            siblings = (len(uniforms) - 1) // self.config.draft_length
-            own = uniforms[depth * siblings : (depth + 1) * siblings] if depth < self.config.draft_length else uniforms[:0]
-            tests = np.append(np.pad(own, (0, siblings - len(own))), uniforms[-1])
-            source = draft.origins.tolist().index(node) if children else 0
-            draft_logits, origins = draft.logits[None, source : source + 1], torch.full_like(draft.origins[None, :1], -1)
-        target_logits = logits.expand(1 + len(children), -1)[None]
-        return self._call_verify_tree(
-            target_logits, drafted, root, draft_logits, origins, draft.draft_to_target, tests[None], depth=1
-        )
+    def _walk_in_step(self, rows: Sequence[Row], walks: dict[int, tuple[Walk, int]], logits: torch.Tensor,
+                      noise: torch.Tensor | None) -> None:  # fmt: skip
+        """Verifies the drafts of all rows, one token of each at a time, so that `together` sees the batch as in plain decoding.
 
-    def _processed(self, row: Row, logits: torch.Tensor, place: int, noise: torch.Tensor | None) -> torch.Tensor:
-        """Returns the target's logits at one position after the row's processors, with its noise, [1, V]."""
-        here = slice(place, place + 1)
-        logits = row.request.process(row.seen, logits[here])
-        return logits if noise is None else self.noise.perturb(logits, noise[here])
+        It ends with the first draft that ends; the other rows keep what is accepted of their drafts by then.
+        """
+        places = {place: index for place, (_, index) in walks.items()}
+        while places:
+            some = [rows[place] for place in places]
+            given = [logits[place, at : at + 1] for place, at in places.items()]
+            for (place, at), row, processed in zip(list(places.items()), some, self.together.process(some, given)):
+                own = None if noise is None else noise[place, at : at + 1]
+                places[place] = walks[place][0].advance(self._prepare(processed, own))
+                row.held_back = places[place] is not None
+            self.together.stop(self.all_rows)
+            places = {place: at for place, at in places.items() if not rows[place].finished}
+            if None in places.values():
+                return
+
+    def _prepare(self, processed: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Returns processed logits [1, V] as they are verified, with the noise [1, V] added."""
+        if self.greedy:  # some processors force a token with +inf, which is the largest logit all the same
+            processed = processed.clamp(max=torch.finfo(processed.dtype).max)
+        return processed if noise is None else self.noise.perturb(processed, noise)
+
+    def _emit_one(self, row: Row, logits: torch.Tensor, verdict: Verdict) -> tuple[list[int], int]:
+        """Emits the first token of a verdict that was drawn from processed logits [1, V]; see `hedgespec.decoder.walks.Emit`.
+
+        Raises:
+            TargetLogitsError: the logits have no finite maximum.
+        """
+        sound = logits[0].amax(-1, keepdim=True).isfinite().long()
+        token, accepted, is_sound = torch.cat([verdict.tokens[0, :1], verdict.accepted_length[:1], sound]).tolist()
+        if not is_sound:
+            raise self._unsound_logits(row, logits[0])
+        emitted = row.emit([token])
+        return emitted, 0 if row.finished else accepted
 
     def _stack_maps(self, maps: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """Stacks vocabulary maps: [B, Vd], or [Vd] where all rows have the same map, or None.

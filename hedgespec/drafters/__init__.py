@@ -36,15 +36,24 @@ class DrafterSession(Protocol):
 class Drafter(Protocol):
     """Weights that can draft for a target."""
 
-    name: str
-    """Shown in statistics; distinct within a pool."""
-    vocab_size: int
-    """Ids the drafter can name, in the target's numbering, lie in 0..vocab_size-1."""
-    draft_to_target: torch.Tensor | None
-    """int64 [Vd], the target's id of each draft id; None where Vd is the target's V."""
-    aux_layers: tuple[int, ...]
-    """Layers of the target whose inputs the drafter reads, the number of its layers standing for what its final norm gives;
-    empty for a drafter that needs tokens only."""
+    # Properties, so that a checker accepts plain attributes, class attributes and a module's buffers alike.
+
+    @property
+    def name(self) -> str:
+        """Shown in statistics; distinct within a pool."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the drafter can name, in the target's numbering, lie in 0..vocab_size-1."""
+
+    @property
+    def draft_to_target(self) -> torch.Tensor | None:
+        """int64 [Vd], the target's id of each draft id; None where Vd is the target's V."""
+
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """Layers of the target whose inputs the drafter reads, the number of its layers standing for what its final norm gives;
+        empty for a drafter that needs tokens only."""
 
     def session(self) -> DrafterSession:
         """A fresh request."""

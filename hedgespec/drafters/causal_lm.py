@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from hedgespec.cache import RaggedCache
-from hedgespec.errors import VocabularyMismatchError
+from hedgespec.compat import cache_argument
+from hedgespec.errors import ContextError, VocabularyMismatchError
 from hedgespec.linear import few_row_view
+from hedgespec.positions import table_size
+from hedgespec.scalars import text
+from hedgespec.wrappers import unwrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
 """Ids that both must agree on; padding is never drafted from."""
@@ -16,7 +25,8 @@ class CausalLMDrafter:
     """A small language model that shares the target's tokenizer.
 
     Args:
-        model: a transformers causal LM in eval mode, on the target's device.
+        model: a transformers causal LM in eval mode, on the target's device. Where its table of positions ends it leaves the
+            request.
         target: the target.
         name: shown in statistics.
         tokenizer, target_tokenizer: the two models' transformers tokenizers. With both, every id is compared; without
@@ -28,14 +38,26 @@ class CausalLMDrafter:
         VocabularyMismatchError: ids that do not mean the same; the first difference is named.
     """
 
-    aux_layers = ()
+    aux_layers: tuple[int, ...] = ()
 
-    def __init__(self, model, target, name: str = "causal_lm", *, tokenizer=None, target_tokenizer=None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        target: PreTrainedModel,
+        name: str = "causal_lm",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        model, target = unwrap(model, "model"), unwrap(target)
         wanted = target.config.get_text_config(decoder=True).vocab_size
         usable = usable_vocabulary(model, wanted, name, tokenizer=tokenizer, target_tokenizer=target_tokenizer)
         if tokenizer is None:
             _check_special(model.config, target.config, name)
-        self.model, self.name, self.vocab_size = few_row_view(model), name, usable
+        self.model: PreTrainedModel = few_row_view(model)
+        self.name, self.vocab_size = text("name", name), usable
+        self.table = table_size(model)
+        """Positions in the model's table; None: it has none."""
         self.draft_to_target = None if usable == wanted else torch.arange(usable, device=model.device)
 
     def session(self) -> CausalLMSession:
@@ -48,9 +70,10 @@ class CausalLMSession:
     def __init__(self, drafter: CausalLMDrafter):
         self.drafter = drafter
         self.cache = RaggedCache(1)
+        self._with_cache: dict[Any, Any] = {cache_argument(drafter.model.forward): self.cache, "use_cache": True}
         self.verified = 0
 
-    def prefill(self, tokens: torch.Tensor, features: None, logits_to_keep: int) -> torch.Tensor:
+    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
         self.cache.lengths[0] = self.verified
         logits = self._forward(tokens, logits_to_keep)
         self.verified = self.cache.lengths[0]
@@ -60,12 +83,22 @@ class CausalLMSession:
         return self._forward(token, 1)[0]
 
     def _forward(self, tokens: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
-        out = self.drafter.model(tokens[None], past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep)
+        table = self.drafter.table
+        if table is not None and (end := self.cache.lengths[0] + len(tokens)) > table:
+            raise ContextError(f"drafter {self.drafter.name}: expected a text of at most {table} tokens, got {end}")
+        out = self.drafter.model(tokens[None], **self._with_cache, logits_to_keep=logits_to_keep)
         self.cache.lengths[0] += tokens.shape[0]
         return out.logits[0, :, : self.drafter.vocab_size]
 
 
-def usable_vocabulary(model, wanted: int, name: str, *, tokenizer=None, target_tokenizer=None) -> int:
+def usable_vocabulary(
+    model: PreTrainedModel,
+    wanted: int,
+    name: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    target_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> int:
     """How many ids a transformers causal LM and a target share, which are the first ones.
 
     Args:
@@ -88,7 +121,7 @@ def usable_vocabulary(model, wanted: int, name: str, *, tokenizer=None, target_t
     return min(own, wanted)
 
 
-def check_same_tokens(tokenizer, target_tokenizer, name: str) -> None:
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Whether two transformers tokenizers give the same ids the same meaning.
 
     Raises: VocabularyMismatchError that names the drafter `name` and the first difference.
@@ -103,7 +136,7 @@ def check_same_tokens(tokenizer, target_tokenizer, name: str) -> None:
     _check_special(tokenizer, target_tokenizer, name)
 
 
-def _check_special(own, wanted, name: str) -> None:
+def _check_special(own: object, wanted: object, name: str) -> None:
     """Special ids of two tokenizers or two configurations; one that either does not tell is passed over."""
     for special in SPECIAL:
         ours, theirs = getattr(own, special, None), getattr(wanted, special, None)

@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 from hedgespec.drafters.ngram import one_hot
 from hedgespec.errors import CheckpointError, VocabularyMismatchError
+from hedgespec.files import replacing, write_tensors
+from hedgespec.scalars import integer, shown, text
 
 FORMAT, VERSION = "hedgespec-datastore", "1"
 MAX_NGRAM = 6
@@ -54,18 +56,18 @@ class Datastore:
             sequences: of token ids >= 0; one of fewer than two tokens adds nothing.
             max_ngram: 1..64.
 
-        Raises: ValueError for a negative id, a sequence that is not one of integers, or another max_ngram.
+        Raises: TypeError for a max_ngram that is no int; ValueError for a negative id, a sequence that is not one of integers,
+        or a max_ngram outside its range.
         """
-        if not 1 <= max_ngram <= LONGEST:
-            raise ValueError(f"max_ngram: expected 1..{LONGEST}, got {max_ngram}")
-        sequences = [np.asarray(sequence) for sequence in sequences]
-        for sequence in sequences:
+        max_ngram = integer("max_ngram", max_ngram, 1, LONGEST)
+        texts = [np.asarray(sequence) for sequence in sequences]
+        for sequence in texts:
             if sequence.size and (sequence.ndim != 1 or sequence.dtype.kind not in "iu"):
                 raise ValueError(f"sequences: expected integer ids [T] in each, got {sequence.dtype} {sequence.shape}")
             if sequence.size and (sequence.min() < 0 or sequence.max() >= 2**31):
                 raise ValueError(f"sequences: expected ids in 0..{2**31 - 1}, got {sequence.min()}..{sequence.max()}")
-        corpus = np.concatenate([np.empty(0, np.int64), *(sequence.ravel().astype(np.int64) for sequence in sequences)])
-        depth = np.concatenate([np.empty(0, np.int64), *(np.arange(len(sequence)) for sequence in sequences)])
+        corpus = np.concatenate([np.empty(0, np.int64), *(sequence.ravel().astype(np.int64) for sequence in texts)])
+        depth = np.concatenate([np.empty(0, np.int64), *(np.arange(len(sequence)) for sequence in texts)])
         at = np.flatnonzero(depth[1:])  # the last tokens of n-grams that something follows
         hashes, tokens = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
         sums = np.zeros(len(at), np.uint64)
@@ -81,9 +83,9 @@ class Datastore:
             hashes.append(keys[new])
             tokens.append(best[new].astype(np.int32))
             said = best[place]
-        hashes, tokens = np.concatenate(hashes), np.concatenate(tokens)
-        order = np.argsort(hashes, kind="stable")
-        return cls(hashes[order], tokens[order], max_ngram)
+        all_hashes, all_tokens = np.concatenate(hashes), np.concatenate(tokens)
+        ascending = np.argsort(all_hashes, kind="stable")
+        return cls(all_hashes[ascending], all_tokens[ascending], max_ngram)
 
     def next_tokens(self, contexts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
         """What follows the longest known suffix of each text.
@@ -110,12 +112,13 @@ class Datastore:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file.
+        """Writes one safetensors file, whole or not at all.
 
         Raises: OSError if it cannot be written.
         """
         metadata = {"format": FORMAT, "version": VERSION, "max_ngram": str(self.max_ngram)}
-        save_file({"hashes": self.hashes, "tokens": self.tokens}, path, metadata=metadata)
+        with replacing(path) as fresh:
+            write_tensors(save_file, {"hashes": self.hashes, "tokens": self.tokens}, fresh, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Datastore:
@@ -193,15 +196,18 @@ class DatastoreDrafter:
         vocab_size: the target's.
         name: shown in statistics.
 
-    Raises: VocabularyMismatchError for a datastore that says ids beyond the vocabulary.
+    Raises: TypeError for an argument of another type; VocabularyMismatchError for a datastore that says ids beyond the
+    vocabulary.
     """
 
-    aux_layers = ()
-    draft_to_target = None
+    aux_layers: tuple[int, ...] = ()
+    draft_to_target: torch.Tensor | None = None
 
     def __init__(self, datastore: Datastore, vocab_size: int, name: str = "datastore"):
-        check_vocabulary(datastore, vocab_size, name)
-        self.datastore, self.vocab_size, self.name = datastore, vocab_size, name
+        if not isinstance(datastore, Datastore):
+            raise TypeError(f"datastore: expected a Datastore, got {shown(datastore)}; Datastore.load reads a file")
+        self.datastore, self.vocab_size, self.name = datastore, integer("vocab_size", vocab_size, 1), text("name", name)
+        check_vocabulary(datastore, self.vocab_size, name)
 
     def session(self) -> DatastoreSession:
         return DatastoreSession(self)
@@ -217,7 +223,7 @@ class DatastoreSession:
         self.drafted: list[int] = []
         self.verified = 0
 
-    def prefill(self, tokens: torch.Tensor, features: None, logits_to_keep: int) -> torch.Tensor:
+    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
         text, longest = [*self.last, *tokens.tolist()], self.drafter.datastore.max_ngram
         ends = range(len(text) - logits_to_keep + 1, len(text) + 1)
         self.last = text[-longest:]

@@ -11,7 +11,6 @@ at its own pace.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -27,11 +26,7 @@ from hedgespec.capture import CudaGraphs, NotCapturable, lend
 from hedgespec.drafters.eagle import EagleHead, EagleLayer
 from hedgespec.linear import FewRowLinear
 from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
-from hedgespec.transfer import to_device
-
-_OWNERS: weakref.WeakKeyDictionary[EagleHead, weakref.ref[HeadStack]] = weakref.WeakKeyDictionary()
-"""The stack in whose memory a head's own parameters lie."""
-
+from hedgespec.transfer import settle, to_device
 
 MOST_CAPTURED = 64
 """Tokens of a row up to which a pass is captured: those of rounds, and not of prompts."""
@@ -40,8 +35,9 @@ MOST_CAPTURED = 64
 class HeadStack:
     """The weights of N equal-shaped heads, each [N, ...].
 
-    The heads' own parameters become views of the stack; to save one of them, clone them, or all are saved. A head that another
-    living stack has already taken up is copied. A single head is not copied at all.
+    The heads are read and never changed. With N >= 2 the stack holds a copy of their weights, so that the heads' memory is
+    needed twice for as long as both live (`nbytes` tells how much of it is the stack's own); a single head's weights are not
+    copied.
 
     Where all output rows are rows of one matrix (a draft vocabulary's slice of the target's head), the stack has them once, as
     a table [U, H] of the U ids that any head names, and an index [N, Vd] into it.
@@ -52,19 +48,13 @@ class HeadStack:
 
     def __init__(self, heads: Sequence[EagleHead]):
         self.heads, self.config, self.embed = tuple(heads), heads[0].config, heads[0].embed
-        free = len(heads) > 1 and not any(head in _OWNERS and _OWNERS[head]() for head in heads)
         self.weights: dict[str, torch.Tensor] = {}
         for name in self.config.shapes:
-            own = [head.get_parameter(name) for head in heads]
+            own = [head.get_parameter(name).detach() for head in heads]
             if name == "lm_head.weight":
                 self.weights[name], self.index = _shared_rows(heads)
             else:
-                self.weights[name] = torch.stack([one.detach() for one in own]) if len(own) > 1 else own[0].detach()[None]
-            if free and self.weights[name].ndim > own[0].ndim:
-                for one, view in zip(own, self.weights[name]):
-                    one.data = view
-        if free:
-            _OWNERS.update(dict.fromkeys(heads, weakref.ref(self)))
+                self.weights[name] = torch.stack(own) if len(own) > 1 else own[0][None]
         self.maps, self.map_of = None, None
         if heads[0].draft_to_target is not None:
             self.maps = torch.stack([head.draft_to_target for head in heads]).to(self.weights["fc.weight"].device)
@@ -72,12 +62,21 @@ class HeadStack:
         self.frequency = heads[0].rope_frequency.to(self.weights["fc.weight"].device)
         self.query_scale = heads[0].rope_factor ** 2
         """Of rotated queries: what a factor of both queries and keys does to their products."""
+        settle(self.frequency.device)  # requests on any stream may use the stack
         self._origin = self._origins()
         self._idle: list[CudaGraphs] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are the stack's own: 0 for a single head, or one matrix that all heads share."""
+        theirs = {one.untyped_storage().data_ptr() for head in self.heads for one in head.parameters()}
+        return sum(one.nbytes for one in self.weights.values() if one.untyped_storage().data_ptr() not in theirs)
+
     def is_current(self) -> bool:
-        """Whether the heads are still what was stacked: neither moved, nor replaced, nor written to. What goes by way of
-        `.data` torch does not tell."""
+        """Whether the heads are still what was stacked: neither moved, nor replaced, nor written to.
+
+        torch counts what is written to a tensor, except by way of `.data` and to inference tensors: the stack does not see it.
+        """
         return self._origin == self._origins()
 
     def _origins(self) -> list[tuple[int, int]]:
@@ -126,14 +125,24 @@ class StackLayer(EagleLayer):
 
 
 def is_plain(drafter: object) -> bool:
-    """Whether a drafter is an EAGLE head and nothing else: no class of its own, no hooks, no layer wrapped or replaced."""
+    """Whether a drafter is an EAGLE head and nothing else: no class of its own, no hooks, no layer wrapped or replaced, and
+    every weight, and the draft vocabulary, of the size that its configuration names."""
     if type(drafter) is not EagleHead:
         return False
-    own = {"embed_tokens.weight"} if drafter.owns_embedding else set()
-    return {name for name, _ in drafter.named_parameters()} == {*drafter.config.shapes, *own} and all(
-        type(module) in (EagleHead, FewRowLinear, nn.RMSNorm, nn.Linear, nn.Embedding)
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or "session" in vars(module))
-        for module in drafter.modules()
+    weights, expected = dict(drafter.named_parameters()), drafter.config.shapes
+    if drafter.owns_embedding:
+        weights.pop("embed_tokens.weight", None)
+    mapping = drafter.draft_to_target
+    return (
+        {name: tuple(weight.shape) for name, weight in weights.items()} == expected
+        and (mapping is None or mapping.shape == (drafter.config.draft_vocab_size,))
+        and all(
+            type(module) in (EagleHead, FewRowLinear, nn.RMSNorm, nn.Linear, nn.Embedding)
+            and not (
+                module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or "session" in vars(module)
+            )
+            for module in drafter.modules()
+        )
     )
 
 

@@ -13,12 +13,13 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from hedgespec.cache import RowCache
+from hedgespec.compat import cache_argument
 from hedgespec.drafters import Drafter, DrafterSession
 from hedgespec.drafters.causal_lm import usable_vocabulary
 from hedgespec.drafters.datastore import Datastore, check_vocabulary
@@ -26,6 +27,9 @@ from hedgespec.drafters.ngram import NGramDrafter, NGramIndex
 from hedgespec.linear import few_row_view
 from hedgespec.target import check_target, context_of, device_of, row_masks, rows_may_differ
 from hedgespec.transfer import to_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NOTHING = -1
 """Stands where a drafter has no token to say."""
@@ -144,7 +148,7 @@ class NGrams(_ByKey[NGramIndex]):
     def _begin(self) -> NGramIndex:
         return NGramIndex(self.max_ngram)
 
-    def _extend(self, requests, tokens, keep):
+    def _extend(self, requests: list[NGramIndex], tokens: list[np.ndarray], keep: list[int]) -> list[np.ndarray]:
         said = []
         for index, new, count in zip(requests, tokens, keep):
             first = len(new) - count
@@ -156,7 +160,7 @@ class NGrams(_ByKey[NGramIndex]):
             said.append(np.array(proposals, np.int64))
         return said
 
-    def _draft(self, requests, lengths):
+    def _draft(self, requests: list[NGramIndex], lengths: Sequence[int]) -> list[list[int]]:
         drafts = []
         for index, length in zip(requests, lengths):
             drafted: list[int] = []
@@ -171,7 +175,7 @@ class _Text:
     """A request of `CausalLMs`: its tokens, and where their keys and values are."""
 
     tokens: array = field(default_factory=lambda: array("i"))
-    row: int | None = None
+    row: Any = None
     """Of the cache; None while it has none."""
     length: int = 0
     """Tokens whose keys and values lie in the row."""
@@ -208,8 +212,16 @@ class CausalLMs(_ByKey[_Text]):
         VocabularyMismatchError: ids that do not mean the same; the first difference is named.
     """
 
-    def __init__(self, model, vocab_size: int, name: str = "causal_lm", *, tokenizer=None, target_tokenizer=None,
-                 max_cache_tokens: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        name: str = "causal_lm",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
+        max_cache_tokens: int | None = None,
+    ) -> None:
         super().__init__(name)
         check_target(model, f"drafter {name}")
         if max_cache_tokens is not None and max_cache_tokens < 2:
@@ -220,8 +232,10 @@ class CausalLMs(_ByKey[_Text]):
         self.device = device_of(model)
         if self.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
             model = copy.deepcopy(model).float()
-        self.model, self.together = few_row_view(model), rows_may_differ(model)
+        self.model: Any = few_row_view(model)
+        self.together = rows_may_differ(model)
         self.cache = RowCache()
+        self._with_cache: dict[Any, Any] = {cache_argument(self.model.forward): self.cache, "use_cache": True}
         self.max_cache_tokens = sys.maxsize if max_cache_tokens is None else max_cache_tokens
         context = context_of(model)
         self.context = min(self.max_cache_tokens - 1, sys.maxsize - 1 if context is None else context)
@@ -251,7 +265,7 @@ class CausalLMs(_ByKey[_Text]):
         return _Text()
 
     @torch.no_grad()
-    def _extend(self, requests, tokens, keep):
+    def _extend(self, requests: list[_Text], tokens: list[np.ndarray], keep: list[int]) -> list[np.ndarray]:
         self._calls += 1
         said = [np.full(count, NOTHING, np.int64) for count in keep]
         going = {}
@@ -270,7 +284,7 @@ class CausalLMs(_ByKey[_Text]):
         return said
 
     @torch.no_grad()
-    def _draft(self, requests, lengths):
+    def _draft(self, requests: list[_Text], lengths: Sequence[int]) -> list[list[int]]:
         drafts = [[request.said][:length] if request.said != NOTHING else [] for request, length in zip(requests, lengths)]
         going = {}
         for request, draft, length in zip(requests, drafts, lengths):
@@ -293,7 +307,7 @@ class CausalLMs(_ByKey[_Text]):
     def _groups(self, ends: dict[_Text, int]) -> list[list[_Text]]:
         """The requests in groups that find room in the cache at once, by the slots that each needs."""
         groups: list[list[_Text]] = []
-        for request in sorted(ends, key=ends.get):
+        for request in sorted(ends, key=lambda request: ends[request]):
             room = self.together and groups and (len(groups[-1]) + 1) * self._capacity(ends[request]) <= self.max_cache_tokens
             if room:
                 groups[-1].append(request)
@@ -356,18 +370,20 @@ class CausalLMs(_ByKey[_Text]):
         given[1] = np.minimum(places, end)  # what fills up a row goes behind all that is read
         given[2] = np.minimum(places, end - 1)  # and has a position that the model knows
         ids, slots, positions = to_device(given, self.device)
-        self._picked = to_device(np.array(picked or [(0, 0)]).T, self.device).unbind()
+        places_picked, tokens_picked = to_device(np.array(picked or [(0, 0)]).T, self.device).unbind()
+        self._picked = places_picked, tokens_picked
         arguments = {}
         if self._takes_positions:
             arguments["position_ids"] = positions
         if min(lengths) != max(lengths):
             arguments["attention_mask"] = row_masks(self.model, positions, end)
         self.cache.take(rows, lengths, slots, end)
-        logits = self.model(ids, past_key_values=self.cache, use_cache=True, **arguments).logits
+        logits = self.model(ids, **self._with_cache, **arguments).logits
         return logits[: len(picked), 0, : self.vocab_size].argmax(-1).tolist()
 
-    def _pick(self, module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    def _pick(self, module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         """Of hidden states [B, T, H] those asked for, [n, 1, H]."""
+        assert self._picked is not None  # `_forward` sets it
         rows, places = (one.to(arguments[0].device) for one in self._picked)
         return (arguments[0][rows, places][:, None],)
 
@@ -437,7 +453,7 @@ class Datastores(_ByKey[_Tail]):
     def _begin(self) -> _Tail:
         return _Tail()
 
-    def _extend(self, requests, tokens, keep):
+    def _extend(self, requests: list[_Tail], tokens: list[np.ndarray], keep: list[int]) -> list[np.ndarray]:
         contexts, longest = [], self.datastore.max_ngram
         for request, new, count in zip(requests, tokens, keep):
             text = [*request.tokens, *new[-(longest + count) :].tolist()]
@@ -445,7 +461,7 @@ class Datastores(_ByKey[_Tail]):
             request.tokens = text[-longest:]
         return np.split(self.datastore.next_tokens(contexts), np.cumsum(keep)[:-1]) if requests else []
 
-    def _draft(self, requests, lengths):
+    def _draft(self, requests: list[_Tail], lengths: Sequence[int]) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in requests]
         going = [place for place, length in enumerate(lengths) if length]
         while going:
@@ -489,7 +505,7 @@ class Sessions(_ByKey[_Session]):
         return _Session(self.drafter.session())
 
     @torch.no_grad()
-    def _extend(self, requests, tokens, keep):
+    def _extend(self, requests: list[_Session], tokens: list[np.ndarray], keep: list[int]) -> list[np.ndarray]:
         said = []
         for request, new, count in zip(requests, tokens, keep):
             given = torch.as_tensor(new, dtype=torch.int64, device=self.device)
@@ -499,7 +515,7 @@ class Sessions(_ByKey[_Session]):
         return said
 
     @torch.no_grad()
-    def _draft(self, requests, lengths):
+    def _draft(self, requests: list[_Session], lengths: Sequence[int]) -> list[list[int]]:
         for request, length in zip(requests, lengths):
             while len(request.drafted) < length:
                 last = torch.tensor(request.drafted[-1:], device=self.device)

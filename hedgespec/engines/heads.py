@@ -112,7 +112,8 @@ class HeadLearning:
         if learner.needs_scores:
             request.unscored.append((acceptance_prob, acceptance_ratio))
             if learner.evaluation_is_due:
-                learner.scored(*(np.concatenate(parts, axis=1) for parts in zip(*request.unscored)), seconds)
+                prob, ratio = (np.concatenate(parts, axis=1) for parts in zip(*request.unscored))
+                learner.scored(prob, ratio, seconds)
                 request.unscored.clear()
         learner.end_round(emitted, drafted, min(emitted - 1, drafted))  # the last token is recovered, or the bonus
 

@@ -178,8 +178,8 @@ def _learner(given: Mapping[str, Any], draft_length: int, count: int, prior: Any
     return partial(make, name, prior=prior, **options)
 
 
-def _number(found: dict, key: str, default: float, kind: type | tuple[type, ...], source: str):
-    value = found.get(key, default)
+def _number(found: dict, key: str, default: float, kind: type | tuple[type, ...], source: str) -> Any:
+    value: Any = found.get(key, default)
     if not isinstance(value, kind) or isinstance(value, bool) or value < 0:
         raise PoolError(f"{source}: {key}: expected a number of at least 0, got {value!r}")
     return value

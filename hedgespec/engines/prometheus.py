@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from hedgespec.engines.learning import Tally
 
@@ -29,7 +30,7 @@ def _metrics() -> dict | None:
         from prometheus_client import Counter, Gauge
     except ImportError:
         return None
-    made = {name: Counter(f"hedgespec_{name}", text, ["drafter"]) for name, text in COUNTERS.items()}
+    made: dict[str, Any] = {name: Counter(f"hedgespec_{name}", text, ["drafter"]) for name, text in COUNTERS.items()}
     made["requests"] = Counter("hedgespec_requests", "Requests that ended.")
     made["emitted"] = Counter("hedgespec_emitted", "Tokens emitted in all rounds.")
     text = "Sum over the requests that ended of the learner's loss less that of the request's best drafter."

@@ -2,7 +2,8 @@
 
 The engine takes drafts as they are, one-hot, and verifies them by itself. A drafter's token d at a verified position is then
 accepted with the probability that the target gives it, and the emitted token x is drawn from that same distribution: 1[x = d]
-has it as its mean. So every drafter is scored at every emitted token without the target's logits (`algorithm.md`, argmax mode).
+has it as its mean. So every drafter is scored at every emitted token without the target's logits: this is the acceptance_ratio
+of the argmax mode in `hedgespec.evaluate` (docs/notation.md, "Scores and losses").
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from hedgespec.config import DecodeConfig
 from hedgespec.costs import Costs
+from hedgespec.decoder.arms import Seconds
 from hedgespec.engines.drafters import TokenDrafter
 from hedgespec.engines.learning import EngineClock, RequestLearner, Tally
 from hedgespec.engines.tracking import Tracked, Tracker
@@ -95,9 +97,9 @@ class TokenProposer:
                 all shown here only if it does.
         Returns: the drafts, 0..K tokens each.
         """
-        names = names if names is not None else [None] * len(tokens)
+        known = names if names is not None else [None] * len(tokens)
         self.tracker.begin_step()
-        rows = [self._row(text, new, name) for text, new, name in zip(tokens, emitted, names, strict=True)]
+        rows = [self._row(text, new, name) for text, new, name in zip(tokens, emitted, known, strict=True)]
         active = [row for row in rows if row is not None]
         self._end(self.tracker.end_step())
         self._let_go(self.tracker.away(CACHED))
@@ -152,7 +154,7 @@ class TokenProposer:
         for one, new in active:
             self._end_round(one, new)
 
-    def _score(self, one: Tracked[_Request], seconds) -> None:
+    def _score(self, one: Tracked[_Request], seconds: Seconds | None) -> None:
         request, text = one.state, one.tokens
         first, last = request.scored, one.length
         scores = np.zeros((len(self.drafters), last - first))

@@ -133,7 +133,7 @@ class Tracker(Generic[State]):
             if one.name is not None:
                 over = self._by_name.get(one.name) is not one
             else:
-                over = away > PATIENCE or (away > 0 and one.length and int(one.tokens[-1]) in self.ends)
+                over = away > PATIENCE or (away > 0 and one.length > 0 and int(one.tokens[-1]) in self.ends)
             if over:
                 gone.append(one)
         waiting = [one for one in self.known.values() if one.step < self.step and one not in gone]

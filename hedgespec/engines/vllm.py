@@ -12,6 +12,7 @@ import importlib
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class HedgeSpecProposer:
     Raises: PoolError for a pool that cannot be read; EngineError for a vLLM, or a configuration of it, that it cannot work in.
     """
 
-    def __init__(self, vllm_config) -> None:
+    def __init__(self, vllm_config: Any) -> None:
         check_version(KNOWN, "hedgespec.engines.vllm.HedgeSpecProposer")
         from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -93,7 +94,7 @@ class HedgeSpecProposer:
 
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: NDArray[np.integer], token_ids_cpu: NDArray[np.integer],
-        slot_mappings=None,
+        slot_mappings: object = None,
     ) -> list[list[int]]:  # fmt: skip
         """One step of the engine.
 
@@ -128,13 +129,15 @@ class HedgeSpecProposer:
         return self.core.tally.to_dict() | {"kept_requests": self.core.requests, "kept_by_drafter": self._kept()}
 
     def _kept(self) -> dict[str, int]:
-        return {drafter.name: drafter.requests for drafter in self.core.drafters}
+        return {drafter.name: drafter.requests for drafter in self.core.drafters} if self.core is not None else {}
 
     def _export(self) -> None:
+        assert self.core is not None  # or nothing would have called
         self._exported = time.monotonic()
         self.exporter.update(self.core.tally)
 
     def _tell(self) -> None:
+        assert self.core is not None
         now = time.monotonic()
         if now - self._exported >= EXPORT_EVERY:
             self._export()
@@ -144,7 +147,7 @@ class HedgeSpecProposer:
             logger.info(tally.line())
 
 
-def make(entry: DrafterEntry, model_config, device: torch.device, source: str) -> TokenDrafter:
+def make(entry: DrafterEntry, model_config: Any, device: torch.device, source: str) -> TokenDrafter:
     """The drafter that a pool's entry describes.
 
     Args:
@@ -161,7 +164,7 @@ def make(entry: DrafterEntry, model_config, device: torch.device, source: str) -
         raise PoolError(f"{source}: drafter {entry.name}: {type(error).__name__}: {error}") from error
 
 
-def _causal_lm(entry: DrafterEntry, model_config, device: torch.device) -> TokenDrafter:
+def _causal_lm(entry: DrafterEntry, model_config: Any, device: torch.device) -> TokenDrafter:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = dict(entry.options)
@@ -177,17 +180,17 @@ def _causal_lm(entry: DrafterEntry, model_config, device: torch.device) -> Token
     )
 
 
-def _datastore(entry: DrafterEntry, model_config, device: torch.device) -> TokenDrafter:
+def _datastore(entry: DrafterEntry, model_config: Any, device: torch.device) -> TokenDrafter:
     from hedgespec.drafters.datastore import Datastore
 
     return Datastores(Datastore.load(entry.options["path"]), model_config.get_vocab_size(), entry.name)
 
 
-def _ngram(entry: DrafterEntry, model_config, device: torch.device) -> TokenDrafter:
+def _ngram(entry: DrafterEntry, model_config: Any, device: torch.device) -> TokenDrafter:
     return NGrams(name=entry.name, **entry.options)
 
 
-def _drafter(entry: DrafterEntry, model_config, device: torch.device) -> TokenDrafter:
+def _drafter(entry: DrafterEntry, model_config: Any, device: torch.device) -> TokenDrafter:
     module, _, name = entry.options["factory"].rpartition(".")
     if not module:
         raise ValueError(f"factory: expected module.function, got {entry.options['factory']!r}")
@@ -199,7 +202,7 @@ def _drafter(entry: DrafterEntry, model_config, device: torch.device) -> TokenDr
 _MAKERS = {"causal_lm": _causal_lm, "datastore": _datastore, "ngram": _ngram, "drafter": _drafter}
 
 
-def _ends(model_config) -> frozenset[int]:
+def _ends(model_config: Any) -> frozenset[int]:
     """Ids that end the target's texts, as far as its configuration tells."""
     told = getattr(model_config.hf_config, "eos_token_id", None)
     return frozenset([told] if isinstance(told, int) else told or ())

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from hedgespec.costs import Costs
 from hedgespec.engines.heads import SILENT, HeadLearning
@@ -63,6 +63,8 @@ logger = init_logger("vllm.hedgespec")
 class Worker(PlatformWorker):
     """The platform's worker with our proposer in its model runner."""
 
+    model_runner: Any
+
     def init_device(self) -> None:
         check_config(self.vllm_config)
         super().init_device()
@@ -72,7 +74,7 @@ class Worker(PlatformWorker):
         runner.drafter = HedgeSpecEagleProposer(self.vllm_config, self.device, runner)
         runner.drafter.listen()
 
-    def execute_model(self, scheduler_output):
+    def execute_model(self, scheduler_output: Any) -> Any:
         # Also called, without a token, once the last request has ended.
         self.model_runner.drafter.learning.forget(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output)
@@ -113,7 +115,9 @@ class _Sampler(Sampler):
 
     heard: torch.Tensor | None = None
 
-    def apply_logits_processors(self, logits, sampling_metadata, predict_bonus_token):
+    def apply_logits_processors(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, predict_bonus_token: bool
+    ) -> torch.Tensor:
         logits = super().apply_logits_processors(logits, sampling_metadata, predict_bonus_token)
         self.heard = None if sampling_metadata.all_greedy else logits.clone()  # a copy: what follows works in place
         return logits
@@ -124,7 +128,7 @@ class _RejectionSampler(RejectionSampler):
 
     heard: torch.Tensor | None = None
 
-    def apply_logits_processors(self, logits, sampling_metadata, metadata):
+    def apply_logits_processors(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, metadata: Any) -> torch.Tensor:
         logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
         self.heard = None if sampling_metadata.all_greedy else logits.clone()
         return logits
@@ -137,7 +141,7 @@ class Head:
     name: str
     speculative: Any
     """vLLM's SpeculativeConfig, with this head as the drafter."""
-    model: torch.nn.Module | None = None
+    model: Any = None
 
 
 @dataclass
@@ -178,7 +182,7 @@ class HedgeSpecEagleProposer(EagleProposer):
     Raises: PoolError for a pool that cannot be read, or heads that cannot work side by side.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
         spec = vllm_config.speculative_config
         self.pool = read_pool(spec.num_speculative_tokens, ("eagle3",), seed=vllm_config.model_config.seed or 0)
         objective, ranks = self.pool.decode.objective, vllm_config.parallel_config.tensor_parallel_size
@@ -203,10 +207,11 @@ class HedgeSpecEagleProposer(EagleProposer):
         """What rounds cost. That all heads read is part of verifying: they do, whoever drafts."""
         if objective == "throughput":
             self._clock = EngineClock(Costs(len(self.heads), spec.num_speculative_tokens))
-        self._step: _Step | None = None
-        self._target_hidden: torch.Tensor | None = None
-        self._sampler: _Sampler | None = None
-        self._rejection_sampler: _RejectionSampler | None = None
+        # Of a step alone, None between them: what vLLM calls sets and reads them in an order of its own.
+        self._step: Any = None
+        self._target_hidden: Any = None
+        self._sampler: Any = None
+        self._rejection_sampler: Any = None
         self._loading: Head = self.first
         self._tells = get_tp_group().rank_in_group == 0
         """Whether this rank's figures are told: all have the same."""
@@ -229,7 +234,9 @@ class HedgeSpecEagleProposer(EagleProposer):
         runner.sampler, runner.rejection_sampler = self._sampler, self._rejection_sampler
         propose = runner.propose_draft_token_ids
 
-        def with_hidden_states(scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, *rest):
+        def with_hidden_states(
+            scheduler_output: Any, sampled_token_ids: Any, sampling_metadata: Any, hidden_states: torch.Tensor, *rest: Any
+        ) -> Any:
             self._target_hidden = hidden_states
             try:
                 return propose(scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, *rest)
@@ -266,7 +273,7 @@ class HedgeSpecEagleProposer(EagleProposer):
                 load_config=get_draft_load_config(config),
             )  # fmt: skip
 
-    def dummy_run(self, *args, **kwargs) -> None:
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """For memory profiling and the capture of CUDA graphs: all heads', one after another."""
         for head in self.heads:
             self.model = head.model
@@ -275,22 +282,33 @@ class HedgeSpecEagleProposer(EagleProposer):
 
     # A step: `prepare_next_token_ids_cpu`, `prepare_inputs` if anything was drafted, `propose`.
 
-    def prepare_next_token_ids_cpu(self, sampled_token_ids, requests, gpu_input_batch, num_scheduled_tokens):
+    def prepare_next_token_ids_cpu(
+        self, sampled_token_ids: Any, requests: Any, gpu_input_batch: Any, num_scheduled_tokens: Any
+    ) -> Any:
         names = list(gpu_input_batch.req_ids[: len(sampled_token_ids)])
         lengths = [requests[name].num_tokens for name in names]
         self._step = _Step(names, sampled_token_ids, lengths, [0] * len(names))
         return super().prepare_next_token_ids_cpu(sampled_token_ids, requests, gpu_input_batch, num_scheduled_tokens)
 
-    def prepare_inputs(self, common_attn_metadata, sampled_token_ids, num_draft_tokens):
+    def prepare_inputs(self, common_attn_metadata: Any, sampled_token_ids: Any, num_draft_tokens: Any) -> Any:
         metadata, rows = super().prepare_inputs(common_attn_metadata, sampled_token_ids, num_draft_tokens)
         self._step.drafted, self._step.rows = list(num_draft_tokens), rows
         return metadata, rows
 
     def propose(
-        self, num_speculative_tokens, target_token_ids, target_positions, target_hidden_states, next_token_ids,
-        token_indices_to_sample, common_attn_metadata, sampling_metadata, mm_embed_inputs=None, num_rejected_tokens_gpu=None,
-        slot_mappings=None,
-    ) -> list[list[int]]:  # fmt: skip
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: Any,
+        common_attn_metadata: Any,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: Any = None,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
         """As vLLM calls it. Returns: each row's draft, of 0..K tokens."""
         self.num_speculative_tokens = num_speculative_tokens
         step, metadata = self._step, common_attn_metadata
@@ -304,7 +322,17 @@ class HedgeSpecEagleProposer(EagleProposer):
         self._tell()
         return drafts
 
-    def _read(self, token_ids, positions, hidden_states, next_token_ids, metadata, step: _Step, ends, active) -> _Reading:
+    def _read(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        metadata: Any,
+        step: _Step,
+        ends: list[int],
+        active: Sequence[int],
+    ) -> _Reading:
         """All heads read the step's verified tokens."""
         counts = [len(step.emitted[row]) for row in active]
         wanted = [place for row, count in zip(active, counts) for place in range(ends[row + 1] - count, ends[row + 1])]
@@ -330,7 +358,7 @@ class HedgeSpecEagleProposer(EagleProposer):
                     if wanted:
                         said.words = self._words(head, spoken := output[here])
                         said.sound, said.features = spoken.isfinite().all(-1), features[last]
-                    if reading.warm:
+                    if target is not None:
                         logits = head.model.compute_logits(output[warm])
                         said.prompt = evaluate(target[None], logits[None, None], warm[None] * 0).acceptance_prob[0, 0]
                 except Exception as error:
@@ -349,28 +377,28 @@ class HedgeSpecEagleProposer(EagleProposer):
             name = step.names[row]
             if learning.is_new(name):
                 continue
-            words = learning.words(name, step.lengths[row] - len(step.emitted[row]))
-            if words is not None:
+            earlier = learning.words(name, step.lengths[row] - len(step.emitted[row]))
+            if earlier is not None:
                 rounds.append((place, len(before)))
-                before.append(words)
-        words = torch.stack([said.words for said in reading.said])
-        sound = torch.stack([said.sound for said in reading.said])
-        prompt = torch.stack([said.prompt for said in reading.said])
-        probs = prompt[:, :0]
+                before.append(earlier)
+        own_words = torch.stack([said.words for said in reading.said])
+        own_sound = torch.stack([said.sound for said in reading.said])
+        own_prompt = torch.stack([said.prompt for said in reading.said])
+        own_probs = own_prompt[:, :0]
         if not sampling.all_greedy and rounds:
-            # The columns of `before`, then those of `words`: the token after a round's first is spoken of by its first word.
-            known = torch.cat([self._on_device(np.stack(before, axis=1)), words], dim=1)
+            # The columns of `before`, then those of `own_words`: the first word of a round is for the token after its first.
+            known = torch.cat([self._on_device(np.stack(before, axis=1)), own_words], dim=1)
             columns = [
                 column
                 for place, first in rounds
                 for column in (first, *range(len(before) + offsets[place], len(before) + offsets[place + 1] - 1))
             ]
-            probs = self._probs(step, [active[place] for place, _ in rounds], known[:, self._on_device(columns)], sampling)
-        parts = [part.double() for part in (words, sound, prompt, probs)]
-        told = torch.cat(parts, dim=1)
+            own_probs = self._probs(step, [active[place] for place, _ in rounds], known[:, self._on_device(columns)], sampling)
+        parts = [part.double() for part in (own_words, own_sound, own_prompt, own_probs)]
+        joined = torch.cat(parts, dim=1)
         if (group := get_tp_group()).world_size > 1:
-            told = group.broadcast(told, src=0)
-        told = told.cpu().numpy()  # the step's first wait for the device
+            joined = group.broadcast(joined, src=0)
+        told = joined.cpu().numpy()  # the step's first wait for the device
         seconds = None
         if self._clock is not None:
             self._clock.enter(len(active))
@@ -394,7 +422,7 @@ class HedgeSpecEagleProposer(EagleProposer):
                 done += count
             learning.hear(name, step.lengths[row], words[:, tokens][:, -1], sound[:, tokens].all(axis=1))
 
-    def _draft(self, step: _Step, active: Sequence[int], reading: _Reading, metadata) -> list[list[int]]:
+    def _draft(self, step: _Step, active: Sequence[int], reading: _Reading, metadata: Any) -> list[list[int]]:
         """The picked heads go on from their words."""
         drafts: list[list[int]] = [[] for _ in step.names]
         most, costs = self.num_speculative_tokens, None if self._clock is None else self._clock.costs
@@ -413,15 +441,15 @@ class HedgeSpecEagleProposer(EagleProposer):
             except Exception as error:
                 self._lose(index, error)
         if done:
-            tokens = torch.cat([tokens for _, tokens in done]).tolist()  # the second wait
-            for place, draft in zip((place for own, _ in done for place in own), tokens):
+            drafted = torch.cat([tokens for _, tokens in done]).tolist()  # the second wait
+            for place, draft in zip((place for own, _ in done for place in own), drafted):
                 drafts[active[place]] = draft[: choices[place].draft_length]
         if self._clock is not None and len(active) == len(step.names):
             self._clock.leave(len(active), max(map(len, drafts), default=0))
         return drafts
 
     def _go_on(
-        self, index: int, own: Sequence[int], rows: Sequence[int], length: int, reading: _Reading, metadata
+        self, index: int, own: Sequence[int], rows: Sequence[int], length: int, reading: _Reading, metadata: Any
     ) -> torch.Tensor:
         """One head's drafts for some rows, [rows, length]. It writes keys and values of its own layers only, behind what these
         rows have verified; what is verified then is written over them."""
@@ -445,6 +473,7 @@ class HedgeSpecEagleProposer(EagleProposer):
             dcp_local_seq_lens=None if local is None else local[device_rows],
         )
         ends = self._on_device(reading.offsets[1:] - 1)
+        assert said.features is not None and reading.positions is not None  # or the head would be lost
         tokens, features, positions = [said.words[ends[here]]], said.features[here], reading.positions[here]
         for depth in range(1, length):
             positions = self._update_positions_dependent_metadata(positions, metadata, count, size, self.block_size)
@@ -456,7 +485,9 @@ class HedgeSpecEagleProposer(EagleProposer):
             tokens.append(self._words(head, output[:count]))
         return torch.stack(tokens, dim=1)
 
-    def _forward(self, head: Head, size: int, layers, mode, across, slots) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(
+        self, head: Head, size: int, layers: Any, mode: Any, across: Any, slots: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """A head's output and features, [size, H] each, of what is in the proposer's buffers."""
         with set_forward_context(
             layers, self.vllm_config, num_tokens=size, num_tokens_across_dp=across, cudagraph_runtime_mode=mode,
@@ -518,7 +549,7 @@ class HedgeSpecEagleProposer(EagleProposer):
             raise error
         self.learning.lose(index, f"{type(error).__name__}: {error}")
 
-    def _on_device(self, numbers) -> torch.Tensor:
+    def _on_device(self, numbers: ArrayLike) -> torch.Tensor:
         return torch.as_tensor(np.asarray(numbers, dtype=np.int64)).to(self.device, non_blocking=True)
 
     def report(self) -> dict:
@@ -568,7 +599,7 @@ class _Reading:
     """Of the last tokens, [A]."""
 
 
-def _speculative(spec, folder: str):
+def _speculative(spec: Any, folder: str) -> Any:
     """vLLM's speculative configuration with another head, by vLLM's own reading of it."""
     try:
         # What vLLM worked out of the first head's is left out; 0 for the prompt lookup is its own, and no value it accepts.
@@ -584,11 +615,11 @@ def _speculative(spec, folder: str):
         raise PoolError(f"drafters: expected a folder with an EAGLE-3 head that vLLM reads, got {folder} ({error})") from error
 
 
-def _width(config) -> int:
+def _width(config: Any) -> int:
     return config.get_hidden_size()
 
 
-def _layers(config) -> tuple[int, ...] | str:
+def _layers(config: Any) -> tuple[int, ...] | str:
     """The target's layers that a head reads: vLLM hands one choice to all."""
     own = config.hf_config
     nested = getattr(own, "eagle_config", None) or {}

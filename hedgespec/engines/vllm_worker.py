@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hedgespec.engines.vllm import TESTED, HedgeSpecProposer, check_version
 from hedgespec.errors import EngineError
 
@@ -24,12 +26,12 @@ class Worker(PlatformWorker):
     it was, and one that ends, or is aborted, is forgotten at once.
     """
 
-    def load_model(self, *args, **kwargs) -> None:
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         if isinstance(drafter := getattr(self.model_runner, "drafter", None), HedgeSpecProposer):
             drafter.runner = self.model_runner
 
-    def execute_model(self, scheduler_output):
+    def execute_model(self, scheduler_output: Any) -> Any:
         found = super().execute_model(scheduler_output)
         if isinstance(drafter := getattr(self.model_runner, "drafter", None), HedgeSpecProposer):
             drafter.forget()  # also in the last step, in which nothing is left to draft for

@@ -14,6 +14,7 @@ from hedgespec.learners.hedge import Hedge
 from hedgespec.learners.meta_sd import MetaSD
 from hedgespec.learners.normal_hedge import NormalHedge
 from hedgespec.learners.ucb import UCBSpec
+from hedgespec.scalars import text
 
 _LEARNERS: dict[str, type[Learner]] = {
     learner.name: learner for learner in (NormalHedge, Hedge, AdaNormalHedge, UCBSpec, MetaSD, EXP3Spec, FixedLearner, Uniform)
@@ -68,12 +69,12 @@ def make(name: str, num_drafters: int, prior: ArrayLike | None = None, **options
 
     Raises:
         ValueError: an unknown name, or a value outside its range.
-        TypeError: an option this learner does not have.
+        TypeError: an option this learner does not have, or a value of another type.
 
     >>> make("normal_hedge", 2, prior=[3, 1]).weights().tolist()
     [0.75, 0.25]
     """
-    if name not in _LEARNERS:
+    if text("name", name) not in _LEARNERS:
         raise ValueError(f"name: expected one of {NAMES}, got {name!r}")
     learner = _LEARNERS[name]
     if unknown := sorted(options.keys() - set(learner.OPTIONS)):

@@ -29,10 +29,12 @@ class AdaNormalHedge(Learner):
 
     name = "ada_normal_hedge"
     feedback = "full"
+    regrets: NDArray[np.float64]
+    absolute_regrets: NDArray[np.float64]
     STATE = ("regrets", "absolute_regrets")
     NON_NEGATIVE = ("absolute_regrets",)
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         instantaneous = self._weights.dot(losses) - losses
         self.regrets += instantaneous
         self.absolute_regrets += np.abs(instantaneous)

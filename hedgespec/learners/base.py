@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hedgespec.scalars import integer, real, shown
+
 
 class Learner(ABC):
     """`weights` says how to pick the next drafter, `update` learns from what a drafter, or every drafter, lost.
@@ -22,6 +24,7 @@ class Learner(ABC):
             multiply by it need every entry positive: a drafter at 0 could never win.
 
     Raises:
+        TypeError: num_drafters or prior of another type.
         ValueError: num_drafters or prior outside its range.
     """
 
@@ -41,9 +44,8 @@ class Learner(ABC):
     """Those of them that are never below 0."""
 
     def __init__(self, num_drafters: int, prior: ArrayLike | None = None) -> None:
-        if num_drafters < 1:
-            raise ValueError(f"num_drafters: expected at least 1, got {num_drafters}")
-        self.num_drafters = int(num_drafters)
+        num_drafters = integer("num_drafters", num_drafters, 1)
+        self.num_drafters = num_drafters
         self.prior = self._read_prior(np.ones(num_drafters) if prior is None else prior)
         for field in self.STATE:
             setattr(self, field, 0 if field == "rounds" else np.zeros(num_drafters))
@@ -80,7 +82,7 @@ class Learner(ABC):
         if self.feedback == "bandit":
             chosen, chosen_weight = self._read_choice(chosen, chosen_weight)
         if self.feedback != "none":
-            seen = losses if self.feedback == "full" else losses[chosen : chosen + 1]
+            seen = losses if chosen is None or self.feedback == "full" else losses[chosen : chosen + 1]
             # argmin stops at a NaN, which then compares false; on so few numbers it costs a fifth of min.
             if not (seen.item(seen.argmin()) >= 0 and seen.item(seen.argmax()) <= 1):
                 known = seen[~np.isnan(seen)] if self.feedback == "full" else seen
@@ -120,7 +122,7 @@ class Learner(ABC):
                 raise ValueError(f"state: expected {field} {expected!r}, got {state[field]!r}")
         if missing := {*identity, "prior", *self.STATE} - state.keys():
             raise ValueError(f"state: {sorted(missing)} missing, got {sorted(state)}")
-        loaded = {"prior": self._read_prior(_numbers(state, "prior"))}
+        loaded: dict[str, NDArray[np.float64] | int] = {"prior": self._read_prior(_numbers(state, "prior"))}
         for field in self.STATE:
             shape, value = np.shape(getattr(self, field)), _numbers(state, field)
             if value.shape != shape or not np.isfinite(value).all():
@@ -134,7 +136,13 @@ class Learner(ABC):
         self._weights = self._weigh()
 
     def _read_prior(self, prior: ArrayLike) -> NDArray[np.float64]:
-        prior = np.array(prior, dtype=np.float64)
+        try:
+            found = np.array(prior)
+        except (TypeError, ValueError) as error:  # lists of unequal length, or what has no numbers
+            raise TypeError(f"prior: expected {self.num_drafters} numbers or None, got {shown(prior)}") from error
+        if found.dtype.kind not in "iuf" and found.size:
+            raise TypeError(f"prior: expected {self.num_drafters} numbers or None, got {shown(prior)}")
+        prior = found.astype(np.float64)
         if prior.shape != (self.num_drafters,):
             raise ValueError(f"prior: expected shape ({self.num_drafters},), got {prior.shape}")
         total = float(prior.sum())
@@ -143,14 +151,16 @@ class Learner(ABC):
         if abs(total - 1) > 1e-12:  # one that is normalised keeps its bits, so that a saved state loads unchanged
             prior /= total
         if self.needs_positive_prior and not prior.all():
-            raise ValueError(f"prior: {self.name} expects every entry positive, got {prior}")
+            raise ValueError(f"prior: expected every entry positive for {self.name}, got {prior}")
         return prior
 
     def _read_choice(self, chosen: int | None, chosen_weight: float | None) -> tuple[int, float]:
-        if chosen is None or not 0 <= chosen < self.num_drafters:
-            raise ValueError(f"chosen: {self.name} expects a drafter in 0..{self.num_drafters - 1}, got {chosen}")
+        if chosen is None:
+            raise ValueError(f"chosen: expected a drafter in 0..{self.num_drafters - 1} for {self.name}, got {chosen}")
+        chosen = integer("chosen", chosen, 0, self.num_drafters - 1)
         if chosen_weight is None:
             chosen_weight = float(self._weights[chosen])
+        chosen_weight = real("chosen_weight", chosen_weight)
         if not 0 < chosen_weight <= 1:
             raise ValueError(f"chosen_weight: expected a probability in (0, 1], got {chosen_weight}")
         return chosen, chosen_weight

@@ -30,9 +30,12 @@ class EXP3Spec(Learner):
 
     name = "exp3"
     feedback = "bandit"
+    loss_estimates: NDArray[np.float64]
+    rounds: int
     STATE = ("loss_estimates", "rounds")
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
+        assert chosen is not None and chosen_weight is not None  # `update` sees to it
         self.loss_estimates[chosen] += losses[chosen] / chosen_weight
         self.rounds += 1
 

@@ -29,9 +29,10 @@ class NormalHedge(Learner):
 
     name = "normal_hedge"
     feedback = "full"
+    regrets: NDArray[np.float64]
     STATE = ("regrets",)
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         self.regrets += self._weights.dot(losses) - losses
 
     def _weigh(self) -> NDArray[np.float64]:

@@ -31,10 +31,12 @@ class UCBSpec(Learner):
     name = "ucb"
     feedback = "bandit"
     needs_positive_prior = False
+    counts: NDArray[np.float64]
+    reward_sums: NDArray[np.float64]
     STATE = ("counts", "reward_sums")
     NON_NEGATIVE = ("counts", "reward_sums")
 
-    def _learn(self, losses, chosen, chosen_weight) -> None:
+    def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         self.counts[chosen] += 1.0
         self.reward_sums[chosen] += 1.0 - losses[chosen]
 

@@ -33,6 +33,8 @@ def continue_prompts(model, prompt_ids: torch.Tensor, new_tokens: int, *, seed: 
     """
     from transformers import DynamicCache
 
+    from hedgespec.compat import cache_argument
+
     device = model.device
     prompt_ids = prompt_ids.to(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -40,10 +42,11 @@ def continue_prompts(model, prompt_ids: torch.Tensor, new_tokens: int, *, seed: 
     layers = aux_layers(model.config.num_hidden_layers)
     ends = torch.tensor(sorted({0, model.config.eos_token_id}), device=device)  # 0 is <|endoftext|>, between documents
     cache = DynamicCache(config=model.config)
+    with_cache = {cache_argument(model.model.forward): cache, "use_cache": True}
     tokens, kept = prompt_ids, {name: [] for name in ("aux", "last", "log_normalizer", "best")}
     fresh = prompt_ids
     for _ in range(new_tokens):
-        hidden = model.model(fresh, past_key_values=cache, use_cache=True, output_hidden_states=True).hidden_states
+        hidden = model.model(fresh, **with_cache, output_hidden_states=True).hidden_states
         kept["aux"].append(torch.cat([hidden[layer] for layer in layers], -1).bfloat16())
         kept["last"].append(hidden[-1].half())
         for position in range(fresh.shape[1]):  # one position at a time bounds the memory of the logits

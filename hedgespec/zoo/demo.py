@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class _Domain:
         self.fixed: dict[str, list[int]] = defaultdict(list)
         self.plain_tokens, self.plain_seconds = 0, 0.0
 
-    def summary(self, own: int) -> dict[str, float]:
+    def summary(self, own: int) -> dict[str, Any]:
         """Ratios and means of the domain; `own` is its expert's index."""
         speed = {
             "plain": self.plain_tokens / self.plain_seconds,
@@ -51,7 +52,7 @@ class _Domain:
             "mat": _mat(self.stats),
             "mat_generalist": _mat(self.generalist),
             "mat_best_fixed": max(fixed.values()) if fixed else float("nan"),
-            "best_fixed": max(fixed, key=fixed.get) if fixed else "",
+            "best_fixed": max(fixed, key=lambda name: fixed[name]) if fixed else "",
             "own_expert_share_after_16": float(np.mean(late == own)) if late.size else float("nan"),
             "tokens_per_second": speed,
         }
@@ -93,7 +94,7 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
     if plot is not None or isinstance(profile, Path):
         import matplotlib  # noqa: F401  missing, it is missed now and not after minutes of work
     zoo = load_zoo()
-    shared = {"draft_length": draft_length, "compile": compile}
+    shared: dict[str, Any] = {"draft_length": draft_length, "compile": compile}
     hedge = Decoder(zoo.target, zoo.drafters, DecodeConfig(**shared))
     alone = [drafter for drafter in zoo.drafters if drafter.name == GENERALIST]
     generalist = Decoder(zoo.target, alone, DecodeConfig(**shared, learner="fixed"))
@@ -104,7 +105,7 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
     def encode(text: str) -> torch.Tensor:
         return zoo.tokenizer(text, return_tensors="pt").input_ids
 
-    sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    sampling: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     plain_options = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
     for warm in (hedge, generalist):
         warm.generate(encode(stream[0].text), max_new_tokens=8)

@@ -6,12 +6,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from hedgespec.drafters import Drafter
 from hedgespec.zoo import EXPERTS, load_prompts, replay
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MEASURES = {
     "acceptance_prob": "mean 1 - TV at temperature 1, on the target's own samples",
@@ -32,7 +36,8 @@ class HeldOut:
 
 
 @torch.inference_mode()
-def held_out_texts(target, tokenizer, path: Path, *, prompts_per_domain: int = 10, new_tokens: int = 128,
+def held_out_texts(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *,
+                   prompts_per_domain: int = 10, new_tokens: int = 128,
                    report: Callable[[str], None] = print) -> list[HeldOut]:  # fmt: skip
     """The target's continuations of held-out prompts, a domain and kind a batch, kept in the file `path`."""
     if path.exists():
@@ -59,7 +64,7 @@ def held_out_texts(target, tokenizer, path: Path, *, prompts_per_domain: int = 1
 
 
 @torch.inference_mode()
-def measure(target, drafters: Sequence[Drafter], held_out: Sequence[HeldOut], draft_length: int = 5) -> dict:
+def measure(target: PreTrainedModel, drafters: Sequence[Drafter], held_out: Sequence[HeldOut], draft_length: int = 5) -> dict:
     """{measure: {domain: {drafter: number}}} over the texts, and the draft length."""
     seen: dict[str, dict[str, list]] = {name: {domain: [] for domain in EXPERTS} for name in MEASURES}
     for one in held_out:
@@ -77,7 +82,7 @@ def measure(target, drafters: Sequence[Drafter], held_out: Sequence[HeldOut], dr
         result[name] = {}
         for domain, parts in domains.items():
             if name == "emitted_per_round":
-                means = [np.mean(np.concatenate(rounds)) for rounds in zip(*parts, strict=True)]
+                means: Any = [np.mean(np.concatenate(rounds)) for rounds in zip(*parts, strict=True)]
             else:
                 means = torch.cat(parts, 1).mean(1)
             result[name][domain] = {each.name: round(float(mean), 4) for each, mean in zip(drafters, means, strict=True)}

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from hedgespec.drafters import Drafter
 from hedgespec.evaluate import evaluate
 from hedgespec.target import TargetSession
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Text:
 
 
 @torch.inference_mode()
-def read(target, tokens: torch.Tensor, prompt_length: int, drafters: Sequence[Drafter]) -> Text:
+def read(target: PreTrainedModel, tokens: torch.Tensor, prompt_length: int, drafters: Sequence[Drafter]) -> Text:
     """One forward of the target over a whole text."""
     session = TargetSession(target, (drafter.aux_layers for drafter in drafters))
     [logits] = session.forward(tokens[None, :-1], len(tokens) - prompt_length)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,9 @@ from hedgespec.errors import ZooError
 from hedgespec.paths import cache_dir
 from hedgespec.zoo import GENERALIST, NAMES, continuations, storage
 from hedgespec.zoo.corpora import DOMAINS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Batch = dict[str, torch.Tensor]
 
@@ -61,7 +66,7 @@ def draft_vocabulary(shards: list[Batch], size: int, vocab_size: int) -> torch.T
     return counts.topk(size).indices.sort().values
 
 
-def head_config(target, recipe: Recipe) -> EagleConfig:
+def head_config(target: PreTrainedModel, recipe: Recipe) -> EagleConfig:
     config = target.config
     return EagleConfig(
         hidden_size=config.hidden_size, target_hidden_size=config.hidden_size,
@@ -72,7 +77,7 @@ def head_config(target, recipe: Recipe) -> EagleConfig:
     )  # fmt: skip
 
 
-def initial_head(target, recipe: Recipe, vocabulary: torch.Tensor) -> EagleHead:
+def initial_head(target: PreTrainedModel, recipe: Recipe, vocabulary: torch.Tensor) -> EagleHead:
     """A head that starts as the target's last layer, reading its highest aux layer; the output projections start small."""
     head = EagleHead(head_config(target, recipe), target.get_input_embeddings(), vocabulary).to(target.device)
     hidden, layer = target.config.hidden_size, target.model.layers[-1]
@@ -93,14 +98,14 @@ def initial_head(target, recipe: Recipe, vocabulary: torch.Tensor) -> EagleHead:
     return with_vocabulary(head, target, vocabulary)
 
 
-def with_vocabulary(head: EagleHead, target, vocabulary: torch.Tensor) -> EagleHead:
+def with_vocabulary(head: EagleHead, target: PreTrainedModel, vocabulary: torch.Tensor) -> EagleHead:
     """Gives the head a draft vocabulary: the target's own output rows, frozen."""
     head.draft_to_target = vocabulary = vocabulary.to(target.device)
     head.lm_head.weight = torch.nn.Parameter(target.lm_head.weight[vocabulary].detach().clone(), requires_grad=False)
     return head
 
 
-def unrolled(head: EagleHead, tokens: torch.Tensor, feature: torch.Tensor, depth: int):
+def unrolled(head: EagleHead, tokens: torch.Tensor, feature: torch.Tensor, depth: int) -> Iterator[torch.Tensor]:
     """Yields the draft logits [B, T, Vd] of depth 0, 1, ...; position t of depth s is right for t >= s.
 
     Args:
@@ -144,6 +149,7 @@ def batch_loss(
     tokens, length = batch["tokens"].long(), batch["length"]
     seen = tokens.shape[1] - 2
     positions = torch.arange(seen, device=tokens.device)
+    assert head.draft_to_target is not None  # `with_vocabulary` gave it one
     with torch.no_grad():
         logits = batch["last"][:, 1:].float()[:, :seen] @ head.lm_head.weight.T
         label = (1 - recipe.hard_label) * (logits - batch["log_normalizer"][:, 1 : seen + 1, None]).exp()
@@ -155,7 +161,7 @@ def batch_loss(
         written = inside & (positions + 2 >= batch["prompt_length"][:, None])
         weight = recipe.prompt_weight * inside + (1 - recipe.prompt_weight) * written
     feature = F.linear(batch["aux"][:, :seen].float() * scale, head.fc.weight)
-    total, agreement = 0.0, []
+    total, agreement = feature.new_zeros(()), []
     for step, draft in enumerate(unrolled(head, tokens[:, 1:-1], feature, depth)):
         valid = weight * (positions >= step)
         loss = -(label * F.log_softmax(draft, -1)).sum(-1)
@@ -242,7 +248,11 @@ def train_head(head: EagleHead, rows: list[Batch], steps: int, learning_rate: fl
     return head
 
 
-def train(target, names: tuple[str, ...] = NAMES, recipe: Recipe = Recipe(), *,
+def _report_as(name: str, report: Callable[[str], None], line: str) -> None:
+    report(f"{name}: {line}")
+
+
+def train(target: PreTrainedModel, names: tuple[str, ...] = NAMES, recipe: Recipe = Recipe(), *,
           folder: Path | None = None, report: Callable[[str], None] = print) -> Path:  # fmt: skip
     """Trains the named heads that are not there yet, the generalist first, and returns the folder they are in."""
     folder = folder or cache_dir() / "heads"
@@ -266,7 +276,7 @@ def train(target, names: tuple[str, ...] = NAMES, recipe: Recipe = Recipe(), *,
             head = with_vocabulary(trunk, target, vocabulary)
             plan = recipe.expert_steps, recipe.expert_learning_rate, recipe.expert_depths
         checkpoint = folder / f"{name}.checkpoint"
-        train_head(head, rows, *plan, recipe, checkpoint, lambda line, name=name: report(f"{name}: {line}"))
+        train_head(head, rows, *plan, recipe, checkpoint, partial(_report_as, name, report))
         torch.save(head.state_dict(), folder / f"{name}.float.pt")  # for measuring what the compact file loses
         storage.save_head(head, path, name=name, recipe=json.dumps(asdict(recipe)), licence="Apache-2.0")
         checkpoint.unlink(missing_ok=True)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from hedgespec.learners import FixedLearner, Uniform
+import numpy as np
+
+from hedgespec.learners import FixedLearner, NormalHedge, Uniform
+
+
+class ArgmaxNormalHedge(NormalHedge):
+    """NormalHedge that always picks the drafter of the largest weight, the first of equal ones."""
+
+    def weights(self) -> np.ndarray:
+        return np.eye(self.num_drafters)[self._weights.argmax()]
 
 
 class ScoredFixedLearner(FixedLearner):

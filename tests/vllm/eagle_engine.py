@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm_worker import mend
+from vllm_sampling import mend
 
 DRAFTING = {"disable_padded_drafter_batch": True}
 
