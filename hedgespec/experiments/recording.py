@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hedgespec.config import DecodeConfig
 from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder import Decoder
-from hedgespec.decoder.batch import WARM
+from hedgespec.decoder.scoring import PROMPT_SAMPLING
 from hedgespec.decoder.request import generator
 from hedgespec.drafters import Drafter
 from hedgespec.evaluate import evaluate
@@ -171,7 +171,7 @@ class _Scores:
     def of_prompt(self, drafter: Drafter, logits: torch.Tensor) -> torch.Tensor:
         """Returns acceptance_prob [M] at the prompt's positions at temperature 1, given the drafter's logits [M, Vd]."""
         count = self.start - self.first
-        return self._evaluate(drafter, self.text.logits[:count], logits, slice(self.first, self.start), WARM).acceptance_prob[
+        return self._evaluate(drafter, self.text.logits[:count], logits, slice(self.first, self.start), PROMPT_SAMPLING).acceptance_prob[
             0, 0
         ]
 
