@@ -98,16 +98,12 @@ class DecodeConfig:
 
     Args:
         draft_length: K, most tokens drafted in a round, >= 1. Default: 5.
-        proposal: how the drafter proposes tokens.
-
-            - "sampled": samples from the drafter's distribution.
-            - "argmax": the drafter's most likely token.
-            - "coupled": target and drafter take the argmax of their logits plus the same Gumbel noise. A seed then gives the
-              same text whatever the drafters, the learner and the other options are; somewhat fewer tokens are accepted than
-              with "sampled".
-
-            In a tree the children of a node are independent samples, the most likely tokens, or the most likely tokens after
-            the noise. At temperature 0 every proposal is the most likely token. Default: "sampled".
+        proposal: how the drafter proposes tokens. "sampled" samples from the drafter's distribution. "argmax" takes the most
+            likely token. "coupled" takes the most likely token after adding Gumbel noise that target and drafter share: a seed
+            then gives the same text whatever the drafters, the learner and the other options are, and somewhat fewer tokens are
+            accepted than with "sampled". In a tree the children of a node are independent samples, the most likely tokens, or
+            the most likely tokens after the noise. At temperature 0 every proposal is the most likely token. Default:
+            "sampled".
         tree: a `hedgespec.Tree`, `draft_length` deep; None drafts a chain. A dynamic tree requires proposal "argmax" or
             "coupled". The target must use an attention that accepts a mask (attn_implementation "sdpa" or "eager").
             Default: None.

@@ -106,11 +106,11 @@ def priced(monkeypatch):
             clock.spend(max(draft[choice.drafter] for choice in choices) * max(len(one.tokens) for one in drafts))
         return drafts
 
-    def slow_forward(session, tokens, *rest):
+    def slow_forward(session, tokens, *rest, **options):
         if at_work:
             clock, _, verify = at_work[-1]
             clock.spend(verify[min(tokens.shape[1] - 1, K)])
-        return forward(session, tokens, *rest)
+        return forward(session, tokens, *rest, **options)
 
     monkeypatch.setattr(pool_module, "draft_chains", slow_draft)
     monkeypatch.setattr(TargetSession, "forward", slow_forward)

@@ -291,8 +291,8 @@ def test_another_read_in_a_round_is_seen(target, monkeypatch, read):
     """In the forward of every round, say."""
     forward = TargetSession.forward
 
-    def curious(self, *arguments):
-        logits = forward(self, *arguments)
+    def curious(self, *arguments, **options):
+        logits = forward(self, *arguments, **options)
         getattr(logits.argmax() if read == "tolist" else logits[0, 0, 0], read)()
         return logits
 
