@@ -2,6 +2,7 @@
 # make test      the tests a laptop can run        make types   mypy
 # make package   the source distribution, the wheel built from it, and that wheel checked in an empty environment
 # make test-vllm   the tests that need vLLM, in an environment of their own (3.5 GB)
+# make test-oldest   what calls transformers, under the oldest supported version of it, in an environment of its own
 # make results     every study of bench/studies again (hours; continues where it stopped), and the tables of docs/results.md
 # make clean     everything these targets made
 #
@@ -13,12 +14,13 @@ PACKAGE_VENV ?= .venv-package
 EMPTY_VENV ?= $(PACKAGE_VENV)/empty
 VLLM_VENV ?= .venv-vllm
 DIST ?= dist
+OLDEST_VENV ?= .venv-oldest
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check -c constraints.txt
 INSTALL := $(BIN)/python $(PIP_INSTALL)
 INGREDIENTS := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard triton_kernels/__init__.py)
 
-.PHONY: demo test test-vllm results lint types package clean
+.PHONY: demo test test-vllm test-oldest results lint types package clean
 
 demo: $(VENV)/.installed-zoo
 	$(BIN)/hedgespec demo $(ARGS)
@@ -31,6 +33,11 @@ test-vllm: $(VLLM_VENV)/.installed
 
 results: $(VENV)/.installed-test
 	$(BIN)/python bench/studies/run.py all $(ARGS)
+
+OLDEST_TESTS := $(addprefix tests/test_,hf.py compatibility.py assisted_cases.py target.py causal_lm.py engine_drafters.py zoo.py)
+
+test-oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not vllm" $(OLDEST_TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -54,7 +61,7 @@ package:
 	$(EMPTY_VENV)/bin/python -I tests/package_check.py installed
 
 clean:
-	rm -rf $(VENV) $(PACKAGE_VENV) $(VLLM_VENV) $(DIST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(PACKAGE_VENV) $(VLLM_VENV) $(OLDEST_VENV) $(DIST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -rf .benchmarks hedgespec/_native*.so hedgespec/_native_build.json
 
 $(BIN)/python:
@@ -77,4 +84,12 @@ $(VLLM_VENV)/.installed: $(INGREDIENTS) constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps -e .
 	$(VLLM_VENV)/bin/python -c "import vllm, hedgespec"
+	touch $@
+
+# The constraints of the other tests, but for the packages that constraints-oldest.txt names.
+$(OLDEST_VENV)/.installed: $(INGREDIENTS) constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	awk -F== '!/^#/ && !($$1 in seen) {seen[$$1]; print}' constraints-oldest.txt constraints.txt > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/python -m pip install --disable-pip-version-check -c $(OLDEST_VENV)/constraints.txt -e ".[zoo,test]"
+	$(OLDEST_VENV)/bin/python -c "import transformers; print(transformers.__version__)"
 	touch $@
