@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 import transformers
-from helpers.oracle import Oracle
 
 from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.ngram import NGramDrafter
+from helpers.oracle import Oracle
 
 VOCABULARY = 61
 TINY = {
