@@ -10,6 +10,7 @@ from helpers.wrappers import WRAPPERS, build, lora, prompt_learning
 from torch import nn
 
 import hedgespec
+from hedgespec import capture
 from hedgespec.capture import fingerprint
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
@@ -52,7 +53,8 @@ def test_wrapped_targets(wrapper):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_adapters_go_on_and_off_under_one_decoder(compiled):
+def test_adapters_go_on_and_off_under_one_decoder(compiled, monkeypatch):
+    monkeypatch.setattr(capture, "compiled", lambda graph: graph)  # inductor's code takes seconds to make
     pytest.importorskip("peft")
     model, batch = lora(tiny()), prompts(9)
     on, off = plain_texts(model, batch, COUNT), plain_texts(tiny(), batch, COUNT)

@@ -6,7 +6,9 @@ With the default configuration every request emits what `hedgespec/algorithm.py`
 
 from __future__ import annotations
 
+import inspect
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,9 +27,10 @@ from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
 from hedgespec.plain_inputs import check_inputs, prepares_by_itself, reread_boundary
+from hedgespec.positions import context_of, length_dependent, table_size
 from hedgespec.sampling import Sampling
 from hedgespec.self_check import may_be_ragged
-from hedgespec.target import Captures, check_target, numbers_slots, rows_may_differ
+from hedgespec.target import Captures, check_target, rows_may_differ
 from hedgespec.wrappers import unwrap
 
 __all__ = [
@@ -108,8 +111,11 @@ class Decoder:
         check_inputs(target)
         self.reread_at = reread_boundary(target)
         """Number of tokens, padding included, at which the target reads its whole text again; None: it never does."""
-        self.together = rows_may_differ(target) and may_be_ragged(target)
-        """Whether rows of different lengths are decoded in one forward, or one after another."""
+        self._may_be_ragged = may_be_ragged(target)
+        self.table, self.follows_length = table_size(target), bool(length_dependent(target))
+        """Positions in the target's table, if it has one, and whether its rotary factors follow the text's length."""
+        if self.captures is not None:
+            self.captures.together = self._may_be_ragged
         if self.config.tree is not None and not self.together:
             raise ValueError(
                 "tree: expected a target that takes positions and a mask of its own for every row (attn_implementation sdpa or "
@@ -117,6 +123,16 @@ class Decoder:
                 f"{target.config.get_text_config(decoder=True)._attn_implementation}"
             )
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
+
+    @property
+    def together(self) -> bool:
+        """Whether rows of different lengths are decoded in one forward, or one after another."""
+        return self._may_be_ragged and rows_may_differ(self.target)
+
+    @property
+    def context(self) -> int | None:
+        """Positions up to which the target may be asked about tokens that nobody has emitted yet; None: any."""
+        return min((one for one in (context_of(self.target), self.table) if one is not None), default=None)
 
     def stacks(self) -> list[tuple[list[int], HeadStack]]:
         """The pool's equal-shaped heads, stacked: indices and weights. Made anew if a head has changed since."""
@@ -191,6 +207,12 @@ class Decoder:
             Request(prompt, padding, max_new_tokens, generator(seed, row), eos, states[row])
             for row, (prompt, padding) in enumerate(prompts)
         ]
+        context, longest = context_of(self.target), max(len(one.prompt) - one.padding for one in requests) + max_new_tokens
+        if context is not None and longest > context and self.table is None:
+            warnings.warn(
+                f"max_new_tokens: the target was made for {context} positions, got a text of up to {longest} tokens",
+                stacklevel=3,
+            )
         rows = self.decode(requests, Sampling(temperature, top_k, top_p, min_p), on_tokens=on_tokens)
         if pad_token_id is None:
             pad_token_id = self.target.generation_config.pad_token_id or 0
@@ -210,14 +232,15 @@ class Decoder:
             on_tokens: as in `generate`; None beside `together`, which may take tokens back.
             together: callbacks that see all rows at once. With `processes` the target must take rows of different lengths.
         """
-        if any(request.padding for request in requests) and numbers_slots(self.target):
+        takes_positions = "position_ids" in inspect.signature(self.target.forward).parameters
+        if self.table is not None and not takes_positions and any(request.padding for request in requests):
             raise ValueError(
                 f"attention_mask: expected no padding for {type(self.target).__name__}, which takes no positions and counts "
                 "padding as tokens"
             )
         for request in requests:
-            request.check_context(self.target, together is not None)
-        size = len(requests) if self.together else 1
+            request.check_context(self.table, together is not None)
+        size = len(requests) if len(requests) > 1 and self.together else 1
         warned: set[str] = set()
         plain = PlainBatch.of(requests, prepares_by_itself(self.target))
         batches = (

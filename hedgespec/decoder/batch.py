@@ -22,7 +22,7 @@ from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder.pool import MOST_MAPS, UNSOUND, Heads, Pool, Scored, Singles, no_draft
 from hedgespec.decoder.request import Request, Together
 from hedgespec.decoder.row import Row, last
-from hedgespec.errors import TargetLogitsError
+from hedgespec.errors import ContextError, TargetLogitsError
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
@@ -93,7 +93,7 @@ class Batch:
                  on_tokens: Callable[[int, list[int]], None] | None, warned: set[str], plain: PlainBatch,
                  together: Together | None = None):  # fmt: skip
         drafters, self.config = decoder.drafters, decoder.config
-        self.plain, self.reread_at = plain, decoder.reread_at
+        self.plain, self.reread_at, self.table = plain, decoder.reread_at, decoder.table
         self.target_name = type(decoder.target).__name__
         self.device, self.sampling, self.on_tokens = device_of(decoder.target), sampling, on_tokens
         self.coupled = self.config.mode == "coupled" and sampling.temperature > 0
@@ -104,7 +104,7 @@ class Batch:
         view = few_row_view(decoder.target)
         layers = (drafter.aux_layers for drafter in drafters)
         self.target = TargetSession(
-            view, layers, len(requests), captures=decoder.captures,
+            view, layers, len(requests), captures=decoder.captures, context=decoder.context, follows=decoder.follows_length,
             offsets=[request.padding - plain.padding for request in requests], floor=plain.width - plain.padding,
         )  # fmt: skip
         self.rows = [
@@ -164,7 +164,7 @@ class Batch:
 
     def round(self) -> None:
         """One target forward and everything around it."""
-        self.target.check_room([row.length for row in self.rows])
+        self._check_table()
         self._read_again()
         rows, stats = self.rows, [row.stats for row in self.rows]
         uniforms = np.stack([row.uniforms(1 + self.draws + self.tests) for row in rows])  # of a chain 1 + K + (K + 1)
@@ -229,6 +229,14 @@ class Batch:
         if self.device.type != "cpu":
             torch.accelerator.current_stream(self.device).synchronize()
         return self.costs.clock()
+
+    def _check_table(self) -> None:
+        """Refuses to read a token past the target's table of positions, where plain decoding fails. Raises ContextError."""
+        if self.table is not None and (longest := max(row.length for row in self.rows)) > self.table:
+            raise ContextError(
+                f"target: expected a text of at most {self.table} tokens to go on from, since {self.target_name} has as many "
+                f"positions, got {longest}"
+            )
 
     def _room(self, row: Row) -> int:
         """Returns how many tokens a round may emit for a row, the one that follows the draft included.

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from hedgespec.errors import ContextError
-from hedgespec.positions import table_size
 from hedgespec.target import device_of
 
 if TYPE_CHECKING:
@@ -73,12 +72,13 @@ class Request:
         """Whether the caller changes the target's logits."""
         return self.process is not None or self.processed_together
 
-    def check_context(self, target, may_end: bool = False) -> None:
+    def check_context(self, table: int | None, may_end: bool = False) -> None:
         """Refuses a continuation that is certain to go past the target's table of positions, if it has one.
 
         A text that may end before is begun; it fails with the same error if it gets there, as plain decoding does.
 
         Args:
+            table: the target's positions, if it holds a table of them.
             may_end: whether something else than `eos` and `stop` may end the text.
 
         Raises: ValueError for less than one token, ContextError.
@@ -86,7 +86,6 @@ class Request:
         length = len(self.prompt) - self.padding
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
-        table = table_size(target)
         if table is None:
             return
         if length > table:
