@@ -447,12 +447,16 @@ def _for_row(processor: LogitsProcessor, row: int, batch: int) -> LogitsProcesso
     if batch == 1:
         return processor
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
-        allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda _, tokens: allowed(row, tokens), 1)
+        # Texts of one prompt may share a number: from transformers 5.24 on those of `num_return_sequences` do.
+        allowed, number = processor._prefix_allowed_tokens_fn, row // processor._num_beams
+        return PrefixConstrainedLogitsProcessor(lambda _, tokens: allowed(number, tokens), 1)
     if held := [name for name in BY_ROW if hasattr(getattr(processor, name, None), "__len__")]:
         processor = copy.copy(processor)
         for name in held:
-            setattr(processor, name, getattr(processor, name)[row : row + 1])
+            # A list has one entry a prompt, of which there may be several texts. Rows of a tensor are those of the batch.
+            values = getattr(processor, name)
+            place = row if isinstance(values, torch.Tensor) else row // (batch // len(values))
+            setattr(processor, name, values[place : place + 1])
         if hasattr(processor, "batch_size"):
             processor.batch_size = 1
     return processor
