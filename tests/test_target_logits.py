@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 from helpers.texts import TREE, VOCABULARY, knowing_pool, plain_texts, prompts, tiny
 from transformers import LogitsProcessor, LogitsProcessorList
 
