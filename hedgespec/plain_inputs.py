@@ -147,7 +147,9 @@ class PlainInputs:
         if not isinstance(ids, torch.Tensor) or ids.shape != fresh.shape or not bool((ids == fresh).all()):
             return "other input_ids"
         own = [inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None]
-        if own != [self.cache] and not (width == self.reread_at and not own):
+        # Where the whole text is read again, or for the first time behind that point, the cache may be dropped.
+        rereads = self.reread_at is not None and (width == self.reread_at or (self.first and width > self.reread_at))
+        if own != [self.cache] and (own or not rereads):
             return "another cache"
         expected = torch.cat([self.mask, self.mask.new_ones(1, width - self.mask.shape[1])], 1)
         given = inputs.get("attention_mask")

@@ -31,7 +31,7 @@ from hedgespec.positions import context_of, length_dependent, table_size
 from hedgespec.sampling import Sampling
 from hedgespec.self_check import may_be_ragged
 from hedgespec.target import Captures, check_target, rows_may_differ
-from hedgespec.wrappers import unwrap
+from hedgespec.wrappers import check_rows, unwrap
 
 __all__ = [
     "RAREST",
@@ -238,6 +238,7 @@ class Decoder:
                 f"attention_mask: expected no padding for {type(self.target).__name__}, which takes no positions and counts "
                 "padding as tokens"
             )
+        check_rows(self.target, len(requests))
         for request in requests:
             request.check_context(self.table, together is not None)
         size = len(requests) if len(requests) > 1 and self.together else 1
