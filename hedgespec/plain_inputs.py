@@ -24,6 +24,10 @@ HARMLESS = {"use_cache", "logits_to_keep", "cache_position", "return_dict", "nex
 """Inputs of a forward that do not change its logits."""
 
 
+class _DifferentInputs(ValueError):
+    """What `PlainInputs.check` finds."""
+
+
 class _Cache(DynamicCache):
     """A cache that says how many tokens it holds, and holds none."""
 
@@ -66,7 +70,7 @@ def check_inputs(model, name: str = "target") -> None:
         asked = PlainInputs(model, ids[:, :4], torch.ones_like(ids[:, :4]), name)
         for end in (4, 5, 6):
             asked.check(ids[:, :end])
-    except ValueError:
+    except _DifferentInputs:
         raise
     except Exception as error:
         if own:
@@ -95,7 +99,7 @@ class PlainInputs:
 
     def __init__(self, model, prompt: torch.Tensor, mask: torch.Tensor, name: str = "target", reread_at: int | None = None):
         self.model, self.name, self.reread_at = model, name, reread_at
-        self.cache, self.first = _Cache(), True
+        self.cache, self.mask, self.first = _Cache(), mask, True
         self.width = prompt.shape[1]
         """Tokens, padding included, of the text to ask about next."""
         self.arguments = {CACHE_NAME: self.cache, "attention_mask": mask, "use_cache": True}
@@ -129,7 +133,7 @@ class PlainInputs:
                 one for one in (PREPARES, UPDATES, PLACES) if not _origin(self.model, one).startswith("transformers.gen")
             )
             method = next(methods, PREPARES)
-            raise ValueError(
+            raise _DifferentInputs(
                 f"{self.name}: expected a model whose {method} gives its forward the tokens, their positions and a mask, got "
                 f"{difference} from {type(self.model).__name__} for the forward over token {width}"
             )
@@ -143,10 +147,11 @@ class PlainInputs:
         if not isinstance(ids, torch.Tensor) or ids.shape != fresh.shape or not bool((ids == fresh).all()):
             return "other input_ids"
         own = [inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None]
-        if own != [self.cache] and not (width == self.reread_at and not own):
+        # Where the whole text is read again, or for the first time behind that point, the cache may be dropped.
+        rereads = self.reread_at is not None and (width == self.reread_at or (self.first and width > self.reread_at))
+        if own != [self.cache] and (own or not rereads):
             return "another cache"
-        mask = self.arguments["attention_mask"]
-        expected = torch.cat([mask, mask.new_ones(1, width - mask.shape[1])], 1)
+        expected = torch.cat([self.mask, self.mask.new_ones(1, width - self.mask.shape[1])], 1)
         given = inputs.get("attention_mask")
         if given is not None and not (isinstance(given, torch.Tensor) and torch.equal(given.long(), expected)):
             return "another attention_mask"

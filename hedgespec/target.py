@@ -14,9 +14,8 @@ from torch.nn import functional
 from hedgespec import capture, positions
 from hedgespec.cache import RaggedCache, RowBuffer
 from hedgespec.compat import CACHE_NAMES, cache_argument, names_cache
-from hedgespec.errors import ContextError
 from hedgespec.linear import few_row_view
-from hedgespec.positions import context_of, plain_lengths, table_size
+from hedgespec.positions import context_of, plain_lengths
 from hedgespec.transfer import to_device
 
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
@@ -64,14 +63,6 @@ def rows_may_differ(model) -> bool:
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     known = config._attn_implementation in MASKABLE and takes_positions and not getattr(config, "alibi", False)
     return known and not windows_by_slot(model)
-
-
-def numbers_slots(model) -> bool:
-    """Returns whether the model's table of positions is read by the slots of the tokens, padding included.
-
-    It then takes no positions. The text of a padded row then depends on its padding.
-    """
-    return "position_ids" not in inspect.signature(model.forward).parameters and table_size(model) is not None
 
 
 def windows_by_slot(model) -> bool:
@@ -210,6 +201,8 @@ class Captures:
         self._idle: list[CapturedTarget] = []
         self._fingerprint: tuple = ()
         self._warned = False
+        self.together = True
+        """Whether the model takes rows of different lengths in one forward, as far as its configuration does not tell."""
 
     def __reduce__(self):
         return Captures, (self.count,)  # a copy, pickled or deep, begins anew
@@ -217,7 +210,7 @@ class Captures:
     def lend(self, model, borrower) -> CapturedTarget | None:
         """For as long as `borrower` lives; None, with a warning the first time, where the model cannot be captured."""
         try:
-            if not rows_may_differ(model):
+            if not (self.together and rows_may_differ(model)):
                 raise capture.NotCapturable("it takes no positions and mask of its own for each row")
             if (found := capture.fingerprint(model)) != self._fingerprint:
                 self._fingerprint, self._idle = found, []
@@ -241,26 +234,30 @@ class TargetSession:
         aux_layers: the `Drafter.aux_layers` of every drafter; empty ones are ignored.
         batch: B, rows; 1 unless `rows_may_differ`.
         captures: where forwards over a round's tokens are captured; None runs them all as they are.
+        context: positions that every forward may use; None: what the model was made for. Forwards past them are not captured,
+            and no filling lies there.
+        follows: whether rotary factors follow the text's length; None: the session looks for itself.
         offsets: by how much each row's text is shorter than the batch's longest, [B]. Read where the model's rotary factors
             follow the text's length, as is `floor`. None: all are equally long.
         floor: length of the batch's longest prompt.
     """
 
     def __init__(self, model, aux_layers: Iterable[tuple[int, ...]], batch: int = 1, *, captures: Captures | None = None,
-                 offsets: Sequence[int] | None = None, floor: int = 0):  # fmt: skip
+                 context: int | None = None, follows: bool | None = None, offsets: Sequence[int] | None = None,
+                 floor: int = 0):  # fmt: skip
         self.captures, self.captured = captures, None if captures is None else captures.lend(model, self)
         self.lengths: positions.Lengths | None = None
         """Where the model's rotary factors follow the text's length: what they follow."""
         if self.captured is not None:
             self.model, self.lengths = self.captured.model, self.captured.lengths
-        elif positions.length_dependent(model):
+        elif positions.length_dependent(model) if follows is None else follows:
             self.model = few_row_view(model)
             self.lengths = positions.follow(self.model)
         else:
             self.model = model
         self.offsets = [0] * batch if offsets is None else list(offsets)
         self.floors = [floor] * batch
-        self.context, self.table = context_of(model), table_size(model)
+        self.context = context_of(model) if context is None else context
         self.cache = RaggedCache(batch)
         self.aux_layers = [layers for layers in dict.fromkeys(aux_layers) if layers]
         self.features = [{layers: RowBuffer() for layers in self.aux_layers} for _ in range(batch)]
@@ -341,29 +338,17 @@ class TargetSession:
         self.forward(tokens, 1, reach=[0 if text is None else len(text) for text in texts])
         self.cache.lengths[:] = held
 
-    def check_room(self, lengths: Sequence[int]) -> None:
-        """Refuses texts of these lengths, [B], whose last tokens lie past the model's table of positions.
-
-        Raises: ContextError.
-        """
-        if self.table is not None and max(lengths) > self.table:
-            raise ContextError(
-                f"target: expected a text of at most {self.table} tokens to go on from, since {type(self.model).__name__} has "
-                f"as many positions, got {max(lengths)}"
-            )
-
     def _fits(self, count: int) -> bool:
         """Whether a captured forward can read them: behind a prompt, and within the positions that the model knows."""
         if self.captured is None or count > self.captures.count or not self.cache.layers:
             return False
-        most = min(self.context or math.inf, self.table or math.inf)
         ends = [length + self.captures.count for length in self.cache.lengths]
         if self.lengths is not None:  # past the length from which factors change at every step nothing is of fixed shapes
             rotaries = (module.rotary for module in self.model.modules() if isinstance(module, positions.FollowedRotary))
             limit = min((boundary for boundary, steps in positions.boundaries(rotaries) if steps), default=math.inf)
             if max(max(floor, end + offset) for floor, end, offset in zip(self.floors, ends, self.offsets)) > limit:
                 return False
-        return max(ends) <= most
+        return self.context is None or max(ends) <= self.context
 
     def _forward_fixed(self, tokens: torch.Tensor, tree: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """`forward` at fixed shapes: T tokens a row, the whole capacity of the cache, lengths on the device.

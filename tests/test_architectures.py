@@ -1,4 +1,4 @@
-"""Every architecture of tests/helpers/architectures.py: one row, a ragged batch and draft trees give plain `generate`'s text."""
+"""Every architecture of tests/helpers/architectures.py: one row, a ragged batch and trees give plain `generate`'s text."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 from helpers.texts import TREE, VOCABULARY, knowing_pool, plain_texts, prompts, tiny
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -124,21 +123,3 @@ def test_a_token_forced_by_infinity_is_taken_in_greedy_decoding(model):
         custom_generate=decoder_of(model, batch),
     )  # fmt: skip
     assert found.tolist() == expected.tolist()
-
-
-def test_what_is_checked_takes_no_transfer_of_its_own(model, monkeypatch):
-    """The check travels with the tokens: one `tolist` a round for all rows."""
-    batch = prompts(PROMPT)
-    decoder, transfers = decoder_of(model, batch), []
-    from hedgespec.decoder.batch import Batch
-
-    verify, tolist = Batch._verify_alike, torch.Tensor.tolist
-
-    def counting(self, *arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(1) or tolist(tensor))
-            return verify(self, *arguments)
-
-    monkeypatch.setattr(Batch, "_verify_alike", counting)
-    out = decoder.generate(**batch, max_new_tokens=COUNT)
-    assert len(transfers) == out.stats[0].rounds + 1

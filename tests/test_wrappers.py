@@ -10,6 +10,7 @@ from helpers.wrappers import WRAPPERS, build, lora, prompt_learning
 from torch import nn
 
 import hedgespec
+from hedgespec import capture
 from hedgespec.capture import fingerprint
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
@@ -52,7 +53,8 @@ def test_wrapped_targets(wrapper):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_adapters_go_on_and_off_under_one_decoder(compiled):
+def test_adapters_go_on_and_off_under_one_decoder(compiled, monkeypatch):
+    monkeypatch.setattr(capture, "compiled", lambda graph: graph)  # inductor's code takes seconds to make
     pytest.importorskip("peft")
     model, batch = lora(tiny()), prompts(9)
     on, off = plain_texts(model, batch, COUNT), plain_texts(tiny(), batch, COUNT)
@@ -70,12 +72,24 @@ def test_adapters_go_on_and_off_under_one_decoder(compiled):
     assert found() == on
 
 
+def test_an_adapter_for_every_row_is_refused_in_a_batch():
+    pytest.importorskip("peft")
+    model = lora(tiny())
+    decoder = Decoder(model, [NGramDrafter(VOCABULARY)])
+    asked = {"max_new_tokens": 4, "do_sample": False, "adapter_names": ["default"]}
+    one = prompts(9)
+    expected = model.generate(**one, **asked).tolist()
+    assert model.generate(**one, **asked, custom_generate=decoder).tolist() == expected
+    with pytest.raises(ValueError, match="adapter_names: expected a batch of 1"):
+        model.generate(**prompts(9, 9), **asked | {"adapter_names": ["default", "__base__"]}, custom_generate=decoder)
+
+
 def test_a_scale_that_changes_is_no_longer_the_captured_model():
     model = tiny()
-    before = fingerprint(model)
+    before = fingerprint(few_row_view(model))
     assert fingerprint(few_row_view(model)) == before
     model.model.layers[0].self_attn.scaling *= 2
-    assert fingerprint(model) != before
+    assert fingerprint(few_row_view(model)) != before
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
@@ -103,7 +117,7 @@ class BySlot(transformers.models.llama.modeling_llama.LlamaAttention):
     def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
         seen = kwargs.get("cache", kwargs.get("past_key_values"))
         count = hidden_states.shape[1]
-        end = seen.get_seq_length() + count
+        end = seen.get_seq_length(self.layer_idx) + count
         queries, keys = torch.arange(end - count, end)[:, None], torch.arange(end)
         near = (keys <= queries) & (keys > queries - 4)
         mask = near[None, None] if attention_mask is None else near & attention_mask

@@ -9,7 +9,9 @@ while the emitted tokens keep the target's distribution.
 
 from __future__ import annotations
 
+import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +41,13 @@ from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
 from hedgespec.plain_inputs import check_inputs, prepares_by_itself, reread_boundary
+from hedgespec.positions import context_of, length_dependent, table_size
 from hedgespec.sampling import Sampling
 from hedgespec.scalars import integer, shown, text
 from hedgespec.self_check import may_be_ragged
-from hedgespec.target import Captures, check_target, device_of, numbers_slots, rows_may_differ
+from hedgespec.target import Captures, check_target, device_of, rows_may_differ
 from hedgespec.transfer import stack
-from hedgespec.wrappers import unwrap
+from hedgespec.wrappers import check_rows, unwrap
 
 __all__ = [
     "DecodeOutput",
@@ -123,8 +126,11 @@ class Decoder:
         check_inputs(target)
         self.reread_at = reread_boundary(target)
         """Number of tokens, padding included, at which the target reads its whole text again; None: it never does."""
-        self.together = rows_may_differ(target) and may_be_ragged(target)
-        """Whether rows of different lengths are decoded in one forward, or one after another."""
+        self._may_be_ragged = may_be_ragged(target)
+        self.table, self.follows_length = table_size(target), bool(length_dependent(target))
+        """Positions in the target's table, if it has one, and whether its rotary factors follow the text's length."""
+        if self.captures is not None:
+            self.captures.together = self._may_be_ragged
         if self.config.tree is not None and not self.together:
             raise ValueError(
                 "tree: expected a target that takes positions and a mask of its own for every row (attn_implementation sdpa or "
@@ -143,6 +149,16 @@ class Decoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._lock, self._stacks = threading.Lock(), None
+
+    @property
+    def together(self) -> bool:
+        """Whether rows of different lengths are decoded in one forward, or one after another."""
+        return self._may_be_ragged and rows_may_differ(self.target)
+
+    @property
+    def context(self) -> int | None:
+        """Positions up to which the target may be asked about tokens that nobody has emitted yet; None: any."""
+        return min((one for one in (context_of(self.target), self.table) if one is not None), default=None)
 
     def stacks(self) -> list[tuple[list[int], HeadStack]]:
         """Returns the pool's heads by kind: their indices and their weights, copied anew if a head has changed."""
@@ -224,6 +240,15 @@ class Decoder:
             Request(prompt, padding, max_new_tokens, generator(seed, row), eos, states[row])
             for row, (prompt, padding) in enumerate(prompts)
         ]
+        context, longest = (
+            context_of(self.target),
+            max(len(one.prompt) - one.padding for one in requests) + requests[0].max_new_tokens,
+        )
+        if context is not None and longest > context and self.table is None:
+            warnings.warn(
+                f"max_new_tokens: the target was made for {context} positions, got a text of up to {longest} tokens",
+                stacklevel=3,
+            )
         rows = self.decode(requests, sampling, on_tokens=on_tokens)
         return DecodeOutput(stack([row.sequence for row in rows], padding_id), [row.stats for row in rows])
 
@@ -248,14 +273,16 @@ class Decoder:
                 f"target: expected the vocabulary of {self.vocabulary} tokens that it had when the decoder was made, got "
                 f"{vocabulary}: after resize_token_embeddings, make the drafters and the decoder anew"
             )
-        if any(request.padding for request in requests) and numbers_slots(self.target):
+        takes_positions = "position_ids" in inspect.signature(self.target.forward).parameters
+        if self.table is not None and not takes_positions and any(request.padding for request in requests):
             raise ValueError(
                 f"attention_mask: expected no padding for {type(self.target).__name__}, which takes no positions and counts "
                 "padding as tokens"
             )
+        check_rows(self.target, len(requests))
         for request in requests:
-            request.check_context(self.target, together is not None)
-        size = len(requests) if self.together else 1
+            request.check_context(self.table, together is not None)
+        size = len(requests) if len(requests) > 1 and self.together else 1
         warned: set[str] = set()
         plain = PlainBatch.of(requests, prepares_by_itself(self.target))
         batches = (

@@ -69,7 +69,7 @@ class Batch:
         view = few_row_view(decoder.target)
         layers = (drafter.aux_layers for drafter in decoder.drafters)
         self.target = TargetSession(
-            view, layers, len(requests), captures=decoder.captures,
+            view, layers, len(requests), captures=decoder.captures, context=decoder.context, follows=decoder.follows_length,
             offsets=[request.padding - plain.padding for request in requests], floor=plain.width - plain.padding,
         )  # fmt: skip
         self.rows = [
@@ -78,7 +78,7 @@ class Batch:
         ]
         self.all_rows = list(self.rows)
         """Every row, finished ones included."""
-        self.plain = PlainDecoding(decoder.target, self.target, self.rows, plain, decoder.reread_at)
+        self.plain = PlainDecoding(decoder, self.target, self.rows, plain)
         self.noise = CoupledNoise(sampling) if self.config.proposal == "coupled" and sampling.temperature > 0 else None
         if self.noise is not None:
             self.noise.begin(self.rows)
@@ -120,7 +120,7 @@ class Batch:
 
     def round(self) -> None:
         """Runs one round: one forward of the target, and everything around it."""
-        self.target.check_room([row.length for row in self.rows])
+        self.plain.check_table(self.rows)
         self.plain.read_again(self.rows)
         uniforms = self._uniforms()
         with self._timed("select"):

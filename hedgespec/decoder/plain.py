@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
 
 from hedgespec.decoder.request import Request
 from hedgespec.decoder.row import Row
+from hedgespec.errors import ContextError
 from hedgespec.plain_inputs import PlainInputs
 from hedgespec.target import TargetSession
+
+if TYPE_CHECKING:
+    from hedgespec.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,32 @@ class PlainDecoding:
     """Repeats for a batch what plain decoding would do with the target.
 
     Args:
-        model: the target.
+        decoder: the decoder.
         session: the batch's view of the target.
         rows: the rows, before their first token.
         batch: properties of all requests of the call.
-        reread_at: number of tokens, padding included, at which the target reads its whole text again; None: it never does.
     """
 
-    def __init__(self, model, session: TargetSession, rows: Sequence[Row], batch: PlainBatch, reread_at: int | None) -> None:
-        self.session, self.batch, self.reread_at = session, batch, reread_at
+    def __init__(self, decoder: Decoder, session: TargetSession, rows: Sequence[Row], batch: PlainBatch) -> None:
+        self.session, self.batch = session, batch
+        self.reread_at, self.table, self.target_name = decoder.reread_at, decoder.table, type(decoder.target).__name__
         self._inputs: dict[int, PlainInputs] = {}
         for row in rows if batch.audits else ():
             prompt = row.request.prompt
             mask = (torch.arange(len(prompt), device=prompt.device) >= row.request.padding).long()[None]
-            self._inputs[row.index] = PlainInputs(model, prompt[None], mask, reread_at=reread_at)
+            self._inputs[row.index] = PlainInputs(decoder.target, prompt[None], mask, reread_at=self.reread_at)
+
+    def check_table(self, rows: Sequence[Row]) -> None:
+        """Refuses to read a token past the target's table of positions, where plain decoding fails.
+
+        Raises:
+            ContextError: a row has as many tokens as the table has positions.
+        """
+        if self.table is not None and (longest := max(row.length for row in rows)) > self.table:
+            raise ContextError(
+                f"target: expected a text of at most {self.table} tokens to go on from, since {self.target_name} has as many "
+                f"positions, got {longest}"
+            )
 
     def room(self, row: Row) -> int:
         """Returns how many tokens a round may emit for a row, the one that follows the draft included.

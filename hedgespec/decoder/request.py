@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from hedgespec.errors import ContextError
-from hedgespec.positions import table_size
 from hedgespec.scalars import integer, integers, shown
 from hedgespec.target import device_of
 
@@ -78,18 +77,18 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_new_tokens", integer("max_new_tokens", self.max_new_tokens, 1))
 
-    def check_context(self, target, may_end: bool = False) -> None:
+    def check_context(self, table: int | None, may_end: bool = False) -> None:
         """Refuses a continuation that is certain to go past the target's table of positions, if it has one.
 
         A text that may end before is begun; it fails with the same error if it gets there, as plain decoding does.
 
         Args:
+            table: the target's positions, if it holds a table of them.
             may_end: whether something else than `eos` and `stop` may end the text.
 
         Raises: ContextError.
         """
         length = len(self.prompt) - self.padding
-        table = table_size(target)
         if table is None:
             return
         if length > table:

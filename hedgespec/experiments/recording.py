@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from hedgespec.config import DecodeConfig
 from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder import Decoder
-from hedgespec.decoder.scoring import PROMPT_SAMPLING
 from hedgespec.decoder.request import generator
+from hedgespec.decoder.scoring import PROMPT_SAMPLING
 from hedgespec.drafters import Drafter
 from hedgespec.evaluate import evaluate
 from hedgespec.sampling import Sampling
@@ -171,9 +171,9 @@ class _Scores:
     def of_prompt(self, drafter: Drafter, logits: torch.Tensor) -> torch.Tensor:
         """Returns acceptance_prob [M] at the prompt's positions at temperature 1, given the drafter's logits [M, Vd]."""
         count = self.start - self.first
-        return self._evaluate(drafter, self.text.logits[:count], logits, slice(self.first, self.start), PROMPT_SAMPLING).acceptance_prob[
-            0, 0
-        ]
+        return self._evaluate(
+            drafter, self.text.logits[:count], logits, slice(self.first, self.start), PROMPT_SAMPLING
+        ).acceptance_prob[0, 0]
 
     def of_text(self, drafter: Drafter, logits: torch.Tensor, rows: slice) -> torch.Tensor:
         """Returns acceptance_prob and acceptance_ratio [2, R] at some of the text's positions, given logits [R, Vd]."""

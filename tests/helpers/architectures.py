@@ -38,8 +38,8 @@ class Architecture:
     options: dict[str, Any] = field(default_factory=dict)
     """What differs from `SMALL`; None leaves an option out."""
     rows: str = "together"
-    """How a batch is decoded: "together" in one forward, draft trees too; "one by one", without trees; "unpadded", one by one and
-    no padding is taken."""
+    """How a batch is decoded: "together" in one forward, draft trees too; "one by one", without trees; "unpadded", one by one
+    and no padding is taken."""
     dtype: torch.dtype = torch.float64
     """float32 where plain decoding itself gives NaN for a padded batch in float64."""
     note: str = ""
@@ -50,27 +50,29 @@ def _all(names: str, **common) -> tuple[Architecture, ...]:
 
 
 ARCHITECTURES = (
-    *_all("""llama qwen2 qwen3 mistral ministral phi phi3 phimoe gemma gemma3_text cohere cohere2 cohere2_moe olmo olmo2 olmo3 olmoe
-             flex_olmo granite granitemoe glm glm4 gpt2 gpt_bigcode gptj codegen gpt_neox opt biogpt bert bert-generation big_bird
-             roberta camembert stablelm starcoder2 persimmon nemotron smollm3 helium apertus arcee bitnet seed_oss mixtral
-             qwen2_moe qwen3_moe gpt_oss jetmoe dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe hunyuan_v1_dense llama4_text afmoe
-             aria_text"""),
+    *_all(
+        """llama qwen2 qwen3 mistral ministral phi phi3 phimoe gemma gemma3_text cohere cohere2 cohere2_moe olmo olmo2 olmo3
+        olmoe flex_olmo granite granitemoe glm glm4 gpt2 gpt_bigcode gptj codegen gpt_neox opt biogpt bert bert-generation
+        big_bird roberta camembert stablelm starcoder2 persimmon nemotron smollm3 helium apertus arcee bitnet seed_oss mixtral
+        qwen2_moe qwen3_moe gpt_oss jetmoe dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe hunyuan_v1_dense llama4_text afmoe
+        aria_text"""
+    ),
     *_all("gemma2 vaultgemma", dtype=torch.float32),
     Architecture("deepseek_v2", LATENT),
     Architecture("deepseek_v3", LATENT),
     *_all("bloom mpt", rows="one by one", dtype=torch.float32, note="ALiBi"),
     Architecture("falcon", {"alibi": True, "num_key_value_heads": None, "intermediate_size": None}, "one by one", torch.float32,
                  "with `alibi=True`"),
-    Architecture("gpt_neo", {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4, "intermediate_size": 48},
-                 "one by one", note="local attention masks by slot"),
+    Architecture("gpt_neo", {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4}, "one by one",
+                 note="local attention masks by slot"),
     *_all("bart blenderbot", rows="unpadded", note="the decoder alone; positions count padding"),
 )  # fmt: skip
 QUICK = {"llama", "gemma3_text", "gpt2", "gpt_neo", "bloom", "bart"}
 """Those that are not marked slow."""
 REFUSED = {
     "t5": "encoder-decoder", "mamba": "recurrent state", "jamba": "recurrent state", "recurrent_gemma": "recurrent state",
-    "qwen3_next": "recurrent state", "rwkv": "recurrent state", "xlnet": "no key-value cache", "openai-gpt": "no key-value cache",
-    "cpmant": "prompts of its own before the text",
+    "qwen3_next": "recurrent state", "rwkv": "recurrent state", "xlnet": "no key-value cache",
+    "openai-gpt": "no key-value cache", "cpmant": "prompts of its own before the text",
 }  # fmt: skip
 """Architectures that are refused, and why; tests/test_target.py shows it."""
 

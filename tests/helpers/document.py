@@ -11,11 +11,12 @@ from helpers.wrappers import WRAPPERS
 PATH = Path(__file__).parents[2] / "docs" / "compatibility.md"
 HEAD = """# Compatibility
 
-Written by `python -m helpers.document` (run in `tests/`) from the lists that the tests go through; a test holds it current. Do not
-edit it by hand.
+Written by `python -m helpers.document` (run in `tests/`) from the lists that the tests go through; a test holds it current. Do
+not edit it by hand.
 
-"Same text" means: greedy decoding gives plain `generate`'s tokens, through `generate(custom_generate=...)` and through
-`Decoder.generate`. Whatever is not supported is refused by an error that names it, before the first token unless said otherwise.
+"Same text" means: greedy decoding gives plain `generate`'s tokens, through `generate(custom_generate=...)` and
+`Decoder.generate`. Whatever is not supported is refused by an error that names it, before the first token unless said
+otherwise.
 
 ## Architectures
 
@@ -30,10 +31,10 @@ ROWS = {
     "unpadded": ("padding is refused", "refused"),
 }
 OTHERS = """
-Other architectures of transformers are taken by the same rules. Code from outside transformers (remote code, subclasses, adapters)
-is tried once with a short text, about ten forwards of at most 48 tokens when the first decoder for the model is made: where several
-tokens in one forward are not the same as one after another the model is refused; where rows of different lengths are not, rows are
-decoded one after another, without trees.
+Other architectures of transformers are taken by the same rules. Code from outside transformers (remote code, subclasses,
+adapters) is tried once with a short text, about ten forwards of at most 48 tokens when the first decoder for the model is made:
+where several tokens in one forward are not the same as one after another the model is refused; where rows of different lengths
+are not, rows are decoded one after another, without trees.
 
 ### Refused
 
@@ -91,7 +92,7 @@ def text() -> str:
 
 def _option(one) -> str:
     """Returns the row of one `helpers.compatibility.Option`."""
-    message = f': "{one.message}"'.replace("|", "\\|") if one.message else ""
+    message = f': "{one.message}"'.replace("|", "\\|").replace(".*", "... ") if one.message else ""
     return f"| {one.option} | {one.verdict}{message} | {' '.join(one.note.split())} |\n"
 
 
