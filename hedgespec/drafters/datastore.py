@@ -6,6 +6,7 @@ drafts are left for tables and chains.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class Datastore:
     """
 
     def __init__(self, hashes: np.ndarray, tokens: np.ndarray, max_ngram: int):
-        self.hashes, self.tokens, self.max_ngram = hashes, tokens, max_ngram
+        self.hashes, self.tokens, self.max_ngram = hashes, tokens, integer("max_ngram", max_ngram, 1, LONGEST)
 
     def __len__(self) -> int:
         """Entries."""
@@ -126,6 +127,8 @@ class Datastore:
 
         Raises: CheckpointError if the file is missing, corrupt, of another format or version, or no table.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise CheckpointError(f"path: expected a datastore in a safetensors file, got {shown(path)}")
         try:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
