@@ -129,7 +129,7 @@ def grow(part: Heads | Singles, rows: Sequence[Row], choices: Sequence[Choice], 
     if tree.size is not None and tree.size < known:
         tokens, parents = _likeliest(tokens, parents, torch.cat(nodes["scores"], 1), tree.size)
     usable = torch.where(sound, draft_length, 0)
-    widths: Sequence[torch.Tensor | None] = [None] * count if tree.size is None else _widths(tokens, parents, draft_length)
+    widths: Any = [None] * count if tree.size is None else _widths(tokens, parents, draft_length)
     drafts = []
     for row, member in enumerate(members):
         if row not in begun:
