@@ -246,7 +246,7 @@ class CausalLMs(_ByKey[_Text]):
         self._calls = 0
         self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
         # The output matrix is the largest: it is read for the positions asked for, and no logits of a whole prompt are made.
-        head = self.model.get_output_embeddings()
+        head: torch.nn.Module | None = self.model.get_output_embeddings()
         if head is None:
             raise ValueError(f"drafter {name}: expected a model with an output matrix, got {type(model).__name__} without one")
         head.register_forward_pre_hook(self._pick)

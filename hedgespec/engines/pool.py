@@ -34,7 +34,7 @@ LEARNING = ("learner", "learner_options", "prior", "objective", "evaluate_every"
 TOKENS_ONLY = MappingProxyType({"warm_start": 4, "evaluate_every": 1})
 """Defaults where only tokens are seen: a prompt's tell little, and nothing of what prompt lookup will be worth once there is
 text to look up; and most drafters that need tokens only are scored at next to no cost. Measured in docs/engines.md."""
-OPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
+OPTIONS: dict[str, dict[str, type]] = {
     "causal_lm": {"model": str, "dtype": str, "max_cache_tokens": int},
     "ngram": {"max_ngram": int},
     "datastore": {"path": str},
@@ -178,7 +178,7 @@ def _learner(given: Mapping[str, Any], draft_length: int, count: int, prior: Any
     return partial(make, name, prior=prior, **options)
 
 
-def _number(found: dict, key: str, default: float, kind: type | tuple[type, ...], source: str) -> Any:
+def _number(found: dict[str, Any], key: str, default: float, kind: Any, source: str) -> Any:
     value: Any = found.get(key, default)
     if not isinstance(value, kind) or isinstance(value, bool) or value < 0:
         raise PoolError(f"{source}: {key}: expected a number of at least 0, got {value!r}")

@@ -182,6 +182,9 @@ class HedgeSpecEagleProposer(EagleProposer):
     Raises: PoolError for a pool that cannot be read, or heads that cannot work side by side.
     """
 
+    model: Any
+    _draft_attn_layer_names: set[str]
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
         spec = vllm_config.speculative_config
         self.pool = read_pool(spec.num_speculative_tokens, ("eagle3",), seed=vllm_config.model_config.seed or 0)
@@ -420,7 +423,7 @@ class HedgeSpecEagleProposer(EagleProposer):
                 count = len(reading.warm.get(row, ()))
                 learning.begin(name, prompt[:, done : done + count], seconds)
                 done += count
-            learning.hear(name, step.lengths[row], words[:, tokens][:, -1], sound[:, tokens].all(axis=1))
+            learning.hear(name, step.lengths[row], words[:, tokens][:, -1], np.logical_and.reduce(sound[:, tokens], axis=1))
 
     def _draft(self, step: _Step, active: Sequence[int], reading: _Reading, metadata: Any) -> list[list[int]]:
         """The picked heads go on from their words."""
