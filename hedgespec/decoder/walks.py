@@ -17,7 +17,7 @@ from hedgespec.records import Draft, Verdict
 from hedgespec.transfer import to_device
 
 Emit = Callable[[Row, torch.Tensor, Verdict], tuple[list[int], int]]
-"""(row, processed logits [1, V], verdict) -> the tokens emitted, one or none, and how many draft tokens were accepted, which is 0
+"""(row, processed logits [1, V], verdict) -> the tokens emitted, one or none, and the number of draft tokens accepted, which is 0
 if the row is finished."""
 
 
