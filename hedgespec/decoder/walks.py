@@ -17,8 +17,8 @@ from hedgespec.records import Draft, Verdict
 from hedgespec.transfer import to_device
 
 Emit = Callable[[Row, torch.Tensor, Verdict], tuple[list[int], int]]
-"""(row, processed logits [1, V], verdict) -> the tokens emitted, one or none, and the number of draft tokens accepted, which is 0
-if the row is finished."""
+"""(row, processed logits [1, V], verdict) -> the emitted tokens, one or none, and the number of accepted draft tokens, 0 if the
+row is finished."""
 
 
 class Walk:
