@@ -38,7 +38,7 @@ def test_what_is_no_integer(value):
         integer("k", value, otherwise=" or a thing")
 
 
-@pytest.mark.parametrize("value", [0.5, np.float16(0.5), np.array([0.5]), torch.tensor(0.5, dtype=torch.bfloat16)], ids=repr)
+@pytest.mark.parametrize("value", [0.5, np.float16(0.5), np.array([0.5]), torch.tensor(0.5, dtype=torch.bfloat16)], ids=lambda value: type(value).__name__)
 def test_numbers(value):
     assert real("p", value) == 0.5 and type(real("p", value)) is float
 
