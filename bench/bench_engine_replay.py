@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hedgespec.config import DecodeConfig
-from hedgespec.engines.drafters import Datastores, NGrams, TokenDrafter
-from hedgespec.engines.pool import TOKENS_ONLY
-from hedgespec.engines.proposer import TokenProposer
 from hedgespec.experiments.recording import Trace
+from hedgespec.integrations.vllm.drafters import Datastores, NGrams, TokenDrafter
+from hedgespec.integrations.vllm.pool_config import TOKENS_ONLY
+from hedgespec.integrations.vllm.token_pool import TokenProposer
 from hedgespec.zoo import EXPERTS, NAMES
 from hedgespec.zoo.stores import load_store
 

@@ -62,7 +62,7 @@ from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.experiments.measures import best_of, expected_regret, tokens_within, weights_by_position
-from hedgespec.metrics import DecodeStats, profiled
+from hedgespec.stats import DecodeStats, profiled
 from hedgespec.zoo import GENERALIST, NAMES, Zoo, head_path, load_prompts, load_zoo
 from hedgespec.zoo.replay import fixed_rounds, read
 from hedgespec.zoo.storage import load_head

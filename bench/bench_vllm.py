@@ -24,8 +24,8 @@ from statistics import mean
 
 from table import markdown
 
-PROPOSER = "hedgespec.engines.vllm.HedgeSpecProposer"
-WORKER = "hedgespec.engines.vllm_worker.Worker"
+PROPOSER = "hedgespec.integrations.vllm.token_proposer.HedgeSpecProposer"
+WORKER = "hedgespec.integrations.vllm.worker.Worker"
 
 
 def pools() -> dict[str, dict]:

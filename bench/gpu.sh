@@ -45,7 +45,7 @@ for operation in evaluate verify prefill stack; do
 done
 "$python" bench/table.py "$out"/{evaluate,verify,prefill,stack}.json >"$out/table.md"
 # Making the zoo's target wants a network: the decoder is measured where it was made before.
-if "$python" -c 'from hedgespec.paths import cache_dir; from hedgespec.zoo import target; exit(not (cache_dir() / target.NAME / "COMPLETE").exists())'; then
+if "$python" -c 'from hedgespec.utils.paths import cache_dir; from hedgespec.zoo import target; exit(not (cache_dir() / target.NAME / "COMPLETE").exists())'; then
   step bench_round "$python" bench/bench_round.py --device cuda --json "$out/round.json"
   step bench_target "$python" bench/bench_target.py --device cuda --dtype bfloat16 --json "$out/target.json"
   step bench_decoder "$python" bench/bench_decoder.py --device cuda --json "$out/decoder.json"

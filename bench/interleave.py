@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from hedgespec.decoder import Decoder, eos_of
-from hedgespec.metrics import STAGES, DecodeStats
+from hedgespec.stats import STAGES, DecodeStats
 from hedgespec.zoo import Prompt, Zoo
 
 DRAFT_LENGTH = 5

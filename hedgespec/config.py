@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-from hedgespec.scalars import flag, integer, integers, shown, text
-
-if TYPE_CHECKING:
-    from hedgespec.learners import Learner
+from hedgespec.utils.scalars import flag, integer, integers, shown, text
 
 CHOICES = {
     "proposal": ("sampled", "argmax", "coupled"),
@@ -112,7 +109,7 @@ class DecodeConfig:
             "tokens" the arms are the drafters. Default: "normal_hedge".
         objective: "tokens" maximises tokens a round, and every drafter drafts K. "throughput" maximises tokens a second, by the
             measured costs of drafting and verifying: the learner then chooses a drafter and a length 1..K together, or plain
-            decoding (`hedgespec.decoder.arms.DraftersAndLengths` has the mathematics). The first rounds of a decoder measure
+            decoding (`hedgespec.selection.arms.DraftersAndLengths` has the mathematics). The first rounds of a decoder measure
             every length 0..K. Because choices depend on a clock, a seed repeats a sampled text with proposal "coupled" only.
             Requires chains and a learner with full feedback. On a GPU a round waits for the device after drafting and after
             verifying. Default: "tokens".
@@ -129,7 +126,7 @@ class DecodeConfig:
             part of the regret. The distribution of the text does not depend on them. Default: 32.
         drafter_window: most verified tokens of a request that the cache of an EAGLE head keeps, >= 16; the head then drafts as
             if the text started later. None keeps all. Default: None.
-        backend: implementation of `evaluate` and `verify`: "auto" or a name in `hedgespec.backends.BACKENDS`. Default:
+        backend: implementation of `evaluate` and `verify`: "auto" or a name in `hedgespec.ops.backends.BACKENDS`. Default:
             "auto".
         compile: captures forwards of fixed shapes once for each shape. On a GPU the target's forward over the tokens of a round
             and the passes of stacked heads become CUDA graphs. On a CPU the target's layers are compiled: this gains little,
@@ -144,7 +141,7 @@ class DecodeConfig:
     draft_length: int = 5
     proposal: Literal["sampled", "argmax", "coupled"] = "sampled"
     tree: Tree | None = None
-    learner: str | Callable[[int], Learner] = "normal_hedge"
+    learner: str | Callable[[int], Any] = "normal_hedge"
     objective: Literal["tokens", "throughput"] = "tokens"
     evaluate_every: int | Literal["adaptive"] = "adaptive"
     warm_start: int = 32

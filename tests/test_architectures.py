@@ -42,7 +42,7 @@ def test_texts_are_plain_decodings_own(architecture):
 
 def test_local_attention_within_its_window_is_as_any_other():
     """Layers hold masks of their own, but these hide nothing."""
-    from hedgespec.target import windows_by_slot
+    from hedgespec.runtime.target import windows_by_slot
 
     [architecture] = [one for one in ARCHITECTURES if one.name == "gpt_neo"]
     model = build(architecture)

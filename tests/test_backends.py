@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 
-from hedgespec import backends, doctor
+from hedgespec.cli import doctor
 from hedgespec.errors import BackendUnavailableError
+from hedgespec.ops import backends
 
 
 def missing():
@@ -43,7 +44,7 @@ class TestResolve:
         assert backends.resolve("op", "auto", device, dtype)() == chosen
 
     def test_auto_says_once_what_it_chose_and_why_not_better(self, caplog):
-        with caplog.at_level(logging.INFO, "hedgespec.backends"):
+        with caplog.at_level(logging.INFO, "hedgespec.ops.backends"):
             for _ in range(3):
                 backends.resolve("op", "auto", "cuda", torch.float32)
         assert caplog.messages == ["op on cuda: the reference backend; cuda cannot run here: No module named 'absent'"]

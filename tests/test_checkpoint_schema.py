@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from test_checkpoints import CASES, LLAMA3, spoil, target, tensors_of, write  # noqa: F401  fixtures
 
-from hedgespec.checkpoint_schema import EAGLE, FILE, FLAG, HEAD, LAYERS, OBJECT, ROPE, SIZE, TEXT, read_config
-from hedgespec.checkpoints import inspect_drafter, load_drafter
+from hedgespec.drafters.checkpoint_schema import EAGLE, FILE, FLAG, HEAD, LAYERS, OBJECT, ROPE, SIZE, TEXT, read_config
+from hedgespec.drafters.checkpoints import inspect_drafter, load_drafter
 from hedgespec.errors import CheckpointError
 
 VALUES: tuple[Any, ...] = (

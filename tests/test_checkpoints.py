@@ -19,13 +19,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hedgespec
-from hedgespec.capture import CudaGraphs
-from hedgespec.checkpoints import inspect_drafter, is_head, load_drafter, save_drafter
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
+from hedgespec.drafters.checkpoints import inspect_drafter, is_head, load_drafter, save_drafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.stack import HeadStack, StackSession, is_plain, kind_of
 from hedgespec.errors import CheckpointError
+from hedgespec.runtime.capture import CudaGraphs
 from hedgespec.zoo.storage import save_head
 
 VOCABULARY, DRAFTED, WIDTH, LAYERS = 40, 25, 16, 8

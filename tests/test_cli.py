@@ -23,12 +23,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hedgespec
 from hedgespec import Tree, cli, zoo
-from hedgespec.checkpoints import inspect_drafter
+from hedgespec.cli import output
+from hedgespec.drafters.checkpoints import inspect_drafter
 from hedgespec.drafters.datastore import MAX_NGRAM, Datastore
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
-from hedgespec.engines.pool import VARIABLE, read_pool
+from hedgespec.integrations.vllm.pool_config import VARIABLE, read_pool
 from hedgespec.learners import NAMES as LEARNERS
-from hedgespec.metrics import STAGES
+from hedgespec.stats import STAGES
 from hedgespec.zoo.storage import load_head, save_head
 
 EOS, WIDTH, CONTEXT = 256, 64, 256
@@ -145,7 +146,7 @@ def test_no_piece_ends_within_a_character(place, monkeypatch, capsys):
 def test_text_stream_gives_whole_characters_whatever_the_rounds(place, group):
     text = "naïve 日本語 🙂🙃 e\u0301"
     ids = place.tokenizer(text).input_ids
-    stream = cli.TextStream(place.tokenizer, place.tokenizer("ça").input_ids)
+    stream = output.TextStream(place.tokenizer, place.tokenizer("ça").input_ids)
     pieces = [stream.push(ids[start : start + group]) for start in range(0, len(ids), group)]
     assert "".join(pieces) == text
     assert stream.end() == ""
@@ -153,7 +154,7 @@ def test_text_stream_gives_whole_characters_whatever_the_rounds(place, group):
 
 
 def test_text_stream_says_at_the_end_what_it_held_back(place):
-    stream = cli.TextStream(place.tokenizer)
+    stream = output.TextStream(place.tokenizer)
     assert stream.push(place.tokenizer("a🙂").input_ids[:-1]) == "a"
     assert stream.end() == "\N{REPLACEMENT CHARACTER}"
     assert stream.push([EOS]) == ""
@@ -163,7 +164,7 @@ def test_text_stream_keeps_the_spaces_that_a_tokenizer_drops_at_the_start_of_a_t
     words = {"▁a": 0, "▁b": 1, "c": 2}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="c"))
     tokenizer.decoder = decoders.Metaspace()
-    stream = cli.TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0])
+    stream = output.TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0])
     assert [stream.push([token]) for token in (1, 2, 0)] == [" b", "c", " a"]
 
 
@@ -411,7 +412,7 @@ def test_the_profile_is_a_table_on_stderr_and_a_drawing_where_a_file_is_named(ru
 
 def test_only_a_profile_waits_for_the_device(run, monkeypatch):
     devices = []
-    monkeypatch.setattr("hedgespec.metrics.profiled", lambda device: devices.append(device) or nullcontext())
+    monkeypatch.setattr("hedgespec.stats.profiled", lambda device: devices.append(device) or nullcontext())
     for options, expected in ((), []), (("--profile",), [torch.device("cpu")]):
         assert run("0", "--max-new-tokens", 3, *options)[0] == 0
         assert devices == expected
@@ -755,7 +756,7 @@ def test_demo_json_on_stdout_has_it_to_itself(demo, capsys):
     assert "on the console" in err
 
 
-@pytest.mark.parametrize(("package", "extra"), cli.PACKAGES.items())
+@pytest.mark.parametrize(("package", "extra"), output.PACKAGES.items())
 def test_a_command_without_an_optional_package_names_the_extra(package, extra, monkeypatch, capsys, tmp_path):
     def run(**_):
         raise ModuleNotFoundError(f"No module named '{package}'", name=package)
@@ -923,9 +924,10 @@ WRITE = """
 import json, os, resource, sys, types, hedgespec, torch
 from matplotlib.figure import Figure
 from hedgespec import cli
+from hedgespec.cli import commands, parser
 from hedgespec.drafters.datastore import Datastore
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
-from hedgespec.files import replacing
+from hedgespec.utils.files import replacing
 
 sys.modules["hedgespec.zoo.demo"] = types.SimpleNamespace(run=lambda **_: {"x": "y" * 5000})
 store, head = Datastore.build([range(5000)]), EagleHead(
@@ -939,7 +941,7 @@ def draw(path):
 work = {
     "datastore.safetensors": store.save,
     "state.json": lambda path: hedgespec.save_learner_state(path, stats),
-    "demo.json": lambda path: cli.demo(cli._parser().parse_args(["demo", "--json", path])),
+    "demo.json": lambda path: commands.demo(parser._parser().parse_args(["demo", "--json", path])),
     "model.safetensors": lambda path: hedgespec.save_drafter(head, os.path.dirname(path)),
     "plot.png": draw,
 }
@@ -949,7 +951,7 @@ for name, write in work.items():
     folder = os.path.join(sys.argv[1], name)
     path = os.path.join(folder, name)
     os.mkdir(folder)
-    cli.doctor = lambda _: write(path)
+    parser.doctor = lambda _: write(path)
     told[name] = [cli.main(["doctor"]), os.listdir(folder)]
     with open(path, "w") as file:
         file.write("what was there")

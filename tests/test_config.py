@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from hedgespec import cli, decoder, hf
+from hedgespec import decoder
+from hedgespec.cli import parser
 from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import Decoder
-from hedgespec.decoder.selector import MAX_EVALUATE_EVERY
 from hedgespec.drafters.datastore import MAX_NGRAM, Datastore
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.engines.pool import TOKENS_ONLY, read_pool
-from hedgespec.sampling import Sampling
+from hedgespec.integrations import transformers as hf
+from hedgespec.integrations.vllm.pool_config import TOKENS_ONLY, read_pool
+from hedgespec.ops.sampling import Sampling
+from hedgespec.selection.selector import MAX_EVALUATE_EVERY
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,12 +70,12 @@ def test_prose_states_the_defaults_of_the_code():
 
 
 def test_the_command_line_has_the_defaults_of_the_code():
-    parsed = cli._parser().parse_args(["generate", "x"])
+    parsed = parser._parser().parse_args(["generate", "x"])
     for name in ("draft_length", "proposal", "learner", "objective", "evaluate_every", "warm_start"):
         assert getattr(parsed, name) == getattr(DecodeConfig(), name)
     assert parsed.temperature == Sampling().temperature
     assert parsed.max_new_tokens == inspect.signature(Decoder.generate).parameters["max_new_tokens"].default
-    built = cli._parser().parse_args(["datastore", "x", "y", "--tokenizer", "z"])
+    built = parser._parser().parse_args(["datastore", "x", "y", "--tokenizer", "z"])
     assert built.max_ngram == MAX_NGRAM == inspect.signature(Datastore.build).parameters["max_ngram"].default
 
 

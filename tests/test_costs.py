@@ -9,8 +9,8 @@ import threading
 import numpy as np
 import pytest
 
-from hedgespec.costs import AGAIN, FEWEST, WINDOW, Costs
 from hedgespec.records import NO_DRAFT, Choice
+from hedgespec.selection.costs import AGAIN, FEWEST, WINDOW, Costs
 
 DRAFT, VERIFY = np.array([0.5, 2.0, 1.0]), 10.0 + np.arange(4)
 

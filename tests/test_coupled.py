@@ -24,12 +24,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from hedgespec import Tree, algorithm
 from hedgespec.config import DecodeConfig
-from hedgespec.coupled import gumbel, perturb
 from hedgespec.decoder import Decoder, Request
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.learners import NAMES
-from hedgespec.sampling import Sampling
+from hedgespec.ops.gumbel import gumbel, perturb
+from hedgespec.ops.sampling import Sampling
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

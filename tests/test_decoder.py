@@ -15,13 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hedgespec import algorithm
 from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import Decoder
-from hedgespec.decoder.selector import Selector
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import NAMES, NormalHedge
-from hedgespec.sampling import NUCLEUS, Sampling
+from hedgespec.ops.sampling import NUCLEUS, Sampling
+from hedgespec.selection.selector import Selector
 
 VOCABULARY, WIDTH, DRAFT_VOCABULARY = 53, 16, 29
 AUX = (1, 2, 3)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgespec.delay import DelayQueue
+from hedgespec.selection.delay import DelayQueue
 
 quick = settings(max_examples=40, deadline=None)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hedgespec.config import DecodeConfig
-from hedgespec.engines.heads import SILENT, HeadLearning
+from hedgespec.integrations.vllm.head_pool import SILENT, HeadLearning
 from hedgespec.learners import NormalHedge
 from hedgespec.records import NO_DRAFT
 

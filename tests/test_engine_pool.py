@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hedgespec.config import DecodeConfig
-from hedgespec.engines.pool import TOKENS_ONLY, VARIABLE, read_pool
 from hedgespec.errors import PoolError
+from hedgespec.integrations.vllm.pool_config import TOKENS_ONLY, VARIABLE, read_pool
 
 TYPES = ("causal_lm", "ngram", "datastore", "drafter")
 LOOKUP = {"type": "ngram", "name": "lookup"}

@@ -15,11 +15,11 @@ import torch
 from helpers.learners import ArgmaxNormalHedge, ScoredFixedLearner
 
 from hedgespec.config import DecodeConfig
-from hedgespec.engines.drafters import NGrams
-from hedgespec.engines.pool import VARIABLE
-from hedgespec.engines.proposer import TokenProposer
-from hedgespec.engines.vllm import HedgeSpecProposer
 from hedgespec.errors import EngineError, PoolError
+from hedgespec.integrations.vllm.drafters import NGrams
+from hedgespec.integrations.vllm.pool_config import VARIABLE
+from hedgespec.integrations.vllm.token_pool import TokenProposer
+from hedgespec.integrations.vllm.token_proposer import HedgeSpecProposer
 from hedgespec.learners import FixedLearner
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "vllm_calls.json").read_text())
@@ -334,7 +334,7 @@ def pool(monkeypatch, *drafters, **more):
 def test_what_vllm_calls(fake_vllm, monkeypatch):
     pool(monkeypatch, {"type": "ngram", "name": "lookup"})
     made = HedgeSpecProposer(config_of())
-    monkeypatch.setattr("hedgespec.engines.vllm.check_sampling", lambda device: None)
+    monkeypatch.setattr("hedgespec.integrations.vllm.token_proposer.check_sampling", lambda device: None)
     made.load_model(torch.nn.Linear(1, 1))
     table = np.zeros((8, 256), dtype=np.int32)
     table[0, :9] = [5, 6, 7, 8, 9, 5, 6, 7, 8]
@@ -386,7 +386,7 @@ def test_mistakes_are_named(fake_vllm, monkeypatch):
 def test_a_drafter_of_ones_own(fake_vllm, monkeypatch):
     factory = {"factory": "hedgespec.drafters.ngram.NGramDrafter", "options": {"vocab_size": 300, "max_ngram": 2}}
     pool(monkeypatch, {"type": "drafter", "name": "mine", **factory})
-    monkeypatch.setattr("hedgespec.engines.vllm.check_sampling", lambda device: None)
+    monkeypatch.setattr("hedgespec.integrations.vllm.token_proposer.check_sampling", lambda device: None)
     made = HedgeSpecProposer(config_of())
     made.load_model(torch.nn.Linear(1, 1))
     table = np.array([[5, 6, 7, 8, 5]], dtype=np.int32)

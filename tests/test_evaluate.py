@@ -13,9 +13,9 @@ from conftest import GPU_BACKENDS, HAS_GPU, TOLERANCES, anywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgespec import backends
 from hedgespec import evaluate as public_evaluate
-from hedgespec.evaluate import evaluate_reference, expected_accepted_length, length_loss, multi_draft_acceptance
+from hedgespec.ops import backends
+from hedgespec.ops.evaluate import evaluate_reference, expected_accepted_length, length_loss, multi_draft_acceptance
 from hedgespec.records import Evaluation
 
 evaluate = anywhere(public_evaluate)

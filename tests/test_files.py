@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hedgespec.files import replacing, write_tensors, write_text
+from hedgespec.utils.files import replacing, write_tensors, write_text
 
 
 def test_a_file_is_there_when_it_is_whole(tmp_path):

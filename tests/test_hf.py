@@ -50,14 +50,14 @@ from transformers.generation import (
 )
 
 import hedgespec
-from hedgespec import hf
-from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.sampling import Sampling
+from hedgespec.integrations import transformers as hf
+from hedgespec.ops.sampling import Sampling
+from hedgespec.runtime.compat import CACHE_NAME
 
 VOCABULARY, WIDTH, PAD, PROMPT = 53, 16, 0, 9
 LETTERS = "~ " + string.ascii_letters[: VOCABULARY - 2]

@@ -15,10 +15,10 @@ import hedgespec
 from hedgespec import learners
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
+from hedgespec.decoder.learner_state import FORMAT, VERSION, load_learner_state, save_learner_state
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.errors import LearnerStateError
-from hedgespec.learner_state import FORMAT, VERSION, load_learner_state, save_learner_state
-from hedgespec.metrics import DecodeStats
+from hedgespec.stats import DecodeStats
 
 NAMES = ("one", "two", "three")
 REQUEST = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}

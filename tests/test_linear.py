@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hedgespec import backends
-from hedgespec.linear import MOST_ROWS, FewRowLinear, few_row_view, linear
+from hedgespec.ops import backends
+from hedgespec.ops.linear import MOST_ROWS, FewRowLinear, few_row_view, linear
 
 needs_native = pytest.mark.skipif("cpu" not in backends.available("linear"), reason="the native module is not built")
 

@@ -21,13 +21,13 @@ import torch
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from hedgespec import hf
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder, Request
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.ngram import NGramDrafter
+from hedgespec.integrations import transformers as hf
+from hedgespec.ops.sampling import Sampling
 from hedgespec.records import Verdict
-from hedgespec.sampling import Sampling
 
 V = 7
 ROWS = 128

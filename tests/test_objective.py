@@ -16,18 +16,18 @@ from test_pool import batch_of, pool
 
 from hedgespec import learners
 from hedgespec.config import DecodeConfig, Tree
-from hedgespec.costs import FEWEST, Costs
 from hedgespec.decoder import Decoder
 from hedgespec.decoder import pool as pool_module
-from hedgespec.decoder.arms import Drafters, DraftersAndLengths
 from hedgespec.decoder.batch import Batch
 from hedgespec.decoder.pool import Pool
 from hedgespec.decoder.row import Row
-from hedgespec.decoder.selector import MAX_EVALUATE_EVERY, MAX_EVALUATE_EVERY_PLAIN, NO_DRAFT, Selector
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.records import Choice, Feedback
-from hedgespec.target import TargetSession
+from hedgespec.runtime.target import TargetSession
+from hedgespec.selection.arms import Drafters, DraftersAndLengths
+from hedgespec.selection.costs import FEWEST, Costs
+from hedgespec.selection.selector import MAX_EVALUATE_EVERY, MAX_EVALUATE_EVERY_PLAIN, NO_DRAFT, Selector
 
 FULL = ("normal_hedge", "hedge", "ada_normal_hedge")
 K = 3

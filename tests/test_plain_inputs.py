@@ -9,7 +9,7 @@ from helpers.texts import VOCABULARY, check_same_text, plain_texts, prompts, tin
 
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.plain_inputs import PlainInputs, check_inputs, prepares_by_itself
+from hedgespec.runtime.plain_inputs import PlainInputs, check_inputs, prepares_by_itself
 
 LLAMA = transformers.LlamaForCausalLM
 
@@ -165,6 +165,6 @@ def test_an_override_of_transformers_own_is_tried_once():
             super().check(tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hedgespec.plain_inputs.PlainInputs", Noted)
+        patch.setattr("hedgespec.runtime.plain_inputs.PlainInputs", Noted)
         decoder_of(model).generate(**prompts(9), max_new_tokens=3)
     assert asked == [4, 5, 6] and original is type(model).prepare_inputs_for_generation

@@ -21,14 +21,14 @@ from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import Decoder, verification
 from hedgespec.decoder.batch import Batch
 from hedgespec.decoder.groups import NON_FINITE_LOGITS
-from hedgespec.decoder.selector import MAX_EVALUATE_EVERY, Selector
 from hedgespec.decoder.verification import Verifier
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleHead, EagleSession
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.drafters.stack import StackSession
 from hedgespec.errors import VocabularyMismatchError
-from hedgespec.target import TargetSession
+from hedgespec.runtime.target import TargetSession
+from hedgespec.selection.selector import MAX_EVALUATE_EVERY, Selector
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def test_another_read_in_a_round_is_seen(target, monkeypatch, read):
         return logits
 
     monkeypatch.setattr(TargetSession, "forward", types.FunctionType(
-        curious.__code__, {**globals(), "__name__": "hedgespec.target"}, closure=curious.__closure__))  # fmt: skip
+        curious.__code__, {**globals(), "__name__": "hedgespec.runtime.target"}, closure=curious.__closure__))  # fmt: skip
     with pytest.raises(AssertionError):
         test_a_round_asks_the_device_once(target, monkeypatch, {}, 1.0)
 

@@ -9,15 +9,15 @@ import torch
 import transformers
 from helpers.texts import TREE, VOCABULARY, check_same_text, error_of, knowing_pool, plain_texts, prompts, tiny
 
-from hedgespec import capture
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.errors import ContextError
-from hedgespec.linear import few_row_view
-from hedgespec.positions import follow, table_size
-from hedgespec.target import TargetSession
+from hedgespec.ops.linear import few_row_view
+from hedgespec.runtime import capture
+from hedgespec.runtime.positions import follow, table_size
+from hedgespec.runtime.target import TargetSession
 
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.0], "long_factor": [4.0, 9.0]}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
@@ -177,7 +177,7 @@ def test_captured_forwards_follow_the_length(family):
 
 @pytest.mark.parametrize("family", FOLLOWING)
 def test_a_cache_handed_over_is_taken_as_plain_decoding_takes_it(family):
-    from hedgespec.compat import CACHE_NAME
+    from hedgespec.runtime.compat import CACHE_NAME
 
     model, batch = FOLLOWING[family](), prompts(20)
     texts = []

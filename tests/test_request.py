@@ -22,8 +22,8 @@ from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import NAMES, make
 from hedgespec.learners.base import Learner
-from hedgespec.linear import FewRowLinear
-from hedgespec.selection import select
+from hedgespec.ops.linear import FewRowLinear
+from hedgespec.selection.select import select
 from hedgespec.zoo.storage import load_head, save_head
 
 PROMPT, LENGTH = prompt_of(0), 24

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hedgespec.scalars import flag, integer, integers, real, text
+from hedgespec.utils.scalars import flag, integer, integers, real, text
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hedgespec.selection import select
+from hedgespec.selection.select import select
 
 LAST = np.nextafter(1.0, 0.0)
 """The largest float64 below 1."""

@@ -17,8 +17,10 @@ from conftest import GPU_BACKENDS, HAS_GPU
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hedgespec.decoder
-from hedgespec import backends, cli, doctor, self_test
-from hedgespec.self_test import Case, scattered
+from hedgespec import cli
+from hedgespec.cli import doctor
+from hedgespec.ops import backends, self_test
+from hedgespec.ops.self_test import Case, scattered
 
 COMPILED = [(operation, name) for operation, entries in backends._table.items() for name in entries if name != "reference"]
 MARKED = [pytest.param(*each, marks=[pytest.mark.gpu] if HAS_GPU and each[1] in GPU_BACKENDS else []) for each in COMPILED]
@@ -109,7 +111,7 @@ class TestAuto:
     def test_takes_the_next_backend_and_warns_once(self, table, caplog, fault):
         function, reason = FAULTS[fault]
         table(Kernel(function))
-        caplog.set_level(logging.INFO, "hedgespec.backends")
+        caplog.set_level(logging.INFO, "hedgespec.ops.backends")
         with pytest.warns(UserWarning, match=f"the cpu kernel of double is not used on cpu for float32: .*{reason}"):
             assert chosen() is reference
         backends._resolved.clear()
@@ -320,7 +322,7 @@ class TestCache:
 
         def crash():  # what a process leaves that ends within its self-test
             script = (
-                "import os, torch\nfrom hedgespec import backends\nfrom hedgespec.self_test import _Kept\n"
+                "import os, torch\nfrom hedgespec import backends\nfrom hedgespec.ops.self_test import _Kept\n"
                 f"with _Kept({key!r}).running():\n    os._exit(1)\n"
             )
             assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 1
@@ -420,7 +422,7 @@ class TestCases:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_no_uniform_of_verify_is_near_a_step(self, dtype):
-        verify = importlib.import_module("hedgespec.verify")
+        verify = importlib.import_module("hedgespec.ops.verify")
 
         def wide(value):
             return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -10,11 +10,11 @@ import torch
 from test_capture import FakeCuda, Watched
 from torch import nn
 
-from hedgespec.capture import CudaGraphs
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.stack import HeadStack, StackSession, is_plain, kind_of
-from hedgespec.linear import FewRowLinear
-from hedgespec.prefill import stack_linear
+from hedgespec.ops.head_layers import stack_linear
+from hedgespec.ops.linear import FewRowLinear
+from hedgespec.runtime.capture import CudaGraphs
 
 VOCABULARY, HEADS, WIDTH = 40, 4, 36
 SHAPES = dict(
@@ -59,7 +59,7 @@ def as_on_a_gpu(monkeypatch):
         return torch.bmm(weight[which], x[:, :, None])[:, :, 0]
 
     monkeypatch.setattr("hedgespec.drafters.stack.stack_linear", product)
-    monkeypatch.setattr("hedgespec.prefill.check_ids", lambda *_: None)
+    monkeypatch.setattr("hedgespec.ops.head_layers.check_ids", lambda *_: None)
 
 
 class Alone:

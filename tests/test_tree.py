@@ -17,21 +17,22 @@ from test_pool import batch_of
 from test_pool import pool as mixed_pool
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaForCausalLM, MistralConfig, Qwen3Config
 
-from hedgespec import Tree, algorithm, capture
-from hedgespec.compat import CACHE_NAME
+from hedgespec import Tree, algorithm
 from hedgespec.config import MAX_CHILDREN, MAX_NODES, DecodeConfig
 from hedgespec.decoder import Decoder
-from hedgespec.delay import DelayQueue
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.errors import BackendUnavailableError
-from hedgespec.evaluate import evaluate, multi_draft_acceptance
-from hedgespec.target import TargetSession
-from hedgespec.tree import ancestry
-from hedgespec.verify import sample, verify_tree
+from hedgespec.ops.evaluate import evaluate, multi_draft_acceptance
+from hedgespec.ops.tree_mask import ancestry
+from hedgespec.ops.verify import sample, verify_tree
+from hedgespec.runtime import capture
+from hedgespec.runtime.compat import CACHE_NAME
+from hedgespec.runtime.target import TargetSession
+from hedgespec.selection.delay import DelayQueue
 
-rule = importlib.import_module("hedgespec.verify")
+rule = importlib.import_module("hedgespec.ops.verify")
 
 SHAPES = [
     (Tree(2), "argmax"), (Tree((3, 1, 2)), "argmax"), (Tree(3, size=9), "argmax"), (Tree(2, size=3), "argmax"),

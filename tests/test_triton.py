@@ -25,9 +25,9 @@ from hedgespec.triton_kernels import _common, prefill  # noqa: E402
 from hedgespec.triton_kernels import evaluate as evaluation  # noqa: E402
 from hedgespec.triton_kernels import verify as verification  # noqa: E402
 
-from hedgespec import backends  # noqa: E402
-from hedgespec.evaluate import evaluate, evaluate_reference  # noqa: E402
-from hedgespec.verify import verify  # noqa: E402
+from hedgespec.ops import backends  # noqa: E402
+from hedgespec.ops.evaluate import evaluate, evaluate_reference  # noqa: E402
+from hedgespec.ops.verify import verify  # noqa: E402
 
 INF = math.inf
 LAST = 1 - 2.0**-53

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hedgespec import backends
+from hedgespec.ops import backends
+from hedgespec.ops.verify import sample, verify, verify_reference
 from hedgespec.records import Verdict
-from hedgespec.verify import sample, verify, verify_reference
 
-rule = importlib.import_module("hedgespec.verify")  # the module: the package may export the function under this name
+rule = importlib.import_module("hedgespec.ops.verify")  # the module: the package may export the function under this name
 
 INF = math.inf
 LAST = 1 - 2.0**-53  # the largest float64 uniform

@@ -11,13 +11,13 @@ from test_decoder import VOCABULARY, Broken, as_functions, prompt_of, tiny_head,
 from test_pool import batch_of, pool
 from transformers import DynamicCache, LogitsProcessorList
 
-from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.eagle import EagleHead, EagleSession
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.drafters.stack import StackSession
 from hedgespec.learners import make
+from hedgespec.runtime.compat import CACHE_NAME
 
 FULL = ("normal_hedge", "hedge", "ada_normal_hedge")
 """Learners that hear of all drafters."""

@@ -10,14 +10,14 @@ from helpers.wrappers import WRAPPERS, build, lora, prompt_learning
 from torch import nn
 
 import hedgespec
-from hedgespec import capture
-from hedgespec.capture import fingerprint
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.linear import few_row_view
-from hedgespec.self_check import may_be_ragged
-from hedgespec.wrappers import unwrap
+from hedgespec.ops.linear import few_row_view
+from hedgespec.runtime import capture
+from hedgespec.runtime.capture import fingerprint
+from hedgespec.runtime.self_check import may_be_ragged
+from hedgespec.runtime.wrappers import unwrap
 
 COUNT = 12
 
@@ -159,7 +159,7 @@ def test_a_forward_over_several_tokens_that_is_no_series_of_steps_is_refused():
 
 def test_other_code_is_tried_once_a_model(monkeypatch):
     tried = []
-    import hedgespec.self_check as checks
+    import hedgespec.runtime.self_check as checks
 
     original = checks._try
     monkeypatch.setattr(checks, "_try", lambda model: tried.append(model) or original(model))

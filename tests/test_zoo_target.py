@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import byte_tokenizer, fails, speaker
 
 from hedgespec import cli, zoo
+from hedgespec.cli import parser
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError, ZooError
 from hedgespec.zoo import pipeline
@@ -133,7 +134,7 @@ def test_no_room_for_the_target_is_told_with_the_remedy(monkeypatch, tmp_path, c
 
 
 def test_stages_are_in_one_place():
-    assert pipeline.STAGES is zoo.STAGES is cli.STAGES and "stores" in zoo.STAGES
+    assert pipeline.STAGES is zoo.STAGES is parser.STAGES and "stores" in zoo.STAGES
     with pytest.raises(ValueError, match="stage: expected all or one of collect, stores, heads, matrix, got 'eat'"):
         pipeline.run(stage="eat", console=None)
 

@@ -27,7 +27,7 @@ from hedgespec.triton_kernels._common import (
     store_slot,
 )
 
-from hedgespec.launch import as_float32, dense_vocabulary, empty_evaluation, split_temperature
+from hedgespec.ops.launch import as_float32, dense_vocabulary, empty_evaluation, split_temperature
 from hedgespec.records import Evaluation, score_row
 
 _GROUP = tl.constexpr(30)
@@ -79,7 +79,7 @@ def _length_losses(prob, ratio, whole, losses, length, positions, draft_length, 
 
     L = 1 + sum_k prod_{j < k} survival[j] * prob[k], where survival is the ratio, or the prob with PRODUCT.
 
-    Source: with PRODUCT arXiv 2510.20064, Theorem 3; else ours, as `expected_accepted_length` in hedgespec/evaluate.py.
+    Source: with PRODUCT arXiv 2510.20064, Theorem 3; else ours, as `expected_accepted_length` in hedgespec/ops/evaluate.py.
     """
     lanes = tl.arange(0, _STARTS)
     unknown = tl.full([_STARTS], float("nan"), tl.float32)

@@ -15,7 +15,6 @@ import numpy as np
 from table import interval, markdown
 
 from hedgespec.config import DecodeConfig
-from hedgespec.evaluate import expected_accepted_length
 from hedgespec.experiments.measures import (
     best_of,
     losses,
@@ -29,7 +28,8 @@ from hedgespec.experiments.measures import (
 )
 from hedgespec.experiments.recording import Trace
 from hedgespec.experiments.replay import alone, replay
-from hedgespec.metrics import DecodeStats
+from hedgespec.ops.evaluate import expected_accepted_length
+from hedgespec.stats import DecodeStats
 from studies import Study
 from studies.lab import Lab, signature
 from studies.plots import band, bars, figure

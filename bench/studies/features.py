@@ -17,7 +17,7 @@ from hedgespec.config import DecodeConfig
 from hedgespec.experiments.measures import mean_interval, over_seeds, tokens_per_round
 from hedgespec.experiments.recording import Trace
 from hedgespec.experiments.replay import replay
-from hedgespec.metrics import DecodeStats
+from hedgespec.stats import DecodeStats
 from studies import Study
 from studies.lab import Lab, signature
 from studies.plots import figure

@@ -26,7 +26,7 @@ from hedgespec.experiments.measures import (
 )
 from hedgespec.experiments.recording import Trace
 from hedgespec.experiments.replay import replay
-from hedgespec.metrics import DecodeStats
+from hedgespec.stats import DecodeStats
 from hedgespec.zoo import EXPERTS, Prompt, load_prompts
 from studies import Study
 from studies.lab import Lab, signature

@@ -24,9 +24,9 @@ from hedgespec.config import DecodeConfig
 from hedgespec.experiments.recording import Trace
 from hedgespec.experiments.replay import replay
 from hedgespec.learners import NormalHedge
-from hedgespec.metrics import DecodeStats
 from hedgespec.records import NO_DRAFT, Choice
-from hedgespec.selection import select
+from hedgespec.selection.select import select
+from hedgespec.stats import DecodeStats
 
 Array = NDArray[np.float64]
 

@@ -19,13 +19,11 @@ from typing import Any
 import torch
 
 from hedgespec.config import DecodeConfig
-from hedgespec.costs import Costs
 from hedgespec.decoder.batch import Batch
 from hedgespec.decoder.groups import stacks_of
 from hedgespec.decoder.plain import PlainBatch
 from hedgespec.decoder.request import (
     Request,
-    Together,
     eos_of,
     generator,
     padding_of,
@@ -34,20 +32,22 @@ from hedgespec.decoder.request import (
     vocabulary_of,
 )
 from hedgespec.decoder.row import Row
-from hedgespec.decoder.selector import new_learner
+from hedgespec.decoder.together import Together
+from hedgespec.device import stack
 from hedgespec.drafters import Drafter
 from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import Learner
-from hedgespec.metrics import DecodeStats
-from hedgespec.plain_inputs import check_inputs, prepares_by_itself, reread_boundary
-from hedgespec.positions import context_of, length_dependent, table_size
-from hedgespec.sampling import Sampling
-from hedgespec.scalars import integer, shown, text
-from hedgespec.self_check import may_be_ragged
-from hedgespec.target import Captures, check_target, device_of, rows_may_differ
-from hedgespec.transfer import stack
-from hedgespec.wrappers import check_rows, unwrap
+from hedgespec.ops.sampling import Sampling
+from hedgespec.runtime.plain_inputs import check_inputs, prepares_by_itself, reread_boundary
+from hedgespec.runtime.positions import context_of, length_dependent, table_size
+from hedgespec.runtime.self_check import may_be_ragged
+from hedgespec.runtime.target import Captures, check_target, device_of, rows_may_differ
+from hedgespec.runtime.wrappers import check_rows, unwrap
+from hedgespec.selection.costs import Costs
+from hedgespec.selection.selector import new_learner
+from hedgespec.stats import DecodeStats
+from hedgespec.utils.scalars import integer, shown, text
 
 __all__ = [
     "DecodeOutput",
@@ -76,7 +76,7 @@ class DecodeOutput:
 class Decoder:
     """Speculative decoding of a target with a pool of drafters, one of which a learner picks for every round.
 
-    A decoder is also what `model.generate(..., custom_generate=decoder)` takes; see `hedgespec/hf.py`.
+    A decoder is also what `model.generate(..., custom_generate=decoder)` takes; see `hedgespec/integrations/transformers.py`.
 
     Args:
         target: a transformers decoder-only causal language model in eval mode; it is not modified.
@@ -179,10 +179,10 @@ class Decoder:
 
         `generate` does not pass a `streamer` to a custom loop; with one use `hedgespec.custom_generate`.
         """
-        from hedgespec import hf  # which knows this module; only those who come this way need it
+        import hedgespec  # its public function knows this class, and is loaded by those who come this way alone
 
-        return hf.decode(
-            self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=learner_state,
+        return hedgespec.custom_generate(self)(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=learner_state,
             **model_kwargs,
         )  # fmt: skip
 
@@ -210,7 +210,7 @@ class Decoder:
             input_ids: the prompts, int64 (or int32) [B, P] or [P], each row with at least one token.
             attention_mask: [B, P], 0 for the padding on the left of a row and 1 for its tokens; None: there is no padding.
             max_new_tokens: most tokens to emit for a row, >= 1.
-            temperature, top_k, top_p, min_p: see `hedgespec.sampling.Sampling`; temperature 0 is greedy.
+            temperature, top_k, top_p, min_p: see `hedgespec.ops.sampling.Sampling`; temperature 0 is greedy.
             seed: of the uniforms that select, draft and verify, and of the noise in mode "coupled"; None draws a fresh one.
             eos_token_id: ids that end the text, one, a sequence or a tensor [n]; the one that did is its last token. None
                 takes those of the target's generation config, an empty sequence takes none.

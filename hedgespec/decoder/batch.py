@@ -19,17 +19,18 @@ from transformers import DynamicCache
 from hedgespec.decoder.noise import CoupledNoise
 from hedgespec.decoder.plain import PlainBatch, PlainDecoding
 from hedgespec.decoder.pool import Pool
-from hedgespec.decoder.request import Request, Together
+from hedgespec.decoder.request import Request
 from hedgespec.decoder.row import Row, no_draft
 from hedgespec.decoder.scoring import Scorer
+from hedgespec.decoder.together import Together
 from hedgespec.decoder.verification import RowVerdict, Verifier
-from hedgespec.linear import few_row_view
-from hedgespec.metrics import timed
+from hedgespec.device import stack, to_device
+from hedgespec.ops.linear import few_row_view
+from hedgespec.ops.sampling import Sampling
+from hedgespec.ops.tree_mask import ancestry
 from hedgespec.records import NO_DRAFT, Choice, Draft
-from hedgespec.sampling import Sampling
-from hedgespec.target import TargetSession, device_of
-from hedgespec.transfer import stack, to_device
-from hedgespec.tree import ancestry
+from hedgespec.runtime.target import TargetSession, device_of
+from hedgespec.stats import timed
 
 if TYPE_CHECKING:
     from hedgespec.decoder import Decoder

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import torch
 
-from hedgespec.coupled import perturb
 from hedgespec.decoder.groups import DrafterGroup
 from hedgespec.decoder.row import Row, no_draft
+from hedgespec.device import index_of, to_device
+from hedgespec.ops.gumbel import perturb
+from hedgespec.ops.sampling import Sampling
+from hedgespec.ops.verify import sample
 from hedgespec.records import Choice, Draft
-from hedgespec.sampling import Sampling
-from hedgespec.transfer import index_of, to_device
-from hedgespec.verify import sample
 
 Process = Callable[[Row, int, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
 """(row, drafter, logits [1, Vd], draft tokens so far) -> logits [1, V] after the row's logits processors."""

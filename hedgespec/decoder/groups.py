@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from hedgespec.decoder.row import Row, draft_width
+from hedgespec.device import to_device
 from hedgespec.drafters import Drafter, DrafterSession
 from hedgespec.drafters.stack import HeadStack, is_plain, kind_of
-from hedgespec.transfer import to_device
 
 NON_FINITE_LOGITS = "expected logits with a finite maximum, got NaN, +inf or -inf throughout"
 """The maximum of a row of logits shows all three."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder.row import Row
-from hedgespec.sampling import Sampling
-from hedgespec.transfer import stack
+from hedgespec.device import stack
+from hedgespec.ops.gumbel import gumbel, key_of, perturb
+from hedgespec.ops.sampling import Sampling
 
 
 class CoupledNoise:
@@ -45,6 +45,6 @@ class CoupledNoise:
         return spent
 
     def perturb(self, logits: torch.Tensor, noise: torch.Tensor, maps: torch.Tensor | None = None) -> torch.Tensor:
-        """Adds noise to logits; see `hedgespec.coupled.perturb`."""
+        """Adds noise to logits; see `hedgespec.ops.gumbel.perturb`."""
         threshold = self.sampling.threshold(logits)
         return perturb(logits, noise, temperature=self.sampling.temperature, threshold=threshold, draft_to_target=maps)

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 from hedgespec.decoder.request import Request
 from hedgespec.decoder.row import Row
 from hedgespec.errors import ContextError
-from hedgespec.plain_inputs import PlainInputs
-from hedgespec.target import TargetSession
+from hedgespec.runtime.plain_inputs import PlainInputs
+from hedgespec.runtime.target import TargetSession
 
 if TYPE_CHECKING:
     from hedgespec.decoder import Decoder

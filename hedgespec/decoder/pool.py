@@ -13,11 +13,11 @@ from hedgespec.decoder.chain_drafting import draft_chains, processed_logits
 from hedgespec.decoder.groups import DrafterGroup, StackedHeads, UnstackedDrafters
 from hedgespec.decoder.row import Row, draft_width, no_draft
 from hedgespec.decoder.tree_drafting import draft_trees
+from hedgespec.device import index_of
 from hedgespec.drafters import Drafter
 from hedgespec.drafters.stack import HeadStack
+from hedgespec.ops.sampling import Sampling
 from hedgespec.records import Choice, Draft
-from hedgespec.sampling import Sampling
-from hedgespec.transfer import index_of
 
 
 @dataclass

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from hedgespec.cache import RowBuffer
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.request import Request
-from hedgespec.decoder.selector import Selector
+from hedgespec.device import to_device
 from hedgespec.drafters import Drafter
 from hedgespec.learners import Learner
 from hedgespec.records import Draft
-from hedgespec.transfer import to_device
+from hedgespec.runtime.cache import RowBuffer
+from hedgespec.selection.selector import Selector
 
 
 class ScoringBacklog:

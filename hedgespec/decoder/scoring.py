@@ -14,9 +14,9 @@ from hedgespec.decoder.groups import NON_FINITE_LOGITS, DrafterGroup
 from hedgespec.decoder.noise import CoupledNoise
 from hedgespec.decoder.pool import GroupLogits
 from hedgespec.decoder.row import Row
-from hedgespec.evaluate import evaluate, multi_draft_acceptance
-from hedgespec.sampling import Sampling
-from hedgespec.transfer import SideStream, stack, to_device
+from hedgespec.device import SideStream, stack, to_device
+from hedgespec.ops.evaluate import evaluate, multi_draft_acceptance
+from hedgespec.ops.sampling import Sampling
 
 PROMPT_SAMPLING = Sampling(temperature=1.0)
 """Drafters are compared on a prompt at temperature 1, whatever the temperature of the request: a position then tells most."""

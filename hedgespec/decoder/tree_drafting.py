@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 
 from hedgespec.config import Tree
-from hedgespec.coupled import perturb
 from hedgespec.decoder.chain_drafting import Process
 from hedgespec.decoder.groups import DrafterGroup
 from hedgespec.decoder.row import Row, no_draft
+from hedgespec.device import to_device
+from hedgespec.ops.gumbel import perturb
+from hedgespec.ops.sampling import Sampling
+from hedgespec.ops.verify import sample
 from hedgespec.records import Choice, Draft
-from hedgespec.sampling import Sampling
-from hedgespec.transfer import to_device
-from hedgespec.verify import sample
 
 
 @dataclass

@@ -16,14 +16,14 @@ import torch
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.groups import NON_FINITE_LOGITS
 from hedgespec.decoder.noise import CoupledNoise
-from hedgespec.decoder.request import Together
 from hedgespec.decoder.row import Row
+from hedgespec.decoder.together import Together
 from hedgespec.decoder.walks import Walk, Walker
+from hedgespec.device import stack, to_device
 from hedgespec.errors import TargetLogitsError
+from hedgespec.ops.sampling import Sampling
+from hedgespec.ops.verify import verify, verify_tree
 from hedgespec.records import Choice, Draft, Verdict
-from hedgespec.sampling import Sampling
-from hedgespec.transfer import stack, to_device
-from hedgespec.verify import verify, verify_tree
 
 MAX_STACKED_MAPS = 64
 """Stacked vocabulary maps that are kept, one for each combination of drafters that drafted together."""

@@ -13,8 +13,8 @@ import torch
 
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.row import Row
+from hedgespec.device import to_device
 from hedgespec.records import Draft, Verdict
-from hedgespec.transfer import to_device
 
 Emit = Callable[[Row, torch.Tensor, Verdict], tuple[list[int], int]]
 """(row, processed logits [1, V], verdict) -> the emitted tokens, one or none, and the number of accepted draft tokens, 0 if the

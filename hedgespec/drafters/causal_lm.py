@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hedgespec.cache import RaggedCache
-from hedgespec.compat import cache_argument
 from hedgespec.errors import ContextError, VocabularyMismatchError
-from hedgespec.linear import few_row_view
-from hedgespec.positions import table_size
-from hedgespec.scalars import text
-from hedgespec.wrappers import unwrap
+from hedgespec.ops.linear import few_row_view
+from hedgespec.runtime.cache import RaggedCache
+from hedgespec.runtime.compat import cache_argument
+from hedgespec.runtime.positions import table_size
+from hedgespec.runtime.wrappers import unwrap
+from hedgespec.utils.scalars import text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

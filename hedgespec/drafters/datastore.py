@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 from hedgespec.drafters.ngram import one_hot
 from hedgespec.errors import CheckpointError, VocabularyMismatchError
-from hedgespec.files import replacing, write_tensors
-from hedgespec.scalars import integer, shown, text
+from hedgespec.utils.files import replacing, write_tensors
+from hedgespec.utils.scalars import integer, shown, text
 
 FORMAT, VERSION = "hedgespec-datastore", "1"
 MAX_NGRAM = 6

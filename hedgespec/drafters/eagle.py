@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hedgespec.cache import KVCache
-from hedgespec.linear import FewRowLinear
-from hedgespec.scalars import flag, integer, integers, real, text
+from hedgespec.ops.linear import FewRowLinear
+from hedgespec.runtime.cache import KVCache
+from hedgespec.utils.scalars import flag, integer, integers, real, text
 
 SIZES = (
     "hidden_size", "target_hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",

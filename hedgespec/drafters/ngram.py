@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hedgespec.scalars import integer, text
+from hedgespec.utils.scalars import integer, text
 
 
 class NGramDrafter:

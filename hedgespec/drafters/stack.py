@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hedgespec.cache import capacity_for, grown
-from hedgespec.capture import CudaGraphs, NotCapturable, lend
+from hedgespec.device import settle, to_device
 from hedgespec.drafters.eagle import EagleHead, EagleLayer
-from hedgespec.linear import FewRowLinear
-from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
-from hedgespec.transfer import settle, to_device
+from hedgespec.ops.head_layers import rotary_append, stack_linear, stack_rms_norm, swiglu
+from hedgespec.ops.linear import FewRowLinear
+from hedgespec.runtime.cache import capacity_for, grown
+from hedgespec.runtime.capture import CudaGraphs, NotCapturable, lend
 
 MOST_CAPTURED = 64
 """Tokens of a row up to which a pass is captured: those of rounds, and not of prompts."""

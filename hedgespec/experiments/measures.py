@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hedgespec.delay import DelayQueue
 from hedgespec.experiments.recording import Trace
 from hedgespec.experiments.replay import alone
-from hedgespec.metrics import DecodeStats
+from hedgespec.selection.delay import DelayQueue
+from hedgespec.stats import DecodeStats
 
 CONFIDENCE = 0.95
 """Coverage of every interval."""

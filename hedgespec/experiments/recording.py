@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from hedgespec.config import DecodeConfig
-from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder import Decoder
 from hedgespec.decoder.request import generator
 from hedgespec.decoder.scoring import PROMPT_SAMPLING
 from hedgespec.drafters import Drafter
-from hedgespec.evaluate import evaluate
-from hedgespec.sampling import Sampling
+from hedgespec.ops.evaluate import evaluate
+from hedgespec.ops.gumbel import gumbel, key_of, perturb
+from hedgespec.ops.sampling import Sampling
 from hedgespec.zoo.replay import Text, read
 
 ARRAYS = ("tokens", "prompt_prob", "prob", "ratio", "drafted")

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hedgespec.config import DecodeConfig
-from hedgespec.decoder.arms import Seconds
 from hedgespec.decoder.request import generator
-from hedgespec.decoder.selector import Selector, new_learner
 from hedgespec.experiments.recording import Trace
 from hedgespec.learners import Learner
-from hedgespec.metrics import DecodeStats
 from hedgespec.records import Choice
+from hedgespec.selection.arms import Seconds
+from hedgespec.selection.selector import Selector, new_learner
+from hedgespec.stats import DecodeStats
 
 
 class RequestSelector(Protocol):

@@ -14,7 +14,7 @@ from hedgespec.learners.hedge import Hedge
 from hedgespec.learners.meta_sd import MetaSD
 from hedgespec.learners.normal_hedge import NormalHedge
 from hedgespec.learners.ucb import UCBSpec
-from hedgespec.scalars import text
+from hedgespec.utils.scalars import text
 
 _LEARNERS: dict[str, type[Learner]] = {
     learner.name: learner for learner in (NormalHedge, Hedge, AdaNormalHedge, UCBSpec, MetaSD, EXP3Spec, FixedLearner, Uniform)

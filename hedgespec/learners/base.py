@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hedgespec.scalars import integer, real, shown
+from hedgespec.utils.scalars import integer, real, shown
 
 
 class Learner(ABC):

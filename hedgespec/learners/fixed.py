@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hedgespec.learners.base import Learner
-from hedgespec.scalars import integer
+from hedgespec.utils.scalars import integer
 
 
 class FixedLearner(Learner):

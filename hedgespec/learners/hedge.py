@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hedgespec.learners.base import Learner, softmax
-from hedgespec.scalars import real
+from hedgespec.utils.scalars import real
 
 
 class Hedge(Learner):

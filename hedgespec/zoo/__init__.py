@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hedgespec.scalars import shown, text
+from hedgespec.utils.scalars import shown, text
 from hedgespec.zoo.target import load_target
 
 if TYPE_CHECKING:

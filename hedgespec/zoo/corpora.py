@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hedgespec.errors import ZooError
-from hedgespec.paths import cache_dir
+from hedgespec.utils.paths import cache_dir
 from hedgespec.zoo import templates
 
 Document = tuple[str, str]

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
-from hedgespec.metrics import DecodeStats, plot_profile, plot_weights, profile_table, profiled
-from hedgespec.target import device_of
+from hedgespec.runtime.target import device_of
+from hedgespec.stats import DecodeStats, plot_profile, plot_weights, profile_table, profiled
 from hedgespec.zoo import EXPERTS, GENERALIST, NAMES, load_prompts, load_zoo, replay
 
 SETTLED = 16

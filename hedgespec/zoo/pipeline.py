@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from hedgespec.paths import cache_dir
+from hedgespec.utils.paths import cache_dir
 from hedgespec.zoo import EXPERTS, NAMES, STAGES, continuations, corpora, matrix, stores, train
 from hedgespec.zoo.storage import load_head
 from hedgespec.zoo.target import load_target

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hedgespec.checkpoints import PICKLES
+from hedgespec.drafters.checkpoint_files import PICKLES
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError
-from hedgespec.files import replacing, write_tensors
-from hedgespec.scalars import shown
+from hedgespec.utils.files import replacing, write_tensors
+from hedgespec.utils.scalars import shown
 
 FORMAT = "hedgespec-zoo-1"
 SHARED = ("lm_head.weight",)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from hedgespec.errors import CheckpointError, ZooError
-from hedgespec.paths import cache_dir
+from hedgespec.utils.paths import cache_dir
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hedgespec.experiments.recording import Trace
-from hedgespec.metrics import DecodeStats
+from hedgespec.stats import DecodeStats
 
 GOOD, BAD = 0.8, 0.35
 """Acceptance of the drafter that is best for a text, and of all others."""

@@ -43,7 +43,7 @@ def __getattr__(name: str):
     """`RecordingWorker`, which is ours taking notes of what its learners hear; only for engines that use it."""
     if name != "RecordingWorker":
         raise AttributeError(name)
-    from hedgespec.engines.vllm_eagle import Worker
+    from hedgespec.integrations.vllm.eagle_proposer import Worker
 
     class RecordingWorker(Worker):
         def init_device(self) -> None:

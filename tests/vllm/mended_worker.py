@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 from vllm_sampling import replace_expansion
 
-from hedgespec.engines.vllm_worker import Worker as OwnWorker
+from hedgespec.integrations.vllm.worker import Worker as OwnWorker
 
 replace_expansion()
 
