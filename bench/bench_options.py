@@ -69,7 +69,7 @@ from hedgespec.zoo.storage import load_head
 
 PLAIN = "plain"
 POOLS = ("heads", "heads + lookup", "shuffled")
-SCORING = ("evaluate", "prefill")
+SCORING = ("evaluate", "drafter_forward")
 BEGINNING = 32
 """Tokens that count as the beginning of a request."""
 COLUMNS = {

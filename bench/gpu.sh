@@ -39,11 +39,11 @@ step doctor "$python" -m hedgespec doctor
 step tests "$python" -m pytest -q -m gpu
 step memcheck sanitizer memcheck
 step racecheck sanitizer racecheck
-for operation in evaluate verify prefill stack; do
+for operation in evaluate verify head_layers stack; do
   step "bench_$operation" "$python" -m pytest -q -s "bench/bench_$operation.py" --device cuda \
     --benchmark-json "$out/$operation.json"
 done
-"$python" bench/table.py "$out"/{evaluate,verify,prefill,stack}.json >"$out/table.md"
+"$python" bench/table.py "$out"/{evaluate,verify,head_layers,stack}.json >"$out/table.md"
 # Making the zoo's target wants a network: the decoder is measured where it was made before.
 if "$python" -c 'from hedgespec.utils.paths import cache_dir; from hedgespec.zoo import target; exit(not (cache_dir() / target.NAME / "COMPLETE").exists())'; then
   step bench_round "$python" bench/bench_round.py --device cuda --json "$out/round.json"

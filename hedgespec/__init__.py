@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hedgespec.utils.moved import redirect
+
 if TYPE_CHECKING:  # what `_HOMES` says, for type checkers and editors
     from hedgespec import algorithm, drafters, errors, learners
     from hedgespec.config import DecodeConfig, Tree
@@ -75,6 +77,8 @@ __all__ = [
     "verify",
     "verify_tree",
 ]
+
+redirect()
 
 
 def __getattr__(name: str) -> Any:

@@ -105,7 +105,7 @@ class DecodeStats:
         return len(self.choices)
 
     @property
-    def mean_accepted_tokens(self) -> float:
+    def tokens_per_round(self) -> float:
         """MAT: mean tokens emitted per target forward; NaN before the first round."""
         return float(np.mean(self.emitted_by_round)) if self.emitted_by_round else float("nan")
 
@@ -153,7 +153,7 @@ class DecodeStats:
             "draft_length": self.draft_length,
             "rounds": self.rounds,
             "emitted_tokens": self.emitted_tokens,
-            "mean_accepted_tokens": self.mean_accepted_tokens if self.rounds else None,
+            "tokens_per_round": self.tokens_per_round if self.rounds else None,
             "picks": self.picks.tolist(),
             "lengths": self.lengths,
             "evaluations": self.evaluations,

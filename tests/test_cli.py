@@ -176,7 +176,7 @@ def test_json_is_one_object(stats, place):
 
 
 def test_json_has_no_nan_where_there_was_no_round(stats):
-    assert stats("0", "--max-new-tokens", 1)["stats"]["mean_accepted_tokens"] is None
+    assert stats("0", "--max-new-tokens", 1)["stats"]["tokens_per_round"] is None
 
 
 def test_a_dash_reads_stdin_less_one_newline(run, monkeypatch):
@@ -266,7 +266,7 @@ def test_draft_length_and_max_new_tokens(stats, place):
     for length, emitted, rounds in ((5, 13, 2), (2, 13, 4), (1, 5, 2)):
         found = stats("0", "--draft-length", length, "--max-new-tokens", emitted, drafters=[place.twin])["stats"]
         assert (found["emitted_tokens"], found["rounds"]) == (emitted, rounds)
-        assert found["mean_accepted_tokens"] == length + 1
+        assert found["tokens_per_round"] == length + 1
 
 
 def test_the_default_draft_length_is_five(stats, place):

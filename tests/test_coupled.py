@@ -268,7 +268,7 @@ def test_a_seeds_text_is_the_plain_samplers_whatever_drafts(target):
         out = Decoder(target, drafters, DecodeConfig(proposal="coupled")).generate(prompt, **options)
         assert out.sequences[0].tolist() == expected, name
         assert not out.stats[0].failures
-        accepted[name] = out.stats[0].mean_accepted_tokens
+        accepted[name] = out.stats[0].tokens_per_round
     assert accepted["itself"] > 4  # what draws from the target's law draws the target's tokens
     assert 1 < accepted["everyone"] < 5
     for config in CONFIGS:

@@ -231,7 +231,7 @@ def test_overlap_changes_when_losses_arrive_and_not_which(target):
         np.testing.assert_array_equal(one.losses, other.losses)
 
 
-OPERATIONS = {"checks", "evaluate", "verify", "prefill", "linear", "coupled", "native"}
+OPERATIONS = {"checks", "evaluate", "verify", "head_layers", "linear", "gumbel", "native"}
 """Modules that look at values on the CPU only."""
 
 

@@ -26,7 +26,7 @@ def stats():
 
 def test_counts(stats):
     assert stats.rounds == 4
-    assert stats.mean_accepted_tokens == 2.5
+    assert stats.tokens_per_round == 2.5
     assert stats.picks.tolist() == [1, 0, 2]
 
 
@@ -44,7 +44,7 @@ def test_regret_is_against_the_drafter_that_is_best_in_the_end(stats):
 
 def test_nothing_yet():
     stats = DecodeStats(("a",), draft_length=4)
-    assert math.isnan(stats.mean_accepted_tokens)
+    assert math.isnan(stats.tokens_per_round)
     assert stats.picks.tolist() == [0]
     assert stats.regret.size == stats.late_choices(0).size == 0
 

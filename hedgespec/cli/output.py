@@ -76,7 +76,7 @@ def _stats(stats) -> Group:
     drafted = f"{sum(stats.lengths) / stats.rounds:.2f} tokens drafted a round, " if stats.rounds else ""
     plain = f"{stats.lengths.count(0)} of {stats.rounds} rounds plain"
     return Group(
-        f"MAT {stats.mean_accepted_tokens:.2f}, {stats.emitted_tokens / stats.seconds:.1f} tokens/s "
+        f"MAT {stats.tokens_per_round:.2f}, {stats.emitted_tokens / stats.seconds:.1f} tokens/s "
         f"({stats.emitted_tokens} tokens, {stats.rounds} rounds, {stats.seconds:.2f} s)",
         drafted + plain,
         table,

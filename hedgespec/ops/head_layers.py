@@ -349,5 +349,5 @@ for _reference, _cases in (
     (rotary_append_reference, _rotary_append_cases),
 ):
     _operation = _reference.__name__.removesuffix("_reference")
-    backends.register_kernels(_operation, _reference, stem="prefill", cpu_dtypes=(torch.float32,), cuda=False)
+    backends.register_kernels(_operation, _reference, stem="head_layers", cpu_dtypes=(torch.float32,), cuda=False)
     backends.register_cases(_operation, _cases)

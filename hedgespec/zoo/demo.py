@@ -134,7 +134,7 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
             picks = out.stats[0].picks
             favourite = NAMES[int(picks.argmax())]
             progress.console.print(
-                f"{prompt.domain:>10}: {out.stats[0].mean_accepted_tokens:.2f} tokens a round, "
+                f"{prompt.domain:>10}: {out.stats[0].tokens_per_round:.2f} tokens a round, "
                 f"{favourite} drafted {picks.max()} of {out.stats[0].rounds} rounds"
             )
             progress.advance(task)
