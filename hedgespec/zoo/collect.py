@@ -1,0 +1,390 @@
+"""`hedgespec zoo collect`: the target's own answers to the prompts of every domain, as shards of token ids.
+
+Several workers may share a folder, on this machine (locked) or one after another on several machines. Each cycle of a worker
+writes some prompts of every domain, in proportion to what is missing, and answers them: so an interrupted collection is
+balanced. Every prompt and every answer is appended to the worker's journal when it is finished.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+import hedgespec
+from hedgespec.errors import ZooError
+from hedgespec.zoo import shards, sources
+from hedgespec.zoo.generation import Job, Llama, generate
+from hedgespec.zoo.shards import Journal, Row, as_entry
+from hedgespec.zoo.sources import DOMAINS, GOALS, Prompt, Seen, Source
+
+END, START, NOTHING = 2, 1, 0
+"""Ids of <|im_end|>, <|im_start|> and <|endoftext|>."""
+ENDS = (END, START, NOTHING)
+MAX_ANSWER, MAX_PROMPT = 256, 160
+SECOND_TURN_SHARE = 0.2
+SHARD_TOKENS = 400_000
+"""A worker's journal becomes a shard when it holds so many tokens."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a collection does.
+
+    Attributes:
+        domains: of `sources.DOMAINS`.
+        goals: continuation tokens by domain; collecting stops when all are reached.
+        prompts: folder of prompt files, None to leave such sources out.
+        already: folders with shards that count as collected; they are only read.
+        cycle: prompts of a cycle, before filters.
+        slots: texts decoded together.
+        max_answer: tokens of an answer.
+        seed: of the run; every worker and cycle draws from its own stream.
+        minutes: the collection stops after the cycle that is running then; None never.
+    """
+
+    domains: tuple[str, ...] = DOMAINS
+    goals: dict[str, int] = field(default_factory=lambda: dict(GOALS))
+    prompts: Path | None = None
+    already: tuple[Path, ...] = ()
+    cycle: int = 640
+    slots: int = 64
+    max_answer: int = MAX_ANSWER
+    seed: int = 0
+    minutes: float | None = None
+
+
+def description(settings: Settings, llama_dtype: str) -> dict:
+    """What a manifest says besides counts."""
+    import transformers
+
+    from hedgespec.zoo.target import NAME, PACKAGE
+
+    return {
+        "target": NAME, "target_package": PACKAGE, "seed": settings.seed, "max_answer": settings.max_answer, "dtype": llama_dtype,
+        "versions": {"hedgespec": hedgespec.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                     "python": platform.python_version()},
+    }  # fmt: skip
+
+
+class Worker:
+    """One process's share of a collection.
+
+    Args:
+        llama: the target.
+        tokenizer: the target's.
+        folder: of the collection.
+        settings: see `Settings`.
+        report: receives lines for the user.
+        tick: called with the number of tokens of each forward.
+    """
+
+    def __init__(self, llama: Llama, tokenizer, folder: Path, settings: Settings, report: Callable[[str], None] = print,
+                 tick: Callable[[int], None] = lambda tokens: None):  # fmt: skip
+        sources.check_domains(settings.domains)
+        self.llama, self.tokenizer, self.folder, self.settings = llama, tokenizer, folder, settings
+        self.report, self.tick = report, tick
+        folder.mkdir(parents=True, exist_ok=True)
+        self.name, self.lock = self._take_name()
+        self.journal = Journal(folder / f"{self.name}.journal")
+        self.rows: dict[tuple[str, bool], Row] = {}
+        self.pending: dict[str, Prompt] = {}
+        self.seen, self.keys = Seen(), set()
+        self.table = [source for source in sources.SOURCES if source.domain in settings.domains]
+        self.makers: dict[str, Iterator] = {}
+        self.lost: set[str] = set()
+        """Sources that have nothing more to give here."""
+        self.file_texts = self._file_texts()
+        self.refresh()
+
+    def _take_name(self) -> tuple[str, FileLock]:
+        for number in itertools.count():
+            lock = FileLock(self.folder / f"worker-{number:02d}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            return f"worker-{number:02d}", lock
+        raise AssertionError
+
+    def close(self) -> None:
+        self.journal.close()
+        self.lock.release()
+
+    def _file_texts(self) -> set[str]:
+        """Normalised rows of all prompt files: no self-written prompt may copy one."""
+        texts = set()
+        for source in sources.SOURCES:
+            if source.kind != "file":
+                continue
+            if self.settings.prompts is None or not (self.settings.prompts / source.origin).exists():
+                self.lost.add(source.name)
+                continue
+            for row in sources.read_prompt_file(self.settings.prompts / source.origin, self.report):
+                texts.add(sources.normalise(row["prompt"]))
+        return texts
+
+    def refresh(self) -> None:
+        """Reads what all workers have collected so far."""
+        self.rows = shards.read_folder(self.folder, *self.settings.already)
+        answered = {row.key for row in self.rows.values()}
+        for row in self.rows.values():
+            if row.key not in self.keys:
+                self.keys.add(row.key)
+                self.seen.add(self.user_text(row.tokens), "held_out" if row.held_out else "train")
+        for path in sorted(self.folder.glob("*.journal")):
+            for entry in Journal.read(path):
+                if "prompt" not in entry:
+                    continue
+                prompt = Prompt(**entry["prompt"])
+                if prompt.key not in self.keys:
+                    self.keys.add(prompt.key)
+                    self.seen.add(prompt.text, prompt.side)
+                domain = sources.by_name()[prompt.source].domain
+                if path == self.journal.path and prompt.key not in answered and domain in self.settings.domains:
+                    self.pending[prompt.key] = prompt
+        self.pending = {key: prompt for key, prompt in self.pending.items() if key not in answered}
+
+    def user_text(self, tokens: list[int]) -> str:
+        """The first user message of a conversation."""
+        text = self.tokenizer.decode(tokens)
+        return text.split("<|im_start|>user\n", 1)[-1].split("<|im_end|>", 1)[0]
+
+    def counts(self) -> dict[str, int]:
+        """Continuation tokens collected by domain."""
+        counts, table = dict.fromkeys(self.settings.domains, 0), sources.by_name()
+        for row in self.rows.values():
+            if (domain := table[row.source].domain) in counts:
+                counts[domain] += row.written(END)
+        return counts
+
+    # --- prompts ----------------------------------------------------------------------------------------------------
+
+    def plan(self, rng: random.Random) -> list[Source]:
+        """The sources of a cycle's prompts: domains that are behind get more, a domain's sources by their shares."""
+        counts = self.counts()
+        goals = {domain: self.settings.goals[domain] for domain in self.settings.domains}
+        done = {domain: counts[domain] / goals[domain] for domain in goals}
+        open_domains = [domain for domain in goals if done[domain] < 1]
+        level = max(min(done.values()) + 0.02, sum(done.values()) / len(done))
+        missing = {domain: goals[domain] * max(0.02, level + 0.02 - done[domain]) for domain in open_domains}
+        total = sum(missing.values())
+        chosen = []
+        for domain, weight in missing.items():
+            table = [source for source in self.table if source.domain == domain and source.name not in self.lost]
+            if not table:
+                raise ZooError(f"domain {domain}: no source has prompts left; give --prompts or leave it out with --domains")
+            count = max(1, round(self.settings.cycle * weight / total))
+            chosen += rng.choices(table, [source.share / (2.5 if source.kind != "self" else 1) for source in table], k=count)
+        return chosen
+
+    def write_prompts(self, seed: int) -> None:
+        """Adds a cycle's prompts to the pending ones, each journalled once it is accepted."""
+        rng = random.Random(f"{self.settings.seed} {self.name} {seed}")
+        jobs = []
+        for source in self.plan(rng):
+            if source.kind == "self":
+                system, opening = rng.choice(source.systems), rng.choice(source.openings)
+                quoted = opening.rstrip() if '"' in opening else opening.rstrip(" ")
+                head = self.system_ids(system) + self.tokenizer(f"<|im_start|>user\n{quoted}")["input_ids"]
+                jobs.append(Job(head, MAX_PROMPT, rng.choice((0.8, 1.0)), 0.95, label=(source, quoted)))
+                continue
+            found = self.existing(source, rng)
+            if found is not None:
+                self.offer(source, *found)
+        jobs.sort(key=lambda job: len(job.tokens))
+        for job in generate(self.llama, jobs, slots=self.settings.slots, ends=ENDS, seed=rng.randrange(2**31), tick=self.tick):
+            source, opening = job.label
+            if job.new[-1] != END:
+                continue
+            text = (opening + self.tokenizer.decode(job.new[:-1])).strip()
+            if sources.fault(source, text) is None and sources.normalise(text) not in self.file_texts:
+                self.offer(source, text, source.licence)
+
+    def existing(self, source: Source, rng: random.Random) -> tuple[str, str, str | None] | None:
+        """(text, licence, side or None to go by the text) of a prompt that need not be written; None if there is none now."""
+        if source.kind == "passage":
+            kind = {"python": "code", "legal": "law", "french": "story"}.get(source.domain, "prose")
+            own = [row for row in self.rows.values() if row.source == "chat-self" and len(row.tokens) - row.last_start > 200]
+            if kind == "prose" and own and rng.random() < 0.5:
+                picked = rng.sample(own, min(len(own), rng.choice((1, 2, 3))))
+                picked = [row for row in picked if row.held_out == picked[0].held_out]
+                passage = "\n\n".join(self.tokenizer.decode([t for t in row.tokens[row.last_start :] if t > 2]) for row in picked)
+                side = "held_out" if picked[0].held_out else "train"
+                return sources.passage_prompt(source, passage.strip(), rng), source.licence, side
+            key = f"{source.name} {kind}"
+            try:
+                if key not in self.makers:
+                    self.makers[key] = sources.passages(kind, rng.randrange(2**31), self.report)
+                passage = next(self.makers[key])
+            except ZooError as error:
+                self.report(f"{source.name} is left out: {error}")
+                self.lost.add(source.name)
+                return None
+            return sources.passage_prompt(source, passage, rng), source.licence, None
+        if source.name not in self.makers:
+            self.makers[source.name] = (
+                sources.file_prompts(source, self.settings.prompts, self.report) if source.kind == "file"
+                else sources.template_prompts(source)
+            )  # fmt: skip
+        for text, licence in self.makers[source.name]:
+            if replace(_BLANK, text=text).key not in self.keys:
+                return text, licence, None
+        self.report(f"{source.name} has no prompts left")
+        self.lost.add(source.name)
+        return None
+
+    def offer(self, source: Source, text: str, licence: str, side: str | None = None) -> None:
+        """Accepts a prompt unless it, or a near-duplicate, was accepted before."""
+        prompt = Prompt(source.name, text, side or sources.side_of(text), licence)
+        repeat = prompt.key in self.keys or self.seen.similar(text)
+        self.seen.add(text, prompt.side, keep=not repeat)
+        if not repeat:
+            self.keys.add(prompt.key)
+            self.pending[prompt.key] = prompt
+            self.journal.append({"prompt": prompt.__dict__})
+
+    def system_ids(self, system: str) -> list[int]:
+        """The ids of a system message, the template's default for ""."""
+        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": ""}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return self.tokenizer(text.split("<|im_start|>user\n")[0])["input_ids"]
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    def answer_jobs(self, rng: random.Random) -> list[Job]:
+        """Jobs for the pending prompts: half of the training rows greedy, half at 0.7 to 1; held-out ones greedy and at 1."""
+        jobs = []
+        for prompt in self.pending.values():
+            ids = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}], add_generation_prompt=True)
+            ids = list(ids["input_ids"])
+            if len(ids) > 1500:
+                continue
+            greedy = int(prompt.key[-1], 16) % 2 == 0
+            temperatures = (0.0, 1.0) if prompt.side == "held_out" else (0.0 if greedy else round(rng.uniform(0.7, 1.0), 2),)
+            for temperature in temperatures:
+                if (prompt.key, temperature > 0) not in self.rows:
+                    jobs.append(Job(ids, self.settings.max_answer, temperature, label=(prompt, len(ids))))
+        return jobs
+
+    def answer(self, seed: int) -> None:
+        """Answers what is pending; a fifth of the chats is continued with a follow-up prompt and a second answer."""
+        rng = random.Random(f"answers {self.settings.seed} {self.name} {seed}")
+        jobs = sorted(self.answer_jobs(rng), key=lambda job: len(job.tokens))
+        second: list[Job] = []
+        for job in self.run(jobs, rng):
+            prompt, prompt_length = job.label
+            row = self.keep(prompt, job, prompt_length, len(job.tokens))
+            chat = sources.by_name()[prompt.source].domain == "chat"
+            if chat and job.new[-1] == END and prompt_length < 300 and int(prompt.key[:4], 16) < SECOND_TURN_SHARE * 65536:
+                second.append(Job([*row.tokens, *self.tokenizer("\n<|im_start|>user\n")["input_ids"]], MAX_PROMPT, 0.9, 0.95,
+                                  label=(prompt, job)))  # fmt: skip
+        second.sort(key=lambda job: len(job.tokens))
+        last: list[Job] = []
+        for job in self.run(second, rng):
+            prompt, first = job.label
+            text = self.tokenizer.decode(job.new[:-1]).strip()
+            if job.new[-1] == END and len(text.split()) >= 2 and "<|" not in text:
+                tokens = [*job.tokens, *job.new, *self.tokenizer("\n<|im_start|>assistant\n")["input_ids"]]
+                last.append(Job(tokens, self.settings.max_answer, first.temperature, label=(prompt, len(first.tokens))))
+        last.sort(key=lambda job: len(job.tokens))
+        for job in self.run(last, rng):
+            prompt, prompt_length = job.label
+            self.keep(prompt, job, prompt_length, len(job.tokens))
+        self.pending = {}
+
+    def run(self, jobs: list[Job], rng: random.Random) -> Iterator[Job]:
+        """Generates for jobs sorted by length; long ones in fewer slots, so that memory and attention stay bounded."""
+        for low, high, share in ((0, 300, 1), (300, 700, 2), (700, 10**9, 4)):
+            part = [job for job in jobs if low <= len(job.tokens) < high]
+            slots = max(1, self.settings.slots // share)
+            yield from generate(self.llama, part, slots=slots, ends=ENDS, seed=rng.randrange(2**31), tick=self.tick)
+
+    def keep(self, prompt: Prompt, job: Job, prompt_length: int, last_start: int) -> Row:
+        """Journals a finished answer."""
+        row = Row(prompt.key, prompt.source, prompt.licence, prompt.side == "held_out", job.temperature, prompt_length, last_start,
+                  [*job.tokens, *job.new])  # fmt: skip
+        self.rows[row.id] = row
+        self.journal.append(as_entry(row))
+        return row
+
+    def seal(self, *, minimum: int = SHARD_TOKENS) -> None:
+        """Turns the journal into a shard if it holds `minimum` tokens. Prompts without an answer stay in the journal."""
+        rows = shards.merge(Row(**entry["row"]) for entry in Journal.read(self.journal.path) if "row" in entry)
+        if not rows or sum(len(row.tokens) for row in rows.values()) < minimum:
+            return
+        shards.write_shard(self.folder, self.name, rows.values())
+        self.journal.rewrite({"prompt": prompt.__dict__} for prompt in self.pending.values())
+
+    def cycle(self, number: int) -> None:
+        """Prompts, answers, and what follows from them."""
+        if not self.pending:
+            self.write_prompts(number)
+        self.answer(number)
+        self.seal()
+        self.refresh()
+
+
+_BLANK = Prompt("", "", "train", "")
+
+
+def collect(model, tokenizer, folder: Path, settings: Settings, *, console=None) -> dict[str, int]:
+    """Collects until every domain has reached its goal, and returns the continuation tokens of each.
+
+    Args:
+        model: the zoo's target.
+        tokenizer: the target's.
+        folder: where journals, shards and manifest go; what is there already is gone on with.
+        settings: see `Settings`.
+        console: a rich console for the progress bar.
+
+    Raises: ZooError for an unknown domain, a prompt file without good lines, or a disk that is full.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = console or Console()
+    sources.check_domains(settings.domains)
+    rows = settings.slots
+    llama = Llama(model, rows=rows)
+    began, made, shown = time.time(), [0], [0.0]
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+        goal = sum(settings.goals[domain] for domain in settings.domains)
+        bar = progress.add_task("collecting", total=goal, state="")
+
+        def tick(tokens: int) -> None:
+            made[0] += tokens
+            if (now := time.time()) - shown[0] > 1:
+                shown[0] = now
+                rate = made[0] / (now - began)
+                done = progress.tasks[bar].completed
+                left = (goal - done) / max(rate, 1e-9) / 3600
+                progress.update(bar, state=f"{done / 1e6:.2f}M of {goal / 1e6:.1f}M, {rate:.0f} tokens/s, {left:.1f} h left")
+
+        worker = Worker(llama, tokenizer, folder, settings, console.print, tick)
+        try:
+            for number in itertools.count(int(began)):
+                counts = worker.counts()
+                progress.update(bar, completed=sum(min(counts[domain], settings.goals[domain]) for domain in counts))
+                late = settings.minutes is not None and time.time() - began > 60 * settings.minutes
+                if late or all(counts[domain] >= settings.goals[domain] for domain in counts):
+                    break
+                before = made[0], time.time()
+                worker.cycle(number)
+                rate = (made[0] - before[0]) / (time.time() - before[1])
+                shares = ", ".join(f"{domain} {tokens / 1e3:.0f}k" for domain, tokens in worker.counts().items())
+                console.print(f"{time.strftime('%H:%M:%S')} {worker.name}: {rate:.0f} tokens/s; {shares}", highlight=False)
+            worker.seal(minimum=1)
+            with FileLock(folder / "manifest.lock"):
+                shards.write_manifest(folder, worker.rows.values(), END, description(settings, str(llama.dtype)))
+        finally:
+            worker.close()
+    return counts
