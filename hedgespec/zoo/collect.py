@@ -231,8 +231,8 @@ class Worker:
             return sources.passage_prompt(source, passage, rng), source.licence, None
         if source.name not in self.makers:
             self.makers[source.name] = (
-                sources.file_prompts(source, self.settings.prompts, self.report) if source.kind == "file"
-                else sources.template_prompts(source)
+                sources.file_prompts(source, self.settings.prompts, self.name, self.report) if source.kind == "file"
+                else sources.template_prompts(source, self.name)
             )  # fmt: skip
         for text, licence in self.makers[source.name]:
             if replace(_BLANK, text=text).key not in self.keys:

@@ -76,15 +76,15 @@ le vin|la montagne|la mer|les oiseaux|les abeilles|l'eau potable|l'énergie sola
 l'école|l'université|l'apprentissage des langues|la grammaire|les mathématiques|la physique|la chimie|la biologie|l'histoire|
 la géographie|la politique|la démocratie|les droits de l'homme|Napoléon|Victor Hugo|Marie Curie|Molière|Jeanne d'Arc|
 le Moyen Âge|l'Égypte ancienne|Rome|la Grèce|le Canada|le Maroc|l'Afrique|l'Asie|les Alpes|la Bretagne|la Provence|
-le Noël|les vacances|l'amitié|la famille|le travail|le stress|la méditation|le sport|la course à pied|la natation|
+les fêtes de Noël|les vacances|l'amitié|la famille|le travail|le stress|la méditation|le sport|la course à pied|la natation|
 la danse|le théâtre|la photographie|les ordinateurs|Internet|les téléphones|les jeux vidéo|les robots|la lune|les étoiles|
 les insectes|les arbres|les fleurs|le café|le thé|la soupe|les crêpes|les pommes|la pluie|la neige|le vent|les saisons"""
 REQUESTS_FR = (
-    "Explique-moi {} en quelques phrases.", "Écris un court texte en français sur {}.", "Peux-tu me parler de {} en français ?",
+    "Explique-moi {} en quelques phrases.", "Écris un court texte en français sur {}.", "Peux-tu me présenter {} en français ?",
     "Donne-moi cinq conseils en français sur {}.", "Écris une histoire courte en français sur {}.",
     "Écris un poème en français sur {}.", "Quels sont les avantages et les inconvénients concernant {} ? Réponds en français.",
-    "Rédige une lettre en français à un ami sur {}.", "Écris un dialogue en français entre deux personnes qui parlent de {}.",
-    "Fais une liste de dix mots français liés au sujet suivant : {}.", "Pourquoi parle-t-on souvent de {} ? Réponds en français.",
+    "Rédige une lettre en français à un ami sur {}.", "Écris un dialogue en français entre deux personnes sur ce sujet : {}.",
+    "Fais une liste de dix mots français liés au sujet suivant : {}.", "Pourquoi le sujet suivant est-il important : {} ? Réponds en français.",
     "Rédige un paragraphe en français pour présenter {} à des enfants.", "Résume en français l'histoire du sujet suivant : {}.",
     "Write a short text in French about this topic: {}.", "Explain this topic in French: {}.",
 )  # fmt: skip
@@ -484,18 +484,20 @@ def read_prompt_file(path: Path, report: Callable[[str], None]) -> list[dict]:
     return rows
 
 
-def file_prompts(source: Source, folder: Path, report: Callable[[str], None] = print) -> Iterator[tuple[str, str]]:
-    """(text, licence) of the source's file, in an order of its own."""
+def file_prompts(
+    source: Source, folder: Path, seed: str = "", report: Callable[[str], None] = print
+) -> Iterator[tuple[str, str]]:
+    """(text, licence) of the source's file, in an order that `seed` decides."""
     rows = read_prompt_file(folder / source.origin, report)
-    random.Random(source.name).shuffle(rows)
+    random.Random(f"{source.name} {seed}").shuffle(rows)
     for number, row in enumerate(rows):
         text = source.wrap[number % len(source.wrap)].format(row["prompt"].strip())
         yield text, str(row.get("licence", source.licence))
 
 
-def template_prompts(source: Source) -> Iterator[tuple[str, str]]:
-    """(text, licence) of prompts from this project's templates."""
-    rng = random.Random(source.name)
+def template_prompts(source: Source, seed: str = "") -> Iterator[tuple[str, str]]:
+    """(text, licence) of prompts from this project's templates, in an order that `seed` decides."""
+    rng = random.Random(f"{source.name} {seed}")
     texts: list[str] = []
     if source.domain == "math":
         for _, problems in templates.math():
