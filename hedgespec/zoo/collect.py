@@ -216,7 +216,9 @@ class Worker:
             if kind == "prose" and own and rng.random() < 0.5:
                 picked = rng.sample(own, min(len(own), rng.choice((1, 2, 3))))
                 picked = [row for row in picked if row.held_out == picked[0].held_out]
-                passage = "\n\n".join(self.tokenizer.decode([t for t in row.tokens[row.last_start :] if t > 2]) for row in picked)
+                passage = "\n\n".join(
+                    self.tokenizer.decode([t for t in row.tokens[row.last_start :] if t > 2]) for row in picked
+                )
                 side = "held_out" if picked[0].held_out else "train"
                 return sources.passage_prompt(source, passage.strip(), rng), source.licence, side
             key = f"{source.name} {kind}"
@@ -335,6 +337,39 @@ class Worker:
 _BLANK = Prompt("", "", "train", "")
 
 
+def one_sided(rows: list[Row]) -> list[Row]:
+    """The rows without those of the training side whose prompt is a near-duplicate of a held-out one.
+
+    Prompts are compared by token n-grams, as the filters compare words. One worker never makes such rows; two at a time may.
+    """
+
+    def grams(row: Row) -> set[tuple[int, ...]]:
+        prompt = row.tokens[: row.prompt_length]
+        start = len(prompt) - 1 - prompt[::-1].index(START, 4) if START in prompt[::-1][4:] else 0
+        words = prompt[start + 3 : -4]
+        return {tuple(words[i : i + 4]) for i in range(max(1, len(words) - 3))}
+
+    places: dict[tuple[int, ...], list[int]] = {}
+    met: dict[tuple[int, ...], set[str]] = {}
+    for number, row in enumerate(rows):
+        for gram in grams(row):
+            met.setdefault(gram, set()).add(row.key)
+            if row.held_out:
+                places.setdefault(gram, []).append(number)
+    kept = []
+    for row in rows:
+        if not row.held_out:
+            rare = [gram for gram in grams(row) if len(met[gram]) <= 12]
+            shared: dict[str, int] = {}
+            for gram in rare:
+                for key in {rows[place].key for place in places.get(gram, ())}:
+                    shared[key] = shared.get(key, 0) + 1
+            if any(count > 0.6 * len(rare) for count in shared.values()):
+                continue
+        kept.append(row)
+    return kept
+
+
 def collect(model, tokenizer, folder: Path, settings: Settings, *, console=None) -> dict[str, int]:
     """Collects until every domain has reached its goal, and returns the continuation tokens of each.
 
@@ -355,7 +390,13 @@ def collect(model, tokenizer, folder: Path, settings: Settings, *, console=None)
     rows = settings.slots
     llama = Llama(model, rows=rows)
     began, made, shown = time.time(), [0], [0.0]
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         goal = sum(settings.goals[domain] for domain in settings.domains)
         bar = progress.add_task("collecting", total=goal, state="")

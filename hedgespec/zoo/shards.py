@@ -219,7 +219,9 @@ def write_manifest(folder: Path, rows: Iterable[Row], end: int, description: dic
     for row in rows:
         source = table[row.source]
         for group, name in ((counts, source.domain), (sources, source.name)):
-            entry = group.setdefault(name, {"rows": 0, "continuation_tokens": 0, "tokens": 0, "held_out_rows": 0, "greedy_rows": 0})
+            entry = group.setdefault(
+                name, {"rows": 0, "continuation_tokens": 0, "tokens": 0, "held_out_rows": 0, "greedy_rows": 0}
+            )
             entry["rows"] += 1
             entry["tokens"] += len(row.tokens)
             entry["continuation_tokens"] += row.written(end)

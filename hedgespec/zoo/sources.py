@@ -64,7 +64,9 @@ def _lines(text: str) -> tuple[str, ...]:
     return tuple(f"{line.strip()} " if line.strip() else "" for line in text.strip("\n").split("\n"))
 
 
-PYTHON_SYSTEM = "You are an AI assistant that writes Python code. The user asks for Python functions, classes and scripts, or help."
+PYTHON_SYSTEM = (
+    "You are an AI assistant that writes Python code. The user asks for Python functions, classes and scripts, or help."
+)
 SQL_SYSTEM = "You are a database expert. The user describes tables of a database and asks how to write a query in SQL."
 MATH_SYSTEM = "You are a mathematics tutor. The user gives a word problem with numbers, and you solve it step by step."
 MEDICINE_SYSTEM = "You are a medical assistant. The user asks about a disease, its symptoms, its diagnosis or its treatment."
@@ -490,8 +492,8 @@ def file_prompts(
     """(text, licence) of the source's file, in an order that `seed` decides."""
     rows = read_prompt_file(folder / source.origin, report)
     random.Random(f"{source.name} {seed}").shuffle(rows)
-    for number, row in enumerate(rows):
-        text = source.wrap[number % len(source.wrap)].format(row["prompt"].strip())
+    for row in rows:
+        text = source.wrap[_hash(row["prompt"]) % len(source.wrap)].format(row["prompt"].strip())
         yield text, str(row.get("licence", source.licence))
 
 
