@@ -191,7 +191,9 @@ def test_bfloat16_products_change_little(target, features, rows):
     torch.manual_seed(0)
     head = train.initial_head(target, RECIPE, train.draft_vocabulary(rows, 30, 40))
     batch = train.collate(rows[:6], features.get(range(6)))
-    exact, half = (train.batch_loss(head, batch, torch.ones(48), RECIPE, 3, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (
+        train.batch_loss(head, batch, torch.ones(48), RECIPE, 3, dtype)[0] for dtype in (torch.float32, torch.bfloat16)
+    )
     assert half.item() == pytest.approx(exact.item(), rel=0.02)
     half.backward()
     assert all(weight.grad.dtype is torch.float32 for weight in head.parameters() if weight.requires_grad)
@@ -277,7 +279,9 @@ def test_rounds_at_temperature_1_are_expected_rounds():
         known, count = 5, 0
         while known < 16:
             reached = 0
-            while reached < min(3, 16 - known - 1) and torch.rand((), generator=generator) < accept[reached, known - 5 + reached]:
+            while (
+                reached < min(3, 16 - known - 1) and torch.rand((), generator=generator) < accept[reached, known - 5 + reached]
+            ):
                 depths[reached] += 1
                 reached += 1
             known += reached + 1
@@ -292,7 +296,9 @@ def test_acceptance_at_temperature_1_is_the_ratio_of_the_probabilities(target, h
     row = rows[place]
     [found] = matrix.acceptance(head, features, [place], 1, sampled=True)
     text = replay.read(target, torch.tensor(row.tokens), row.prompt_length, [head])
-    logits = head.session().prefill(text.tokens[:-1], text.features[head.aux_layers][:-1], len(row.tokens) - row.prompt_length - 1)
+    logits = head.session().prefill(
+        text.tokens[:-1], text.features[head.aux_layers][:-1], len(row.tokens) - row.prompt_length - 1
+    )
     for number, token in enumerate(row.tokens[row.prompt_length + 1 :]):
         target_prob = text.logits[number + 1].softmax(-1)[token]
         index = (head.draft_to_target == token).nonzero()

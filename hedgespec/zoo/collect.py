@@ -8,8 +8,11 @@ balanced. Every prompt and every answer is appended to the worker's journal when
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -29,6 +32,8 @@ END, START, NOTHING = 2, 1, 0
 """Ids of <|im_end|>, <|im_start|> and <|endoftext|>."""
 ENDS = (END, START, NOTHING)
 MAX_ANSWER, MAX_PROMPT = 256, 160
+MAX_PROMPT_TOKENS = 1500
+"""Longer prompts, chat template included, are left out."""
 SECOND_TURN_SHARE = 0.2
 SHARD_TOKENS = 400_000
 """A worker's journal becomes a shard when it holds so many tokens."""
@@ -68,7 +73,8 @@ def description(settings: Settings, llama_dtype: str) -> dict:
     from hedgespec.zoo.target import NAME, PACKAGE
 
     return {
-        "target": NAME, "target_package": PACKAGE, "seed": settings.seed, "max_answer": settings.max_answer, "dtype": llama_dtype,
+        "target": NAME, "target_package": PACKAGE, "seed": settings.seed, "max_answer": settings.max_answer,
+        "dtype": llama_dtype,
         "versions": {"hedgespec": hedgespec.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "python": platform.python_version()},
     }  # fmt: skip
@@ -101,6 +107,8 @@ class Worker:
         self.makers: dict[str, Iterator] = {}
         self.lost: set[str] = set()
         """Sources that have nothing more to give here."""
+        self.written = 0
+        """Tokens of answers kept since the caller last set it to 0."""
         self.file_texts = self._file_texts()
         self.refresh()
 
@@ -267,7 +275,7 @@ class Worker:
         for prompt in self.pending.values():
             ids = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}], add_generation_prompt=True)
             ids = list(ids["input_ids"])
-            if len(ids) > 1500:
+            if len(ids) > MAX_PROMPT_TOKENS:
                 continue
             greedy = int(prompt.key[-1], 16) % 2 == 0
             temperatures = (0.0, 1.0) if prompt.side == "held_out" else (0.0 if greedy else round(rng.uniform(0.7, 1.0), 2),)
@@ -311,9 +319,11 @@ class Worker:
 
     def keep(self, prompt: Prompt, job: Job, prompt_length: int, last_start: int) -> Row:
         """Journals a finished answer."""
-        row = Row(prompt.key, prompt.source, prompt.licence, prompt.side == "held_out", job.temperature, prompt_length, last_start,
+        held_out = prompt.side == "held_out"
+        row = Row(prompt.key, prompt.source, prompt.licence, held_out, job.temperature, prompt_length, last_start,
                   [*job.tokens, *job.new])  # fmt: skip
         self.rows[row.id] = row
+        self.written += len(job.new)
         self.journal.append(as_entry(row))
         return row
 
@@ -370,7 +380,9 @@ def one_sided(rows: list[Row]) -> list[Row]:
     return kept
 
 
-def collect(model, tokenizer, folder: Path, settings: Settings, *, console=None) -> dict[str, int]:
+def collect(
+    model, tokenizer, folder: Path, settings: Settings, *, console=None, workers: int = 1, command: list[str] | None = None
+) -> dict[str, int]:
     """Collects until every domain has reached its goal, and returns the continuation tokens of each.
 
     Args:
@@ -379,53 +391,77 @@ def collect(model, tokenizer, folder: Path, settings: Settings, *, console=None)
         folder: where journals, shards and manifest go; what is there already is gone on with.
         settings: see `Settings`.
         console: a rich console for the progress bar.
+        workers: processes that collect, this one included, each with an equal share of the threads.
+        command: of the other workers' processes. Their output goes to `NUMBER.log` in the folder.
 
-    Raises: ZooError for an unknown domain, a prompt file without good lines, or a disk that is full.
+    Raises: ZooError for an unknown domain, a prompt file without good lines, or a disk that is full. Nothing that was finished
+    before is lost.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = console or Console()
     sources.check_domains(settings.domains)
-    rows = settings.slots
-    llama = Llama(model, rows=rows)
-    began, made, shown = time.time(), [0], [0.0]
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
-        goal = sum(settings.goals[domain] for domain in settings.domains)
-        bar = progress.add_task("collecting", total=goal, state="")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    others = [_start(command, folder / f"{number}.log") for number in range(1, workers)] if command else []
+    llama = Llama(model, rows=settings.slots)
+    worker = Worker(llama, tokenizer, folder, settings, lambda line: console.print(line, highlight=False))
+    began, generated, shown = time.time(), 0, 0.0
+    counts = worker.counts()
+    base, goal = sum(counts.values()), sum(settings.goals[domain] for domain in settings.domains)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console, refresh_per_second=2) as progress:
+            bar = progress.add_task(worker.name, total=goal, completed=base, state="")
 
-        def tick(tokens: int) -> None:
-            made[0] += tokens
-            if (now := time.time()) - shown[0] > 1:
-                shown[0] = now
-                rate = made[0] / (now - began)
-                done = progress.tasks[bar].completed
-                left = (goal - done) / max(rate, 1e-9) / 3600
-                progress.update(bar, state=f"{done / 1e6:.2f}M of {goal / 1e6:.1f}M, {rate:.0f} tokens/s, {left:.1f} h left")
+            def tick(tokens: int) -> None:
+                nonlocal generated, shown
+                generated += tokens
+                if (now := time.time()) - shown > 1:
+                    shown = now
+                    done = sum(counts.values()) + worker.written
+                    state = f"{done / 1e6:.2f}M of {goal / 1e6:.1f}M tokens, {generated / (now - began):.0f} tokens/s"
+                    if done > base:
+                        state += f", {(goal - done) * (now - began) / (done - base) / 3600:.1f} h left"
+                    progress.update(bar, completed=min(done, goal), state=state)
 
-        worker = Worker(llama, tokenizer, folder, settings, console.print, tick)
-        try:
+            worker.tick = tick
             for number in itertools.count(int(began)):
                 counts = worker.counts()
-                progress.update(bar, completed=sum(min(counts[domain], settings.goals[domain]) for domain in counts))
+                worker.written = 0
                 late = settings.minutes is not None and time.time() - began > 60 * settings.minutes
                 if late or all(counts[domain] >= settings.goals[domain] for domain in counts):
                     break
-                before = made[0], time.time()
+                before = generated, time.time()
                 worker.cycle(number)
-                rate = (made[0] - before[0]) / (time.time() - before[1])
+                rate = (generated - before[0]) / (time.time() - before[1])
                 shares = ", ".join(f"{domain} {tokens / 1e3:.0f}k" for domain, tokens in worker.counts().items())
-                console.print(f"{time.strftime('%H:%M:%S')} {worker.name}: {rate:.0f} tokens/s; {shares}", highlight=False)
+                worker.report(f"{time.strftime('%H:%M:%S')} {worker.name}: {rate:.0f} tokens/s; {shares}")
             worker.seal(minimum=1)
             with FileLock(folder / "manifest.lock"):
                 shards.write_manifest(folder, worker.rows.values(), END, description(settings, str(llama.dtype)))
-        finally:
-            worker.close()
+    finally:
+        worker.close()
+        for process in others:
+            if sys.exc_info()[0] is not None:
+                process.terminate()
+            process.wait()
     return counts
+
+
+def _start(command: list[str], log: Path) -> subprocess.Popen:
+    """Starts another worker with one thread, its output going to a file."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with log.open("ab") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+
+
+def pack(folder: Path, destination: Path) -> Path | None:
+    """Adds what `folder` has and `destination` has not as one new shard to `destination`, and returns its path or None.
+
+    Raises: ZooError if nothing is collected in `folder`, or `destination` cannot be written.
+    """
+    if not shards.read_folder(folder):
+        raise ZooError(f"{folder}: expected a collection, found no rows")
+    return shards.pack(folder, destination, END, description(Settings(), "bfloat16 or float32, as each worker measured"))

@@ -93,9 +93,11 @@ class Llama:
 
     def __init__(self, model, dtype: torch.dtype | None = None, rows: int = 64):
         config = model.config
+        if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+            raise ValueError(f"model: expected a Llama model without biases, got one of type {config.model_type}")
         rope = config.rope_parameters
-        if config.model_type != "llama" or rope.get("rope_type", "default") != "default" or config.attention_bias:
-            raise ValueError(f"model: expected a plain Llama model, got {config.model_type} with {rope}")
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"model: expected positions that are not scaled, got {rope}")
         self.device = model.device
         if dtype is None:
             dtype = faster_dtype(rows) if self.device.type == "cpu" else torch.bfloat16
@@ -188,8 +190,8 @@ class Llama:
         Args:
             tokens: int64 [B].
             lengths: int64 [B], tokens that each slot holds already.
-            cache: as `cache` returns it; receives the tokens' keys and values. All of its length is attended over (masked): keep
-                it short. A slice of a longer one would be copied by every product.
+            cache: as `cache` returns it; receives the tokens' keys and values. All of its length is attended over, masked, so
+                keep it short. A slice of a longer cache would be copied by every product.
         Returns: the normed final state [B, H] in `dtype`.
         """
         rows, longest = len(tokens), cache.shape[4]

@@ -24,7 +24,7 @@ MEANING = {"greedy": "temperature 0", "sampled": "temperature 1"}
 
 
 def held_out_places(features: Features, per_domain: int) -> dict[tuple[str, str], list[int]]:
-    """Indices of held-out rows by (domain, kind), the first `per_domain` of each by key. Sampled rows are those of temperature 1."""
+    """Indices of held-out rows by (domain, kind), the first `per_domain` of each by key; sampled ones at temperature 1."""
     found: dict[tuple[str, str], list[int]] = {}
     for place, row in sorted(held_out_rows(features.rows), key=lambda each: each[1].key):
         if row.temperature in (0.0, 1.0):

@@ -65,7 +65,8 @@ def smoke_settings() -> collect.Settings:
 
 
 def run(names: Sequence[str] | None = None, stage: str = "all", out: Path | None = None, *, console: Console,
-        data: Sequence[Path] = (), smoke: bool = False, recipe: Recipe | None = None, keep_features: bool = True) -> Path:  # fmt: skip
+        data: Sequence[Path] = (), smoke: bool = False, recipe: Recipe | None = None,
+        keep_features: bool = True) -> Path:  # fmt: skip
     """Makes the zoo's heads and returns the folder they are in. Whatever is there already is gone on with.
 
     Args:
@@ -73,7 +74,7 @@ def run(names: Sequence[str] | None = None, stage: str = "all", out: Path | None
         stage: one of `STAGES`, or "all".
         out: where heads, stores and matrix go; None is a folder in the cache.
         console: where progress is shown.
-        data: folders with collected shards; the first is the one that stage "collect" adds to. None given: a folder in the cache.
+        data: folders with collected shards; stage "collect" adds to the first. Empty is a folder in the cache.
         smoke: a tiny collection and tiny heads, to see that the whole chain works here.
         recipe: of the training; None is the default.
         keep_features: whether the target's states are kept on disk (4.6 KB a token) rather than computed at every use.
@@ -140,8 +141,8 @@ def _heads(target, features: Features, names: Sequence[str], recipe: Recipe, fol
         console.print(f"{name}: {found['tokens_per_round']:.3f} tokens a round on {len(chosen)} held-out rows of {domain}")
         return {"domain": domain, "held_out_rows": len(chosen), "tokens_per_round": found["tokens_per_round"]}
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps; {task.fields[line]}"),
-               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+    state = TextColumn("{task.completed}/{task.total} steps; {task.fields[line]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), state, TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=2) as bars:
         made: dict[str, int] = {}
 

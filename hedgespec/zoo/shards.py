@@ -6,8 +6,8 @@ uncompressed numpy archive inside xz, without pickles:
 - `vocabulary` uint16: the ids that occur, the most frequent first; `tokens` uint16: the rows' ids, one after another, as
   indices into it. (0.8 bytes a token; ids as they are take 0.9, low and high bytes apart 1.07, bz2 0.9.)
 - `length`, `prompt_length`, `last_start` int32 [R]: a row's tokens; where its first answer starts; where its last answer does.
-- `temperature` uint8 [R], in hundredths, 0 for greedy; `source`, `licence` int16 [R], indices into `names`; `held_out` bool [R]; `key` uint64 [R],
-  the first 16 hex digits of the SHA-256 of the normalised prompt; `names`, a JSON list as uint8.
+- `temperature` uint8 [R], in hundredths, 0 for greedy; `source`, `licence` int16 [R], indices into `names`; `held_out` bool
+  [R]; `key` uint64 [R], the first 16 hex digits of the SHA-256 of the normalised prompt; `names`, a JSON list as uint8.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ REQUESTS_FR = (
     "Donne-moi cinq conseils en français sur {}.", "Écris une histoire courte en français sur {}.",
     "Écris un poème en français sur {}.", "Quels sont les avantages et les inconvénients concernant {} ? Réponds en français.",
     "Rédige une lettre en français à un ami sur {}.", "Écris un dialogue en français entre deux personnes sur ce sujet : {}.",
-    "Fais une liste de dix mots français liés au sujet suivant : {}.", "Pourquoi le sujet suivant est-il important : {} ? Réponds en français.",
+    "Fais une liste de dix mots français liés au sujet suivant : {}.",
+    "Pourquoi le sujet suivant est-il important : {} ? Réponds en français.",
     "Rédige un paragraphe en français pour présenter {} à des enfants.", "Résume en français l'histoire du sujet suivant : {}.",
     "Write a short text in French about this topic: {}.", "Explain this topic in French: {}.",
 )  # fmt: skip
@@ -242,8 +243,8 @@ SOURCES: tuple[Source, ...] = (
             Describe the symptoms
             What medication
             Should I see a doctor
-        """), contains=r"symptom|treat|disease|patient|doctor|pain|cancer|diabet|drug|medic|blood|health|diagnos|infect|syndrome|"
-        r"heart|surg|therap|virus|vaccin|chronic|skin|lung|brain|kidney|liver|pregnan|fever|headache|allerg|asthma|sleep|diet|dose"),
+        """), contains=r"symptom|treat|disease|patient|doctor|pain|cancer|diabet|drug|medic|blood|health|diagnos|infect|"
+        r"syndrome|heart|surg|therap|virus|vaccin|chronic|skin|lung|brain|kidney|liver|pregnan|fever|headache|allerg|asthma|sleep|diet|dose"),
     Source("pubmedqa", "medicine", "file", "medicine.jsonl", "MIT", 0.1),
     Source("legal-self", "legal", "self", "the target", OWN, 0.8, (LEGAL_SYSTEM,), _lines("""
             What is the legal definition of
@@ -306,7 +307,7 @@ SUMMARIES = (
 QUESTIONS = (
     "Read this passage and answer the question.\n\n{}\n\nQuestion: What is this passage mainly about?",
     "{}\n\nBased on the text above, what is the most important statement, and why?",
-    "Use only the following text to answer.\n\n{}\n\nQuestion: Who or what is mentioned in the text, and what is said about it?",
+    "Use only the following text to answer.\n\n{}\n\nQuestion: Who or what is mentioned here, and what is said about it?",
     "Context:\n{}\n\nQuestion: What happens at the end of this text?\nAnswer:",
     "Here is some context.\n\n{}\n\nWrite three questions about it, and answer each from the text.",
     "{}\n\nQuestion: What does the author want the reader to know or do?",
@@ -325,9 +326,12 @@ TO_FRENCH = ("Translate the following text into French.\n\n{}", "{}\n\nTranslate
              "Traduis ce texte en français.\n\n{}", "Résume ce texte en français.\n\n{}")  # fmt: skip
 ABOUT_TEXT = {"summary": SUMMARIES, "question": QUESTIONS, "rewriting": REWRITES, "translation": TRANSLATIONS}
 ABOUT_CODE = (
-    "Explain what this Python code does.\n\n```python\n{}\n```", "Write a docstring for every function here:\n\n```python\n{}\n```",
-    "```python\n{}\n```\n\nRewrite this code so that it is easier to read.", "Find possible bugs in this code:\n\n```python\n{}\n```",
-    "Write unit tests for the following Python code.\n\n```python\n{}\n```", "Add type hints to this code:\n\n```python\n{}\n```",
+    "Explain what this Python code does.\n\n```python\n{}\n```",
+    "Write a docstring for every function here:\n\n```python\n{}\n```",
+    "```python\n{}\n```\n\nRewrite this code so that it is easier to read.",
+    "Find possible bugs in this code:\n\n```python\n{}\n```",
+    "Write unit tests for the following Python code.\n\n```python\n{}\n```",
+    "Add type hints to this code:\n\n```python\n{}\n```",
     "What would you call this module, and what are its main functions?\n\n```python\n{}\n```",
 )  # fmt: skip
 ABOUT_LAW = (
@@ -522,7 +526,10 @@ def template_prompts(source: Source, seed: str = "") -> Iterator[tuple[str, str]
 
 
 def passages(kind: str, seed: int, report: Callable[[str], None] = print) -> Iterator[str]:
-    """Endless passages of 900 to 4,500 characters: kind "code", "law", "prose" or "story". Raises: ZooError if nothing is there."""
+    """Endless passages of 900 to 4,500 characters: kind "code", "law", "prose" or "story".
+
+    Raises: ZooError if no package has texts of the kind.
+    """
     makers = {"code": (corpora.python,), "law": (corpora.legal,), "prose": (corpora.scripture, _module_docs, corpora.legal),
               "story": (corpora.scripture, _module_docs)}[kind]  # fmt: skip
     documents: list[list[str]] = []

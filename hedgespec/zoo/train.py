@@ -373,7 +373,8 @@ def curve_steps(steps: int, points: int) -> list[int]:
 
 def train_head(head: EagleHead, features: Features, plan: Plan, recipe: Recipe, checkpoint: Path, *,
                measure: Callable[[EagleHead], dict] | None = None, dtype: torch.dtype = torch.float32,
-               progress: Callable[[int, int, str], None] = lambda step, steps, line: None) -> tuple[EagleHead, list[dict]]:  # fmt: skip
+               progress: Callable[[int, int, str], None] = lambda step, steps, line: None,
+               ) -> tuple[EagleHead, list[dict]]:  # fmt: skip
     """Trains and returns the head with averaged weights, and the scaling curve. Goes on from `checkpoint` if there is one.
 
     `fc` sees scaled features while it trains; the scale is folded back into it at the end.
