@@ -49,8 +49,8 @@ def test_near_duplicates_are_found_and_common_openings_are_not():
     assert seen.similar(close)
     assert seen.similar(close, "held_out") and not seen.similar(close, "train")
     assert not seen.similar("Write a short poem about a lighthouse keeper and the sea")
-    diseases = ["lupus", "asthma", "gout", "measles", "flu", "malaria", "mumps", "rabies", "scurvy", "polio", "cholera", "typhus",
-                "dengue", "anthrax", "tetanus"]  # fmt: skip
+    diseases = ["lupus", "asthma", "gout", "measles", "flu", "malaria", "mumps", "rabies", "scurvy", "polio", "cholera",
+                "typhus", "dengue", "anthrax", "tetanus"]  # fmt: skip
     for name in diseases:
         seen.add(f"what are the symptoms of {name}", keep=not seen.similar(f"what are the symptoms of {name}"))
     assert not seen.similar("what are the symptoms of plague")
@@ -210,9 +210,8 @@ def test_a_killed_collection_goes_on(tmp_path, tokenizer, scripted, passages):
     """What was finished is kept, what was asked is not asked again, and the lock is free."""
     worker = collect.Worker(None, tokenizer, tmp_path, SETTINGS, report=lambda line: None)
     scripted["limit"] = 70
-    with pytest.raises(KeyboardInterrupt):
-        for number in range(9):
-            worker.cycle(number)
+    with pytest.raises(KeyboardInterrupt):  # during the first cycle's answers
+        worker.cycle(0)
     worker.lock.release()
     kept, pending = dict(worker.rows), {key for key in worker.pending if key not in {row.key for row in worker.rows.values()}}
     assert kept and pending

@@ -218,7 +218,7 @@ def test_the_chain_of_heads(target, features, rows, tmp_path):
     with pytest.raises(ZooError, match="domain math: no training rows among the 32 collected"):
         train.train(target, features, ["math"], recipe, tmp_path)
     train.train(
-        target, features, train.HEADS[:1] + ("sql", "joint"), recipe, tmp_path, licence={"commit": "c"},
+        target, features, ("chat", "sql", "joint"), recipe, tmp_path, licence={"commit": "c"},
         measure=lambda name, head: {"name": name}, progress=lambda name, step, steps, line: said.append((name, step, steps)),
     )  # fmt: skip
     assert [name for name, step, steps in said if step == steps] == ["chat", "sql", "joint"]

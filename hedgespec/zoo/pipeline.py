@@ -20,7 +20,7 @@ from hedgespec.zoo.generation import Llama
 from hedgespec.zoo.shards import Row
 from hedgespec.zoo.storage import load_head
 from hedgespec.zoo.target import load_target
-from hedgespec.zoo.train import CHAT, HEADS, Recipe, domain_of, train
+from hedgespec.zoo.train import CHAT, HEADS, JOINT, Recipe, domain_of, train
 
 STAGES = ("collect", "stores", "heads", "matrix")
 GPU_BATCH_TOKENS = 16_384
@@ -102,8 +102,7 @@ def run(names: Sequence[str] | None = None, stage: str = "all", out: Path | None
         return folder
     rows = read_rows(data)
     domains = {domain_of(row) for row in rows if not row.held_out}
-    names = tuple(names or (each for each in HEADS if each in domains or each not in (CHAT, *domains) and len(domains) > 1))
-    names = tuple(each for each in names if each in domains or each == "joint")
+    names = tuple(names or (each for each in HEADS if each in domains or (each == JOINT and len(domains) > 1)))
     if stage in ("stores", "all"):
         stores.build(folder, rows, report=console.print)
     if stage in ("heads", "matrix", "all"):
