@@ -136,7 +136,7 @@ def scripted(monkeypatch, tokenizer):
     jobs: list = []
     state = {"jobs": jobs, "limit": None, "prompt": None}
 
-    def generate(llama, given, *, slots, ends, seed, tick):
+    def generate(llama, given, *, slots, ends, seed, tick, watch):
         rng = random.Random(seed)
         for job in given:
             if state["limit"] is not None and len(jobs) >= state["limit"]:
@@ -147,7 +147,10 @@ def scripted(monkeypatch, tokenizer):
             )
             words = " ".join(rng.choice(SAID) + str(rng.randrange(100)) for _ in range(12 if asks else 30))
             text = state["prompt"] if asks and state["prompt"] else f" {words} sql function symptom law"
-            job.new = [*tokenizer(text)["input_ids"], 2]
+            words = tokenizer(text)["input_ids"]
+            job.new = words[:9]
+            watch([job])
+            job.new = [*words, 2]
             tick(len(job.new))
             yield job
 
@@ -222,9 +225,45 @@ def test_a_killed_collection_goes_on(tmp_path, tokenizer, scripted, passages):
     scripted["limit"] = None
     before = len(scripted["jobs"])
     again.cycle(100)
-    first = scripted["jobs"][before]
-    assert first.label[0].key in pending  # answers, no new prompts
+    assert scripted["jobs"][before].label["kind"] == "answer"  # no new prompts
     assert {row.key for row in again.rows.values()} >= pending
+    again.close()
+
+
+@pytest.mark.parametrize("kind", ["ask", "answer", "follow-up", "last"])
+def test_texts_that_had_not_ended_go_on(tmp_path, tokenizer, scripted, passages, monkeypatch, kind):
+    """Killed after nine tokens of a text of each kind: the next worker continues with those nine, and loses nothing else."""
+    monkeypatch.setattr(collect, "PARTIAL_SECONDS", 0)
+    settings = replace(SETTINGS, cycle=120)
+    worker = collect.Worker(None, tokenizer, tmp_path, settings, report=lambda line: None)
+    save, killed = worker.save_partial, []
+
+    def die(active):
+        [job] = active
+        second = job.label["kind"] == "answer" and job.label["start"] > job.label["prompt_length"]
+        save(active)
+        if ("last" if second else job.label["kind"]) == kind:
+            killed.append(replace(job, new=list(job.new)))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "save_partial", die)
+    with pytest.raises(KeyboardInterrupt):
+        worker.cycle(0)
+    worker.close()
+    again = collect.Worker(None, tokenizer, tmp_path, settings, report=lambda line: None)
+    [job] = again.interrupted
+    assert job.tokens == [*killed[0].tokens, *killed[0].new]
+    assert job.max_new_tokens == killed[0].max_new_tokens - 9
+    assert again.rows == worker.rows
+    again.cycle(1)
+    if kind == "ask":
+        opening = tokenizer.decode(job.tokens[job.label["start"] :])
+        assert any(opening.strip() in again.user_text(row.tokens) for row in again.rows.values())
+    else:
+        row = again.rows[job.label["row"]["key"], job.label.get("temperature", job.temperature) > 0]
+        assert row.tokens[: len(job.tokens)] == job.tokens
+        assert (row.last_start > row.prompt_length) == (kind in ("follow-up", "last")) or kind == "answer"
+    assert not again.partial.exists()
     again.close()
 
 

@@ -8,6 +8,7 @@ balanced. Every prompt and every answer is appended to the worker's journal when
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import platform
 import random
@@ -34,6 +35,9 @@ ENDS = (END, START, NOTHING)
 MAX_ANSWER, MAX_PROMPT = 256, 160
 MAX_PROMPT_TOKENS = 1500
 """Longer prompts, chat template included, are left out."""
+MAX_PROMPT_OF_TWO = 300
+"""Chats with longer prompts get no second turn."""
+PARTIAL_SECONDS = 20
 SECOND_TURN_SHARE = 0.2
 SHARD_TOKENS = 400_000
 """A worker's journal becomes a shard when it holds so many tokens."""
@@ -110,7 +114,12 @@ class Worker:
         self.written = 0
         """Tokens of answers kept since the caller last set it to 0."""
         self.file_texts = self._file_texts()
+        self.partial, self.saved = folder / f"{self.name}.partial", time.monotonic()
         self.refresh()
+        own = [Row(**entry["row"]) for entry in Journal.read(self.journal.path) if "row" in entry]
+        self.single = {row.id: row for row in own if self.rows[row.id].last_start == row.prompt_length}
+        """Conversations of one turn that may get a second: those of the journal."""
+        self.interrupted = self.read_partial()
 
     def _take_name(self) -> tuple[str, FileLock]:
         for number in itertools.count():
@@ -199,22 +208,30 @@ class Worker:
         jobs = []
         for source in self.plan(rng):
             if source.kind == "self":
-                system, opening = rng.choice(source.systems), rng.choice(source.openings)
-                quoted = opening.rstrip() if '"' in opening else opening.rstrip(" ")
-                head = self.system_ids(system) + self.tokenizer(f"<|im_start|>user\n{quoted}")["input_ids"]
-                jobs.append(Job(head, MAX_PROMPT, rng.choice((0.8, 1.0)), 0.95, label=(source, quoted)))
+                system, opening = rng.choice(source.systems), rng.choice(source.openings).rstrip()
+                head = self.system_ids(system) + self.tokenizer(f"<|im_start|>user\n{opening}")["input_ids"]
+                label = {"kind": "ask", "source": source.name, "opening": opening, "start": len(head)}
+                jobs.append(Job(head, MAX_PROMPT, rng.choice((0.8, 1.0)), 0.95, label=label))
                 continue
             found = self.existing(source, rng)
             if found is not None:
                 self.offer(source, *found)
-        jobs.sort(key=lambda job: len(job.tokens))
-        for job in generate(self.llama, jobs, slots=self.settings.slots, ends=ENDS, seed=rng.randrange(2**31), tick=self.tick):
-            source, opening = job.label
-            if job.new[-1] != END:
-                continue
-            text = (opening + self.tokenizer.decode(job.new[:-1])).strip()
-            if sources.fault(source, text) is None and sources.normalise(text) not in self.file_texts:
+        self.ask(jobs, rng)
+
+    def ask(self, jobs: list[Job], rng: random.Random) -> None:
+        """Has the target finish prompts, and offers those that pass the filters."""
+        table = sources.by_name()
+        for job in self.run(jobs, rng):
+            source = table[job.label["source"]]
+            text = self.text_of(job, job.label["opening"])
+            if text is not None and sources.fault(source, text) is None and sources.normalise(text) not in self.file_texts:
                 self.offer(source, text, source.licence)
+
+    def text_of(self, job: Job, opening: str = "") -> str | None:
+        """What a job wrote since its start, or None if it did not come to an end."""
+        if job.new[-1] != END:
+            return None
+        return (opening + self.tokenizer.decode([*job.tokens, *job.new][job.label["start"] : -1])).strip()
 
     def existing(self, source: Source, rng: random.Random) -> tuple[str, str, str | None] | None:
         """(text, licence, side or None to go by the text) of a prompt that need not be written; None if there is none now."""
@@ -279,53 +296,100 @@ class Worker:
                 continue
             greedy = int(prompt.key[-1], 16) % 2 == 0
             temperatures = (0.0, 1.0) if prompt.side == "held_out" else (0.0 if greedy else round(rng.uniform(0.7, 1.0), 2),)
+            row = {"key": prompt.key, "source": prompt.source, "licence": prompt.licence, "held_out": prompt.side == "held_out"}
             for temperature in temperatures:
-                if (prompt.key, temperature > 0) not in self.rows:
-                    jobs.append(Job(ids, self.settings.max_answer, temperature, label=(prompt, len(ids))))
+                label = {"kind": "answer", "row": row, "prompt_length": len(ids), "start": len(ids)}
+                jobs.append(Job(ids, self.settings.max_answer, temperature, label=label))
         return jobs
 
     def answer(self, seed: int) -> None:
         """Answers what is pending; a fifth of the chats is continued with a follow-up prompt and a second answer."""
         rng = random.Random(f"answers {self.settings.seed} {self.name} {seed}")
-        jobs = sorted(self.answer_jobs(rng), key=lambda job: len(job.tokens))
-        second: list[Job] = []
-        for job in self.run(jobs, rng):
-            prompt, prompt_length = job.label
-            row = self.keep(prompt, job, prompt_length, len(job.tokens))
-            chat = sources.by_name()[prompt.source].domain == "chat"
-            if chat and job.new[-1] == END and prompt_length < 300 and int(prompt.key[:4], 16) < SECOND_TURN_SHARE * 65536:
-                second.append(Job([*row.tokens, *self.tokenizer("\n<|im_start|>user\n")["input_ids"]], MAX_PROMPT, 0.9, 0.95,
-                                  label=(prompt, job)))  # fmt: skip
-        second.sort(key=lambda job: len(job.tokens))
+        begun = {
+            kind: [job for job in self.interrupted if job.label["kind"] == kind] for kind in ("ask", "answer", "follow-up")
+        }
+        self.interrupted = []
+        self.ask(begun["ask"], rng)
+        known = {(job.label["row"]["key"], job.temperature > 0) for job in begun["answer"]} | set(self.rows)
+        fresh = [job for job in self.answer_jobs(rng) if (job.label["row"]["key"], job.temperature > 0) not in known]
+        for job in self.run(begun["answer"] + fresh, rng):
+            self.keep(job)
         last: list[Job] = []
-        for job in self.run(second, rng):
-            prompt, first = job.label
-            text = self.tokenizer.decode(job.new[:-1]).strip()
-            if job.new[-1] == END and len(text.split()) >= 2 and "<|" not in text:
+        for job in self.run(begun["follow-up"] + self.follow_ups({job.label["row"]["key"] for job in begun["follow-up"]}), rng):
+            text = self.text_of(job)
+            if text is not None and len(text.split()) >= 2 and "<|" not in text:
                 tokens = [*job.tokens, *job.new, *self.tokenizer("\n<|im_start|>assistant\n")["input_ids"]]
-                last.append(Job(tokens, self.settings.max_answer, first.temperature, label=(prompt, len(first.tokens))))
-        last.sort(key=lambda job: len(job.tokens))
+                label = job.label | {"kind": "answer", "start": len(tokens)}
+                last.append(Job(tokens, self.settings.max_answer, job.label["temperature"], label=label))
         for job in self.run(last, rng):
-            prompt, prompt_length = job.label
-            self.keep(prompt, job, prompt_length, len(job.tokens))
-        self.pending = {}
+            self.keep(job)
+        self.pending, self.single = {}, {}
+        self.partial.unlink(missing_ok=True)
+
+    def follow_ups(self, begun: set[str]) -> list[Job]:
+        """Jobs that write the next user message of `SECOND_TURN_SHARE` of the short chats whose answer came to an end."""
+        head, jobs = self.tokenizer("\n<|im_start|>user\n")["input_ids"], []
+        for row in self.single.values():
+            chat = sources.by_name()[row.source].domain == "chat"
+            chosen = int(row.key[:4], 16) < SECOND_TURN_SHARE * 65536 and row.key not in begun
+            if chat and chosen and row.tokens[-1] == END and row.prompt_length < MAX_PROMPT_OF_TWO:
+                fields = {"key": row.key, "source": row.source, "licence": row.licence, "held_out": row.held_out}
+                label = {"kind": "follow-up", "row": fields, "prompt_length": row.prompt_length, "temperature": row.temperature,
+                         "start": len(row.tokens) + len(head)}  # fmt: skip
+                jobs.append(Job([*row.tokens, *head], MAX_PROMPT, 0.9, 0.95, label=label))
+        return jobs
 
     def run(self, jobs: list[Job], rng: random.Random) -> Iterator[Job]:
-        """Generates for jobs sorted by length; long ones in fewer slots, so that memory and attention stay bounded."""
+        """Generates for jobs, sorted by length; long ones in fewer slots, so that memory and attention stay bounded."""
+        jobs = sorted(jobs, key=lambda job: len(job.tokens))
         for low, high, share in ((0, 300, 1), (300, 700, 2), (700, 10**9, 4)):
             part = [job for job in jobs if low <= len(job.tokens) < high]
             slots = max(1, self.settings.slots // share)
-            yield from generate(self.llama, part, slots=slots, ends=ENDS, seed=rng.randrange(2**31), tick=self.tick)
+            yield from generate(
+                self.llama, part, slots=slots, ends=ENDS, seed=rng.randrange(2**31), tick=self.tick, watch=self.save_partial
+            )
 
-    def keep(self, prompt: Prompt, job: Job, prompt_length: int, last_start: int) -> Row:
+    def save_partial(self, active: list[Job]) -> None:
+        """Every `PARTIAL_SECONDS`: writes down the texts that have not ended, so that a kill loses no more than that."""
+        if time.monotonic() - self.saved < PARTIAL_SECONDS:
+            return
+        self.saved = time.monotonic()
+        entries = [
+            {"tokens": [*job.tokens, *job.new], "max_new_tokens": job.max_new_tokens - len(job.new),
+             "temperature": job.temperature, "top_p": job.top_p, "label": job.label}
+            for job in active
+        ]  # fmt: skip
+        shards.write_atomically(self.partial, json.dumps(entries).encode())
+
+    def read_partial(self) -> list[Job]:
+        """The texts that had not ended when this worker was killed, as jobs that go on with them."""
+        try:
+            entries = json.loads(self.partial.read_bytes())
+        except (OSError, ValueError):
+            return []
+        table, jobs = sources.by_name(), [Job(**entry) for entry in entries]
+        found = []
+        for job in jobs:
+            name = job.label.get("source") or job.label["row"]["source"]
+            if name not in table or table[name].domain not in self.settings.domains or job.max_new_tokens < 1:
+                continue
+            if job.label["kind"] == "answer":
+                done = self.rows.get((job.label["row"]["key"], job.temperature > 0))
+                if done is not None and len(done.tokens) >= len(job.tokens):
+                    continue
+            found.append(job)
+        return found
+
+    def keep(self, job: Job) -> None:
         """Journals a finished answer."""
-        held_out = prompt.side == "held_out"
-        row = Row(prompt.key, prompt.source, prompt.licence, held_out, job.temperature, prompt_length, last_start,
-                  [*job.tokens, *job.new])  # fmt: skip
+        label = job.label
+        row = Row(**label["row"], temperature=job.temperature, prompt_length=label["prompt_length"], last_start=label["start"],
+                  tokens=[*job.tokens, *job.new])  # fmt: skip
         self.rows[row.id] = row
-        self.written += len(job.new)
+        if row.last_start == row.prompt_length:
+            self.single[row.id] = row
+        self.written += len(row.tokens) - row.last_start
         self.journal.append(as_entry(row))
-        return row
 
     def seal(self, *, minimum: int = SHARD_TOKENS) -> None:
         """Turns the journal into a shard if it holds `minimum` tokens. Prompts without an answer stay in the journal."""
@@ -337,7 +401,7 @@ class Worker:
 
     def cycle(self, number: int) -> None:
         """Prompts, answers, and what follows from them."""
-        if not self.pending:
+        if not self.pending and not self.interrupted:
             self.write_prompts(number)
         self.answer(number)
         self.seal()

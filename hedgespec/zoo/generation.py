@@ -241,7 +241,8 @@ class Llama:
 
 @torch.inference_mode()
 def generate(llama: Llama, jobs: Iterable[Job], *, slots: int, ends: tuple[int, ...], seed: int,
-             tick: Callable[[int], None] = lambda tokens: None) -> Iterator[Job]:  # fmt: skip
+             tick: Callable[[int], None] = lambda tokens: None,
+             watch: Callable[[list[Job]], None] = lambda active: None) -> Iterator[Job]:  # fmt: skip
     """Yields jobs as they end. Give jobs of similar length one after another: all slots attend over the longest's length.
 
     Args:
@@ -250,6 +251,7 @@ def generate(llama: Llama, jobs: Iterable[Job], *, slots: int, ends: tuple[int, 
         ends: token ids that end a text.
         seed: of the random draws.
         tick: called after every forward with the number of new tokens.
+        watch: called after every step with the jobs that have not ended.
     """
     generator = torch.Generator(llama.device).manual_seed(seed)
     waiting = iter(jobs)
@@ -328,3 +330,4 @@ def generate(llama: Llama, jobs: Iterable[Job], *, slots: int, ends: tuple[int, 
             job.new.append(token)
         tick(rows)
         yield from finish()
+        watch(active)

@@ -71,7 +71,8 @@ class Row:
         return sum(stop - start for start, stop in self.answers(end))
 
 
-def _atomic(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces a file as a whole. Raises: ZooError if that fails; the old file is left."""
     scratch = path.with_name(path.name + ".part")
     try:
         with scratch.open("wb") as file:
@@ -160,7 +161,7 @@ class Journal:
     def rewrite(self, entries: Iterable[dict]) -> None:
         """Replaces all lines, atomically."""
         self.close()
-        _atomic(self.path, b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+        write_atomically(self.path, b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
 
     def close(self) -> None:
         if self.file is not None:
@@ -207,7 +208,7 @@ def write_shard(folder: Path, name: str, rows: Iterable[Row]) -> Path:
     """Writes `NAME-NUMBER.npz.xz` with the next free number and returns its path."""
     number = 1 + max((int(path.name[len(name) + 1 :].split(".")[0]) for path in folder.glob(f"{name}-*{SUFFIX}")), default=-1)
     path = folder / f"{name}-{number:04d}{SUFFIX}"
-    _atomic(path, encode(rows))
+    write_atomically(path, encode(rows))
     return path
 
 
@@ -234,7 +235,7 @@ def write_manifest(folder: Path, rows: Iterable[Row], end: int, description: dic
         entry["origin"], entry["kind"] = table[name].origin, table[name].kind
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(f"*{SUFFIX}"))}
     manifest = {"format": FORMAT, **description, "domains": counts, "sources": sources, "shards": files}
-    _atomic(folder / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     return manifest
 
 
@@ -245,11 +246,11 @@ def pack(folder: Path, destination: Path, end: int, description: dict) -> Path |
     """
     destination.mkdir(parents=True, exist_ok=True)
     there = read_folder(destination)
-    rows = [row for row in read_folder(folder).values() if row.id not in there]
+    rows = [row for row in read_folder(folder).values() if row.id not in there or len(there[row.id].tokens) < len(row.tokens)]
     if not rows:
         return None
     path = write_shard(destination, "ids", rows)
-    write_manifest(destination, [*there.values(), *rows], end, description)
+    write_manifest(destination, merge([*there.values(), *rows]).values(), end, description)
     return path
 
 
