@@ -290,10 +290,8 @@ def zoo_train(options: argparse.Namespace) -> None:
     from hedgespec.zoo.pipeline import run
 
     names = tuple(options.only) if options.only else None
-    data, keep = tuple(options.data or ()), not options.no_features
-    run(
-        names=names, stage=options.stage, out=options.out, console=Console(), data=data, smoke=options.smoke, keep_features=keep
-    )
+    run(names=names, stage=options.stage, out=options.out, console=Console(), data=tuple(options.data or ()),
+        smoke=options.smoke, settings=tuple(options.settings or ()), keep_features=not options.no_features)  # fmt: skip
 
 
 def zoo_matrix(options: argparse.Namespace) -> None:
@@ -747,6 +745,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command("train", zoo_train, "train the heads on what was collected, and measure them", zoo).add_argument
     add("--only", metavar="NAME", nargs="+", help="heads to train: chat, a domain, joint (default: all that have data)")
     add("--data", metavar="FOLDER", type=Path, nargs="+", help="collections (default: zoo-data in the cache)")
+    add("--set", dest="settings", metavar="NAME=VALUE", nargs="+", help="changes of the recipe, as passes=2 or depths=1,3,5")
     add("--stage", choices=STAGES, default="all", help="a part of the work; all: stores, heads, matrix (default: %(default)s)")
     add("--smoke", action="store_true", help="a tiny collection and tiny heads, to see that the whole chain works here")
     add("--out", metavar="FOLDER", type=Path, help="where heads and matrix go (default: zoo-heads in the cache)")

@@ -900,13 +900,29 @@ def test_zoo_train_and_matrix(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "hedgespec.zoo.pipeline", fake)
     assert cli.main(["zoo", "train"]) == 0
-    argv = ["--only", "sql", "joint", "--stage", "heads", "--out", "there", "--data", "a", "b", "--smoke", "--no-features"]
+    argv = [
+        "--only",
+        "sql",
+        "joint",
+        "--stage",
+        "heads",
+        "--out",
+        "there",
+        "--data",
+        "a",
+        "b",
+        "--smoke",
+        "--no-features",
+        "--set",
+        "passes=2",
+    ]
     assert cli.main(["zoo", "train", *argv]) == 0
     assert cli.main(["zoo", "matrix", "--head", "python", "--head", "x.safetensors", "--data", "a"]) == 0
     assert [options for _, options in calls] == [
-        {"names": None, "stage": "all", "out": None, "data": (), "smoke": False, "keep_features": True},
+        {"names": None, "stage": "all", "out": None, "data": (), "smoke": False, "settings": (),
+         "keep_features": True},
         {"names": ("sql", "joint"), "stage": "heads", "out": Path("there"), "data": (Path("a"), Path("b")), "smoke": True,
-         "keep_features": False},
+         "settings": ("passes=2",), "keep_features": False},
         ((("python", "x.safetensors"), (Path("a"),), None), {"keep_features": True}),
     ]  # fmt: skip
     assert all(hasattr(console, "print") for console, _ in calls)

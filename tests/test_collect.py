@@ -336,6 +336,43 @@ def test_packing_an_empty_folder(tmp_path):
         collect.pack(tmp_path, tmp_path / "there")
 
 
+def test_training_goes_on_with_the_shards_it_began_with(tmp_path):
+    from hedgespec.zoo import pipeline
+
+    def row(number: int) -> Row:
+        return Row(f"{number:016x}", "chat-self", "own", False, 0.0, 9, 9, [*range(3 + number, 12 + number), 70, 2])
+
+    data, frozen = tmp_path / "data", tmp_path / "data.json"
+    with pytest.raises(ZooError, match="data: expected a folder written by `hedgespec zoo collect`, found none at"):
+        pipeline.read_rows([data], frozen)
+    data.mkdir()
+    Journal(data / "worker-00.journal").append(shards.as_entry(row(9)))
+    with pytest.raises(ZooError, match="data: expected shards in .*, found none; run `hedgespec zoo collect`, or --pack"):
+        pipeline.read_rows([data], frozen)
+    first = shards.write_shard(data, "worker-00", [row(0), row(1)])
+    assert pipeline.read_rows([data], frozen) == [row(0), row(1)]
+    shards.write_shard(data, "worker-00", [row(2)])
+    assert pipeline.read_rows([data], frozen) == [row(0), row(1)]
+    assert pipeline.read_rows([data]) == [row(0), row(1), row(2)]
+    first.write_bytes(shards.encode([row(3)]))
+    with pytest.raises(ZooError, match="worker-00-0000.npz.xz: expected the shard that training began with, got another"):
+        pipeline.read_rows([data], frozen)
+    first.unlink()
+    with pytest.raises(ZooError, match="data.json: expected the shard .*worker-00-0000.npz.xz, which training began with"):
+        pipeline.read_rows([data], frozen)
+
+
+def test_the_recipe_is_changed_by_name():
+    from hedgespec.zoo.pipeline import recipe_with
+
+    recipe = recipe_with(["passes=2.5", "depths=1,3", "draft_vocab_size=16384"])
+    assert (recipe.passes, recipe.depths, recipe.draft_vocab_size) == (2.5, (1, 3), 16384)
+    with pytest.raises(ValueError, match="set: expected NAME=VALUE with a name among draft_vocab_size, .*, got 'width=3'"):
+        recipe_with(["width=3"])
+    with pytest.raises(ValueError, match="set: expected int for seed, got 'x'"):
+        recipe_with(["seed=x"])
+
+
 @pytest.mark.slow
 def test_the_whole_chain(tmp_path, monkeypatch):
     """`hedgespec zoo train --smoke` with the real target collects, trains, measures; a second run finds everything done."""

@@ -183,7 +183,7 @@ def test_training_learns_and_goes_on_where_it_stopped(target, features, rows, tm
     assert [point["step"] for point in again] == [point["step"] for point in curve]
     for name, weight in straight.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight, msg=name)
-    with pytest.raises(ZooError, match=f"expected a checkpoint of {3 * steps // 8} steps, got one of {steps}"):
+    with pytest.raises(ZooError, match="expected a checkpoint of the same data and recipe"):
         train.train_head(fresh(), features, replace(plan, passes=3), RECIPE, path)
 
 

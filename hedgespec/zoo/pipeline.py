@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -37,25 +38,66 @@ def default_heads() -> Path:
     return cache_dir() / "zoo-heads"
 
 
-def read_rows(folders: Sequence[Path]) -> list[Row]:
-    """All collected rows, in an order that does not change when more are added in new shards.
+def read_rows(folders: Sequence[Path], frozen: Path | None = None) -> list[Row]:
+    """The rows of the folders' shards. What is still in a worker's journal is not read, because it changes.
 
     Rows of the training side that are near-duplicates of a held-out prompt (of another worker, at the same time) are left out.
-    Raises: ZooError if there are none.
+
+    Args:
+        folders: of collections.
+        frozen: a file that remembers which shards were read. If it exists, the same are read again, whatever was added since,
+            so that an interrupted training goes on with the data that it began with.
+
+    Raises: ZooError if there are no shards, or one of the frozen ones is missing or another.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise ZooError(f"data: expected a folder written by `hedgespec zoo collect`, found none at {folder}")
-    rows = list(shards.read_folder(*folders).values())
-    if not rows:
-        raise ZooError(f"data: {', '.join(map(str, folders))}: no rows yet; run `hedgespec zoo collect`")
-    return collect.one_sided(rows)
+    if frozen is not None and frozen.exists():
+        wanted = {Path(name): digest for name, digest in json.loads(frozen.read_text()).items()}
+    else:
+        for folder in folders:
+            if not folder.is_dir():
+                raise ZooError(f"data: expected a folder written by `hedgespec zoo collect`, found none at {folder}")
+        wanted = {path.resolve(): None for folder in folders for path in sorted(folder.glob(f"*{shards.SUFFIX}"))}
+    if not wanted:
+        names = ", ".join(map(str, folders))
+        raise ZooError(
+            f"data: expected shards in {names}, found none; run `hedgespec zoo collect`, or --pack what it has so far"
+        )
+    rows, digests = [], {}
+    for path, digest in wanted.items():
+        if not path.exists():
+            raise ZooError(
+                f"{frozen}: expected the shard {path}, which training began with; delete {frozen.name} to begin anew"
+            )
+        data = path.read_bytes()
+        digests[str(path)] = hashlib.sha256(data).hexdigest()
+        if digest not in (None, digests[str(path)]):
+            raise ZooError(f"{path}: expected the shard that training began with, got another; delete {frozen} to begin anew")
+        rows += shards.decode(data, str(path))
+    if frozen is not None and not frozen.exists():
+        frozen.write_text(json.dumps(digests, indent=1) + "\n")
+    return collect.one_sided(list(shards.merge(rows).values()))
 
 
 def smoke_recipe() -> Recipe:
     """A recipe with which the whole chain takes a minute or two; its heads are good for nothing."""
     return Recipe(draft_vocab_size=2048, intermediate_size=256, passes=1, expert_passes=1, batch_tokens=512, depths=(1, 3),
                   expert_depths=(3,), curve_points=2)  # fmt: skip
+
+
+def recipe_with(settings: Sequence[str], recipe: Recipe | None = None) -> Recipe:
+    """A recipe changed by NAME=VALUE pairs. Raises: ValueError for an unknown name or a value of another type."""
+    recipe = recipe or Recipe()
+    kinds = {field.name: type(getattr(recipe, field.name)) for field in fields(recipe)}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in kinds:
+            raise ValueError(f"set: expected NAME=VALUE with a name among {', '.join(kinds)}, got {setting!r}")
+        try:
+            value = tuple(int(part) for part in text.split(",")) if kinds[name] is tuple else kinds[name](text)
+        except ValueError as error:
+            raise ValueError(f"set: expected {kinds[name].__name__} for {name}, got {text!r}") from error
+        recipe = replace(recipe, **{name: value})
+    return recipe
 
 
 def smoke_settings() -> collect.Settings:
@@ -65,7 +107,7 @@ def smoke_settings() -> collect.Settings:
 
 
 def run(names: Sequence[str] | None = None, stage: str = "all", out: Path | None = None, *, console: Console,
-        data: Sequence[Path] = (), smoke: bool = False, recipe: Recipe | None = None,
+        data: Sequence[Path] = (), smoke: bool = False, settings: Sequence[str] = (),
         keep_features: bool = True) -> Path:  # fmt: skip
     """Makes the zoo's heads and returns the folder they are in. Whatever is there already is gone on with.
 
@@ -76,7 +118,7 @@ def run(names: Sequence[str] | None = None, stage: str = "all", out: Path | None
         console: where progress is shown.
         data: folders with collected shards; stage "collect" adds to the first. Empty is a folder in the cache.
         smoke: a tiny collection and tiny heads, to see that the whole chain works here.
-        recipe: of the training; None is the default.
+        settings: NAME=VALUE, changes of the recipe.
         keep_features: whether the target's states are kept on disk (4.6 KB a token) rather than computed at every use.
 
     Raises: ValueError for an unknown head or stage; ZooError if data are missing or the disk is full.
@@ -91,16 +133,17 @@ def run(names: Sequence[str] | None = None, stage: str = "all", out: Path | None
     data = [Path(each) for each in data] or [default_data() / name]
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target, tokenizer = load_target(device=device)
-    target.requires_grad_(False)
-    recipe = recipe or (smoke_recipe() if smoke else Recipe())
+    recipe = smoke_recipe() if smoke else Recipe()
     if device == "cuda" and not smoke:
         recipe = replace(recipe, batch_tokens=GPU_BATCH_TOKENS)
+    recipe = recipe_with(settings, recipe)
+    target, tokenizer = load_target(device=device)
+    target.requires_grad_(False)
     if stage == "collect" or (stage == "all" and smoke):
         collect.collect(target, tokenizer, data[0], smoke_settings() if smoke else collect.Settings(), console=console)
     if stage == "collect":
         return folder
-    rows = read_rows(data)
+    rows = read_rows(data, folder / "data.json")
     domains = {domain_of(row) for row in rows if not row.held_out}
     names = tuple(names or (each for each in HEADS if each in domains or (each == JOINT and len(domains) > 1)))
     if stage in ("stores", "all"):

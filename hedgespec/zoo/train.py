@@ -10,6 +10,7 @@ that predict the target's answers are unrolled; of a prompt, keys and values are
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -400,11 +401,13 @@ def train_head(head: EagleHead, features: Features, plan: Plan, recipe: Recipe, 
     average = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.AdamW(weights, lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     first, curve, seen, spent = 0, [], 0, 0.0
+    identity = hashlib.sha256(repr((recipe, plan.passes, [rows[place].id for place in plan.places])).encode()).hexdigest()
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location=device)
-        if saved["steps"] != len(schedule):
-            raise ZooError(f"{checkpoint}: expected a checkpoint of {len(schedule)} steps, got one of {saved['steps']}; "
-                           "the data or the recipe changed: delete it to begin anew")  # fmt: skip
+        if saved["identity"] != identity:
+            raise ZooError(
+                f"{checkpoint}: expected a checkpoint of the same data and recipe, got another's; delete it to begin anew"
+            )
         with torch.no_grad():
             for weight, value, mean, kept in zip(weights, saved["weights"], average, saved["average"], strict=True):
                 weight.copy_(value)
@@ -423,7 +426,7 @@ def train_head(head: EagleHead, features: Features, plan: Plan, recipe: Recipe, 
 
     def save(step: int) -> None:
         state = {"weights": [weight.detach() for weight in weights], "average": average, "optimizer": optimizer.state_dict(),
-                 "step": step, "steps": len(schedule), "curve": curve, "seen": seen, "seconds": spent}  # fmt: skip
+                 "step": step, "identity": identity, "curve": curve, "seen": seen, "seconds": spent}  # fmt: skip
         try:
             torch.save(state, scratch := checkpoint.with_suffix(".part"))
             scratch.rename(checkpoint)
