@@ -857,20 +857,62 @@ def test_zoo_pool(tmp_path, capsys, monkeypatch):
     assert [entry.options["model"] for entry in pool.drafters] == [str(tmp_path / name) for name in zoo.NAMES]
 
 
-def test_zoo_train(monkeypatch):
+def test_zoo_train_and_matrix(monkeypatch):
     calls = []
-    fake = SimpleNamespace(run=lambda **options: calls.append((options.pop("console"), options)))
+    fake = SimpleNamespace(
+        run=lambda **options: calls.append((options.pop("console"), options)),
+        matrix_of=lambda *given, console, **options: calls.append((console, (given, options))),
+    )
     monkeypatch.setitem(sys.modules, "hedgespec.zoo.pipeline", fake)
     assert cli.main(["zoo", "train"]) == 0
-    assert cli.main(["zoo", "train", "--only", "sql", "french", "--stage", "heads", "--out", "there"]) == 0
-    for stage in zoo.STAGES:
-        assert cli.main(["zoo", "train", "--stage", stage]) == 0
-    assert [options for _, options in calls] == [
-        {"names": None, "stage": "all", "out": None},
-        {"names": ("sql", "french"), "stage": "heads", "out": Path("there")},
-        *({"names": None, "stage": stage, "out": None} for stage in ("collect", "stores", "heads", "matrix")),
+    argv = [
+        "--only",
+        "sql",
+        "joint",
+        "--stage",
+        "heads",
+        "--out",
+        "there",
+        "--data",
+        "a",
+        "b",
+        "--smoke",
+        "--no-features",
+        "--set",
+        "passes=2",
     ]
+    assert cli.main(["zoo", "train", *argv]) == 0
+    assert cli.main(["zoo", "matrix", "--head", "python", "--head", "x.safetensors", "--data", "a"]) == 0
+    assert [options for _, options in calls] == [
+        {"names": None, "stage": "all", "out": None, "data": (), "smoke": False, "settings": (),
+         "keep_features": True},
+        {"names": ("sql", "joint"), "stage": "heads", "out": Path("there"), "data": (Path("a"), Path("b")), "smoke": True,
+         "settings": ("passes=2",), "keep_features": False},
+        ((("python", "x.safetensors"), (Path("a"),), None), {"keep_features": True}),
+    ]  # fmt: skip
     assert all(hasattr(console, "print") for console, _ in calls)
+
+
+def test_zoo_collect(monkeypatch, tmp_path, capsys):
+    from hedgespec.zoo import collect, target
+
+    calls = []
+    monkeypatch.setattr(target, "load_target", lambda: ("model", "tokenizer"))
+    monkeypatch.setattr(collect, "collect", lambda *given, **options: calls.append((given, options)))
+    argv = ["zoo", "collect", "--out", "there", "--prompts", "files", "--domains", "sql", "math", "--scale", "0.5",
+            "--workers", "2", "--from", "a", "b", "--minutes", "3", "--seed", "4"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["hedgespec", *argv])
+    assert cli.main(argv) == 0
+    [((model, tokenizer, folder, settings), options)] = calls
+    assert (model, tokenizer, folder) == ("model", "tokenizer", Path("there"))
+    assert (settings.domains, settings.prompts, settings.minutes, settings.seed) == (("sql", "math"), Path("files"), 3, 4)
+    assert settings.already == (Path("a"), Path("b"))
+    assert settings.goals["sql"] == 250_000
+    assert options["workers"] == 2
+    assert options["command"][1:] == ["-m", "hedgespec", *argv, "--workers", "1"]
+    fails(capsys, 1, "expected one of chat, python", argv=["zoo", "collect", "--domains", "poetry"])
+    fails(capsys, 1, "found no rows", argv=["zoo", "collect", "--out", tmp_path, "--pack", tmp_path / "packed"])
+    fails(capsys, 2, "--scale", argv=["zoo", "collect", "--scale", "0"])
 
 
 # doctor and version

@@ -33,6 +33,7 @@ from hedgespec.zoo import (
     templates,
 )
 from hedgespec.zoo.demo import run as run_demo
+from hedgespec.zoo.shards import Row
 
 
 @pytest.fixture(scope="module")
@@ -287,16 +288,21 @@ def test_stores_are_over_the_targets_vocabulary():
         stores.load_store("klingon")
 
 
-def test_stores_are_made_of_continuations(tmp_path, monkeypatch):
-    monkeypatch.setenv("HEDGESPEC_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ZooError, match="domain sql: expected continuations in the cache, found none"):
-        stores.build(tmp_path, ("sql",))
-    folder = tmp_path / "cache" / "continuations"
-    folder.mkdir(parents=True)
-    tokens = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 8, 0]], dtype=torch.int32)
-    save_file({"tokens": tokens, "length": torch.tensor([4, 5])}, folder / "sql-000.safetensors")
+def test_stores_are_made_of_the_collected_rows(tmp_path):
+    with pytest.raises(ZooError, match="stores: expected training rows, got none"):
+        stores.build(tmp_path, [])
+    rows = [
+        Row(f"{number:016x}", source, "own", number == 2, 0.0, 2, 2, tokens)
+        for number, (source, tokens) in enumerate(
+            [("sql-self", [5, 6, 7, 8]), ("chat-self", [7, 8, 9, 2]), ("chat-self", [5, 6, 30, 31])]
+        )
+    ]
     told = []
-    stores.build(tmp_path, ("sql",), told.append)
-    made = Datastore.load(stores.store_path("sql", tmp_path))
-    assert made.next_tokens([[5, 6], [7, 8], [9]]).tolist() == [7, 0, -1]  # what lies behind a text's end is not read
-    assert told == [f"sql: {len(made)} entries from 9 tokens of 2 texts"]
+    stores.build(tmp_path, rows, told.append)
+    sql, everything = (Datastore.load(stores.store_path(name, tmp_path)) for name in ("sql", "chat"))
+    assert sql.next_tokens([[5, 6], [7, 8]]).tolist() == [7, -1]
+    assert everything.next_tokens([[5, 6], [7, 8], [6, 30]]).tolist() == [7, 9, -1]  # the third row is held out
+    assert told == [
+        f"sql: {len(sql)} entries from 4 tokens of 1 texts",
+        f"chat: {len(everything)} entries from 8 tokens of 2 texts",
+    ]

@@ -6,6 +6,7 @@ torch and transformers are imported only once there is work for them.
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -216,11 +217,42 @@ def zoo_pool(options: argparse.Namespace) -> None:
     _print_json({"drafters": drafters})
 
 
+def zoo_collect(options: argparse.Namespace) -> None:
+    from hedgespec.zoo.sources import DOMAINS, GOALS, check_domains
+
+    check_domains(tuple(options.domains or ()))
+    from hedgespec.zoo import collect
+    from hedgespec.zoo.pipeline import default_data
+    from hedgespec.zoo.target import load_target
+
+    folder = options.out or default_data()
+    if options.pack:
+        path = collect.pack(folder, options.pack)
+        print(f"{path}: {path.stat().st_size} bytes" if path else f"{options.pack} already has every row of {folder}")
+        return
+    settings = collect.Settings(
+        domains=tuple(options.domains or DOMAINS), goals={name: int(GOALS[name] * options.scale) for name in DOMAINS},
+        prompts=options.prompts, already=tuple(options.already or ()), seed=options.seed, minutes=options.minutes,
+    )  # fmt: skip
+    # Other workers take the same arguments, but for their number.
+    command = [sys.executable, "-m", "hedgespec", *sys.argv[1:], "--workers", "1"]
+    model, tokenizer = load_target()
+    collect.collect(model, tokenizer, folder, settings, console=_Console(), workers=options.workers, command=command)
+
+
 def zoo_train(options: argparse.Namespace) -> None:
-    _check_heads("--only", options.only or ())
     from hedgespec.zoo.pipeline import run
 
-    run(names=tuple(options.only) if options.only else None, stage=options.stage, out=options.out, console=_Console())
+    names = tuple(options.only) if options.only else None
+    run(names=names, stage=options.stage, out=options.out, console=_Console(), data=tuple(options.data or ()),
+        smoke=options.smoke, settings=tuple(options.settings or ()), keep_features=not options.no_features)  # fmt: skip
+
+
+def zoo_matrix(options: argparse.Namespace) -> None:
+    from hedgespec.zoo.pipeline import matrix_of
+
+    matrix_of(tuple(options.head or ()), tuple(options.data or ()), options.out, console=_Console(),
+              keep_features=not options.no_features)  # fmt: skip
 
 
 def zoo_export(options: argparse.Namespace) -> None:

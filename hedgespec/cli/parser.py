@@ -28,8 +28,10 @@ from hedgespec.cli.commands import (
     doctor,
     generate,
     inspect,
+    zoo_collect,
     zoo_export,
     zoo_list,
+    zoo_matrix,
     zoo_path,
     zoo_pool,
     zoo_train,
@@ -101,14 +103,52 @@ def _parser() -> argparse.ArgumentParser:
     add("--layout", choices=LAYOUTS, default="official", help="(default: %(default)s)")
     add("--verifier", metavar="NAME", help="the target's name in speculators' files, by which an engine may load it")
     add("--dtype", choices=EXPORTED, default="float32", help="of the tensors (default: %(default)s)")
-    add = command("train", zoo_train, "collect the target's texts, train the heads, measure them", zoo).add_argument
-    add("--only", metavar="NAME", nargs="+", help="heads to train (default: all)")
-    add("--stage", choices=(*STAGES, "all"), default="all", help="a part of the work (default: %(default)s)")
-    add("--out", metavar="FOLDER", type=Path, help="where heads and matrix go (default: in the cache)")
+    add = command("collect", zoo_collect, "have the target answer prompts of every domain: what heads are trained on", zoo)
+    add = add.add_argument
+    add("--out", metavar="FOLDER", type=Path,
+        help="where shards go; a collection there is gone on with (default: zoo-data in the cache)")  # fmt: skip
+    add("--prompts", metavar="FOLDER", type=Path,
+        help="of prompt files to use too: python, sql, math, medicine .jsonl, with a `prompt` a line")  # fmt: skip
+    add("--domains", metavar="NAME", nargs="+", help="(default: chat python sql math medicine legal french)")
+    add("--from", dest="already", metavar="FOLDER", type=Path, nargs="+",
+        help="collections that count as collected already; they are only read")  # fmt: skip
+    add("--scale", metavar="X", type=_number(float, 0, above=True), default=1.0,
+        help="times the goals: 1.5M continuation tokens of chat, 0.5M of each other domain (default: %(default)s)")  # fmt: skip
+    add("--workers", metavar="N", type=_number(int, 1), default=1,
+        help="processes; more can be started by hand on the same folder (default: %(default)s)")  # fmt: skip
+    add("--minutes", metavar="N", type=_number(float, 0), help="begin nothing new after so long (default: until the goals)")
+    add("--seed", metavar="N", type=_number(int, 0), default=0, help="(default: %(default)s)")
+    add("--pack", metavar="FOLDER", type=Path,
+        help="collect nothing: add what --out has and FOLDER has not, as one new shard, to FOLDER")  # fmt: skip
+    add = command("train", zoo_train, "train the heads on what was collected, and measure them", zoo).add_argument
+    add("--only", metavar="NAME", nargs="+", help="heads to train: chat, a domain, joint (default: all that have data)")
+    add("--data", metavar="FOLDER", type=Path, nargs="+", help="collections (default: zoo-data in the cache)")
+    add("--set", dest="settings", metavar="NAME=VALUE", nargs="+", help="changes of the recipe, as passes=2 or depths=1,3,5")
+    add(
+        "--stage",
+        choices=(*STAGES, "all"),
+        default="all",
+        help="a part of the work; all: stores, heads, matrix (default: %(default)s)",
+    )
+    add("--smoke", action="store_true", help="a tiny collection and tiny heads, to see that the whole chain works here")
+    add("--out", metavar="FOLDER", type=Path, help="where heads and matrix go (default: zoo-heads in the cache)")
+    _add_no_features(add)
+    add = command("matrix", zoo_matrix, "tokens a round of heads on every domain's held-out prompts", zoo).add_argument
+    add("--head", metavar="NAME", action="append",
+        help="a shipped head's name or a head's file; repeatable (default: those that `zoo train` made)")  # fmt: skip
+    add("--data", metavar="FOLDER", type=Path, nargs="+", help="collections (default: zoo-data in the cache)")
+    add("--out", metavar="FOLDER", type=Path,
+        help="where matrix.json, matrix.md and matrix.svg go (default: zoo-heads in the cache)")  # fmt: skip
+    _add_no_features(add)
 
     add = command("doctor", doctor, "what this installation can do on this machine").add_argument
     add("--json", action="store_true", help="as JSON")
     return parser
+
+
+def _add_no_features(add: Callable[..., Any]) -> None:
+    add("--no-features", action="store_true",
+        help="compute the target's states at every use rather than keep them beside the heads (4.6 KB a token)")  # fmt: skip
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

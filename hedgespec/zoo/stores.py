@@ -5,14 +5,17 @@ They draft from tokens alone, so engines that show nothing else have experts, to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from hedgespec import zoo
 from hedgespec.drafters.datastore import Datastore
 from hedgespec.errors import ZooError
-from hedgespec.zoo import EXPERTS, GENERALIST, NAMES, continuations
-from hedgespec.zoo.corpora import DOMAINS
+from hedgespec.zoo import NAMES
+from hedgespec.zoo.shards import Row
+from hedgespec.zoo.sources import by_name
 
 
 def store_path(name: str, folder: Path | None = None) -> Path:
@@ -27,19 +30,26 @@ def load_store(name: str) -> Datastore:
     return Datastore.load(store_path(name))
 
 
-def build(folder: Path, names: tuple[str, ...] = NAMES, report: Callable[[str], None] = print) -> None:
-    """Makes stores of the cached continuations, the generalist's of all domains'.
+def build(folder: Path, rows: Sequence[Row], report: Callable[[str], None] = print) -> None:
+    """Makes a store of each domain's training rows, prompts included, and one of all of them, called `chat` as the head is.
 
-    Raises: ZooError where a domain has none.
+    Args:
+        folder: gets `stores/NAME.safetensors`.
+        rows: collected conversations; held-out ones are left out.
+        report: receives a line a store.
+
+    Raises: ZooError if there are no training rows.
     """
-    for name in names:
-        domains = tuple(DOMAINS) if name == GENERALIST else (name,)
-        texts = []
-        for domain in domains:
-            shards = continuations.load(domain)
-            if not shards and domain in EXPERTS:
-                raise ZooError(f"domain {domain}: expected continuations in the cache, found none")
-            texts += [row[:length].numpy() for one in shards for row, length in zip(one["tokens"], one["length"].tolist())]
+    table = by_name()
+    domains: dict[str, list[np.ndarray]] = {}
+    for row in rows:
+        if not row.held_out:
+            text = np.array(row.tokens, dtype=np.int64)
+            for name in {table[row.source].domain, "chat"}:
+                domains.setdefault(name, []).append(text)
+    if not domains:
+        raise ZooError("stores: expected training rows, got none; run `hedgespec zoo collect`")
+    for name, texts in domains.items():
         path = store_path(name, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         store = Datastore.build(texts)
