@@ -458,7 +458,7 @@ def in_a_process(*arguments: str) -> object:
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_compiles_without_spilling(architecture):
-    """Ahead of time, for the arguments that the launchers really pass; all kernels in one process, since starting one is slow."""
+    """Ahead of time, for the arguments that the launchers really pass; all kernels in one process: starting one is slow."""
     for operation, usage in in_a_process("compile", str(architecture)).items():
         assert len(usage) >= 2, operation
         for name, resources in usage.items():
