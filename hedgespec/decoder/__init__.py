@@ -16,7 +16,7 @@ from hedgespec.config import DecodeConfig
 from hedgespec.costs import Costs
 from hedgespec.decoder.batch import Batch, stack
 from hedgespec.decoder.pool import stacks_of
-from hedgespec.decoder.request import Request, eos_of, generator, rows_of, states_of
+from hedgespec.decoder.request import Request, Together, eos_of, generator, rows_of, states_of
 from hedgespec.decoder.row import Row
 from hedgespec.decoder.selector import RAREST, new_learner
 from hedgespec.drafters import Drafter
@@ -27,7 +27,19 @@ from hedgespec.metrics import DecodeStats
 from hedgespec.sampling import Sampling
 from hedgespec.target import Captures, check_target, rows_may_differ
 
-__all__ = ["RAREST", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
+__all__ = [
+    "RAREST",
+    "DecodeOutput",
+    "Decoder",
+    "Request",
+    "Row",
+    "Together",
+    "eos_of",
+    "generator",
+    "rows_of",
+    "stack",
+    "states_of",
+]
 
 
 _STACKING = threading.Lock()
@@ -111,12 +123,15 @@ class Decoder:
     def __call__(
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=None, **model_kwargs
     ):
-        """The decoding loop of `model.generate(..., custom_generate=self)`, with what that call has prepared."""
+        """The decoding loop of `model.generate(..., custom_generate=self)`, with what that call has prepared.
+
+        `generate` does not pass a `streamer` to a custom loop; with one use `hedgespec.custom_generate`.
+        """
         from hedgespec import hf  # which knows this module; only those who come this way need it
 
         return hf.decode(
-            self, model, input_ids, logits_processor, stopping_criteria, generation_config,
-            streamer=hf.callers_streamer(), learner_state=learner_state, **model_kwargs,
+            self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=learner_state,
+            **model_kwargs,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -171,7 +186,8 @@ class Decoder:
         return DecodeOutput(stack([row.sequence for row in rows], pad_token_id), [row.stats for row in rows])
 
     def decode(self, requests: Sequence[Request], sampling: Sampling, *, past=None,
-               on_tokens: Callable[[int, list[int]], None] | None = None) -> list[Row]:  # fmt: skip
+               on_tokens: Callable[[int, list[int]], None] | None = None,
+               together: Together | None = None) -> list[Row]:  # fmt: skip
         """Decodes requests and returns their rows, finished, in order; the caller disables gradients.
 
         They are decoded together, or one after another where the target cannot take rows of different lengths.
@@ -180,16 +196,36 @@ class Decoder:
             requests: B >= 1, checked.
             sampling: of all rows.
             past: a transformers `DynamicCache` of the requests' padded prompts, or of their beginnings.
-            on_tokens: as in `generate`.
+            on_tokens: as in `generate`; None beside `together`, which may take tokens back.
+            together: callbacks that see all rows at once. With `processes` the target must take rows of different lengths.
         """
-        together = rows_may_differ(self.target)
-        rows: list[Row] = []
+        size = len(requests) if rows_may_differ(self.target) else 1
         warned: set[str] = set()
-        for first in range(0, len(requests), len(requests) if together else 1):
-            some = requests[first:] if together else requests[first : first + 1]
-            batch = Batch(self, some, first, sampling, on_tokens, warned)
-            rows += batch.rows
+        batches = (
+            Batch(self, requests[first : first + size], first, sampling, on_tokens, warned, together)
+            for first in range(0, len(requests), size)
+        )
+        if together is not None:
+            return self._decode_together(list(batches), past, together)
+        rows: list[Row] = []
+        for batch in batches:
+            rows += batch.all_rows
             batch.begin(past)
             while batch.rows:
                 batch.round()
         return rows
+
+    @staticmethod
+    def _decode_together(batches: list[Batch], past, together: Together) -> list[Row]:
+        """Decodes rows that end together: where they are in batches of their own, the shortest one takes the next round."""
+        rows = [row for batch in batches for row in batch.all_rows]
+        for batch in batches:
+            batch.begin(past)
+        while True:
+            together.stop(rows)
+            for batch in batches:
+                batch.dismiss()
+            under_way = [batch for batch in batches if batch.rows]
+            if not under_way:
+                return rows
+            min(under_way, key=lambda batch: min(row.emitted for row in batch.rows)).round()

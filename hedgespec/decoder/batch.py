@@ -7,8 +7,8 @@ kept at the position before their token, have a row for every token.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder.pool import MOST_MAPS, UNSOUND, Heads, Pool, Scored, Singles, no_draft
-from hedgespec.decoder.request import Request
+from hedgespec.decoder.request import Request, Together
 from hedgespec.decoder.row import Row, last
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.linear import few_row_view
@@ -53,12 +53,26 @@ class _Scores:
     prompt the former alone, and last whether the drafter's logits of the row were sound, float64 [3, 2K + 1 or 2, n, R, T]."""
 
 
+@dataclass
+class _Walk:
+    """A draft that is verified token by token."""
+
+    steps: Generator[int, torch.Tensor, None] | None = None
+    """Yields the place, among the row's logits, of those for the next token; takes them processed, [1, V], and emits it."""
+    emitted: list[int] = field(default_factory=list)
+    verified: list[torch.Tensor] = field(default_factory=list)
+    """Processed logits [1, V] of every emitted token."""
+    path: list[int] = field(default_factory=list)
+    """Their places among the row's logits."""
+
+
 class Batch:
     """Rows that are decoded together until each is finished: arguments of `Decoder.decode`, which row is the first, and which
     drafters' failures the caller knows of."""
 
     def __init__(self, decoder: Decoder, requests: Sequence[Request], first: int, sampling: Sampling,
-                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str]):  # fmt: skip
+                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str],
+                 together: Together | None = None):  # fmt: skip
         drafters, self.config = decoder.drafters, decoder.config
         self.device, self.sampling, self.on_tokens = device_of(decoder.target), sampling, on_tokens
         self.coupled = self.config.mode == "coupled" and sampling.temperature > 0
@@ -73,6 +87,8 @@ class Batch:
             Row(index, request, drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
         ]
+        self.all_rows, self.together = list(self.rows), together
+        """Every row, those that are finished included, and who sees them at once."""
         if self.coupled:  # before the uniforms, of which there are as many as rounds
             for row in self.rows:
                 row.noise_key = key_of(row.uniforms(1)[0])
@@ -163,7 +179,9 @@ class Batch:
                 drafted = draft.tokens.shape[1]
                 # Whether a token that ends the text within a draft was accepted or recovered is not known here.
                 tested = min(drafted, len(tokens) - row.finished)
-                row.selector.end_round(choice.drafter if drafted else None, held, len(tokens), drafted, tested)
+                row.selector.end_round(
+                    choice.drafter if drafted else None, held, len(tokens), drafted, tested, row.held_back and not row.finished
+                )
         self._hand_out(emitted)
 
     def _now(self) -> float:
@@ -253,21 +271,27 @@ class Batch:
         paths: list[list[int]] = [[]] * len(self.rows)
         together: dict[tuple | None, list[int]] = {}
         given = logits
-        if noise is not None and any(row.request.process is None for row in self.rows):
+        if noise is not None and not all(row.request.is_processed for row in self.rows):
             logits = self._perturb(given, noise[:, : given.shape[1]])
+        walks: dict[int, _Walk] = {}
         for place, (row, draft) in enumerate(zip(self.rows, drafts)):
-            if row.request.process is not None:
+            if row.request.is_processed:
                 usable = draft.tokens.shape[1] if draft.usable is None else int(draft.usable)
                 self._lose_the_unsound(row, choices[place], draft, usable)
-                walk = self._walk if draft.parents is None else self._walk_tree
-                emitted[place], verified[place], paths[place] = walk(
-                    row, given[place], draft, usable, uniforms[place], None if noise is None else noise[place]
-                )
+                walks[place] = walk = _Walk()
+                steps = self._walk if draft.parents is None else self._walk_tree
+                walk.steps = steps(walk, row, draft, usable, uniforms[place])
+                if row.request.process is not None:
+                    self._walk_alone(walk, row, given[place], None if noise is None else noise[place])
             else:
                 alike = (draft.parents is not None,)
                 if draft.logits is not None:
                     alike = *alike, draft.logits.shape[2], draft.logits.dtype, draft.draft_to_target is not None
                 together.setdefault(alike, []).append(place)
+        if walks and self.together is not None and self.together.processes:
+            self._walk_in_step(walks, given, noise)
+        for place, walk in walks.items():
+            emitted[place], verified[place], paths[place] = walk.emitted, torch.cat(walk.verified), walk.path
         for (branches, *_), places in together.items():
             if branches:
                 found = self._verify_trees(places, logits, drafts, uniforms)
@@ -335,43 +359,71 @@ class Batch:
             results.append((known, [one for one in emitted if one >= 0], [0, *(node + 1 for node in path if node >= 0)]))
         return results
 
+    def _walk_alone(self, walk: _Walk, row: Row, logits: torch.Tensor, noise: torch.Tensor | None) -> None:
+        """Verifies one row's draft to its end. The row's processors see every emitted token once, and no other.
+
+        Args:
+            logits: the target's, [K+1, V].
+            noise: as in `_verify`, [at least K+1, V].
+        """
+        place = next(walk.steps)
+        while place is not None:
+            here = slice(place, place + 1)
+            processed = row.request.process(row.seen, logits[here])
+            place = _advance(walk, processed if noise is None else self._perturb(processed, noise[here]))
+
+    def _walk_in_step(self, walks: dict[int, _Walk], logits: torch.Tensor, noise: torch.Tensor | None) -> None:
+        """Verifies the drafts of all rows, one token of each at a time, so that `together` sees the batch as in plain decoding.
+
+        It ends with the first draft that does: the other rows keep what is accepted of theirs by then.
+        """
+        places = {place: next(walk.steps) for place, walk in walks.items()}
+        while places:
+            rows = [self.rows[place] for place in places]
+            given = [logits[place, at : at + 1] for place, at in places.items()]
+            for (place, at), row, processed in zip(list(places.items()), rows, self.together.process(rows, given)):
+                if noise is not None:
+                    processed = self._perturb(processed, noise[place, at : at + 1])
+                places[place] = _advance(walks[place], processed)
+                row.held_back = places[place] is not None
+            self.together.stop(self.all_rows)
+            places = {place: at for place, at in places.items() if not self.rows[place].finished}
+            if None in places.values():
+                return
+
     def _walk(
-        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray, noise: torch.Tensor | None
-    ) -> tuple[list[int], torch.Tensor, list[int]]:
-        """Verifies one draft token by token, so that the row's processors see every emitted token once, and no other."""
-        emitted: list[int] = []
-        verified: list[torch.Tensor] = []
+        self, walk: _Walk, row: Row, draft: Draft, usable: int, uniforms: np.ndarray
+    ) -> Generator[int, torch.Tensor, None]:  # fmt: skip
+        """Verifies one draft token by token."""
         drafted = min(draft.tokens.shape[1], usable)
         for position in range(drafted + 1):
             here = slice(position, min(position + 1, drafted))  # nothing at the bonus position
-            verified.append(self._processed(row, logits, position, noise))
+            walk.path.append(position)
+            walk.verified.append((yield position))
             # A chain of one token asks for a bonus position too, which is not looked at: the walk goes on there.
-            target_logits = verified[-1].expand(1 + here.stop - here.start, -1)[None]
+            target_logits = walk.verified[-1].expand(1 + here.stop - here.start, -1)[None]
             draft_logits = None if draft.logits is None or position == drafted else draft.logits[:, here]
             mapping = None if draft_logits is None else draft.draft_to_target
             tests = np.append(uniforms[here], uniforms[-1])[None]
             verdict = self._call_verify(target_logits, draft.tokens[:, here], draft_logits, mapping, tests)
-            emitted += row.emit(verdict.tokens[0, :1].tolist())
+            walk.emitted += row.emit(verdict.tokens[0, :1].tolist())
             if row.finished or int(verdict.accepted_length[0]) == 0:
-                break
-        return emitted, torch.cat(verified), list(range(len(emitted)))
+                return
 
     def _walk_tree(
-        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray, noise: torch.Tensor | None
-    ) -> tuple[list[int], torch.Tensor, list[int]]:
+        self, walk: _Walk, row: Row, draft: Draft, usable: int, uniforms: np.ndarray
+    ) -> Generator[int, torch.Tensor, None]:  # fmt: skip
         """`_walk` of a tree, of which at each node only its children are looked at."""
-        emitted: list[int] = []
-        verified: list[torch.Tensor] = []
-        node, path, siblings = -1, [], (len(uniforms) - 1) // self.config.draft_length
+        node, siblings = -1, (len(uniforms) - 1) // self.config.draft_length
         parents, tokens = draft.parents[0].tolist(), draft.tokens[0].tolist()
         if draft.widths is not None:
             row.saw_tree(draft.widths.tolist())
         for depth in range(self.config.draft_length + 1):
-            path.append(node + 1)
-            verified.append(self._processed(row, logits, path[-1], noise))
+            walk.path.append(node + 1)
+            walk.verified.append((yield node + 1))
             children = [place for place, parent in enumerate(parents) if parent == node and tokens[place] >= 0]
             index = to_device(children, self.device).long()
-            target_logits = verified[-1].expand(1 + len(children), -1)[None]
+            target_logits = walk.verified[-1].expand(1 + len(children), -1)[None]
             drafted, root = draft.tokens[:, index], torch.full_like(draft.parents[:, index], -1)
             draft_logits = origins = None
             if self.one_hot:
@@ -384,17 +436,10 @@ class Batch:
             verdict = self._call_verify_tree(
                 target_logits, drafted, root, draft_logits, origins, draft.draft_to_target, tests[None], depth=1
             )
-            emitted += row.emit(verdict.tokens[0, :1].tolist())
+            walk.emitted += row.emit(verdict.tokens[0, :1].tolist())
             if row.finished or int(verdict.accepted_length[0]) == 0:
-                break
+                return
             node = children[int(verdict.path[0, 0])]
-        return emitted, torch.cat(verified), path
-
-    def _processed(self, row: Row, logits: torch.Tensor, place: int, noise: torch.Tensor | None) -> torch.Tensor:
-        """One of the target's logits as the row's processors leave them, with its noise, [1, V]."""
-        here = slice(place, place + 1)
-        logits = row.request.process(row.seen, logits[here])
-        return logits if noise is None else self._perturb(logits, noise[here])
 
     def _maps(self, maps: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The maps of alike drafts, [B, Vd], or [Vd] where all have the same, or None.
@@ -570,6 +615,12 @@ class Batch:
         if self.on_tokens is not None:
             for row, tokens in zip(self.rows, emitted):
                 self.on_tokens(row.index, tokens)
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """Takes leave of the rows that are finished."""
+        if self.under_way and any(row.finished for row in self.rows):
+            self._observe(False)
         for place, row in enumerate(self.rows):
             if row.finished:
                 row.close(time.perf_counter() - self.began, self.pool.cache_bytes)
@@ -582,6 +633,14 @@ class Batch:
             if left:
                 self.target.select(left)
                 self.pool.select(left)
+
+
+def _advance(walk: _Walk, processed: torch.Tensor) -> int | None:
+    """Takes a walk one token further, and returns the place of the logits that it asks for next, or None at its end."""
+    try:
+        return walk.steps.send(processed)
+    except StopIteration:
+        return None
 
 
 def stack(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from hedgespec.target import context_of, device_of
 
+if TYPE_CHECKING:
+    from hedgespec.decoder.row import Row
+
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens int64 [1, L], logits [n, V] for the token after them) -> processed logits [n, V]."""
+
+
+class Together(Protocol):
+    """Callbacks that see all rows of a batch at once, in the order of plain decoding, whose step s emits the s-th token of
+    every row. Rows of speculative decoding advance at different rates, so a step is complete once every row has reached it."""
+
+    processes: bool
+    """Whether `process` takes the place of every `Request.process`. The rows then advance in step."""
+
+    def process(self, rows: Sequence[Row], logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Returns the processed logits, [1, V] for each of `rows`, for the next step.
+
+        Args:
+            rows: those that have not ended; all of them have emitted the same number of tokens.
+            logits: [1, V] for each of `rows`, the target's for its next token.
+        """
+
+    def stop(self, rows: Sequence[Row]) -> None:
+        """Ends rows with `Row.cut`. Called after every step if `processes`, else after every round.
+
+        Args:
+            rows: all rows of the batch in order, ended ones included.
+        """
 
 
 @dataclass(frozen=True)
@@ -34,8 +61,15 @@ class Request:
     """The part of it that depends on its arguments alone, for the drafters' logits."""
     stop: Callable[[torch.Tensor], bool] | None = None
     """Called after every emitted token: whether it was the last."""
+    processed_together: bool = False
+    """Whether `Together.process` takes the place of `process`."""
     keep_cache: bool = False
     """Leave the target's keys and values in `Row.cache`."""
+
+    @property
+    def is_processed(self) -> bool:
+        """Whether the caller changes the target's logits."""
+        return self.process is not None or self.processed_together
 
     def check_context(self, target) -> None:
         """Raises ValueError where prompt and continuation do not fit the target's context."""
