@@ -3,6 +3,8 @@
 # make test-oldest   what calls transformers, under the oldest supported version of it
 # make test-vllm     the tests that need vLLM, in an environment of their own (3.5 GB)
 # make lint, types   ruff, mypy
+# make docs          the documentation and the API reference, in build/site; a warning is an error
+# make results       every study of bench/studies again (hours; continues where it stopped), and the tables of docs/results.md
 # make package       the source distribution, the wheel built from it, and that wheel checked in an empty environment
 # make clean         everything these targets made
 #
@@ -22,7 +24,7 @@ INGREDIENTS := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard
 TEST := -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not vllm"
 OLDEST_TESTS := $(addprefix tests/test_,hf.py compatibility.py assisted_cases.py target.py causal_lm.py engine_drafters.py zoo.py)
 
-.PHONY: demo test test-oldest test-vllm lint types package clean
+.PHONY: demo test test-oldest test-vllm results lint types docs package clean
 
 demo: $(VENV)/.installed-zoo
 	$(BIN)/hedgespec demo $(ARGS)
@@ -36,12 +38,18 @@ test-oldest: $(OLDEST_VENV)/.installed
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/vllm
 
+results: $(VENV)/.installed-test
+	$(BIN)/python bench/studies/run.py all $(ARGS)
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The wheel is built from the source distribution, in isolation, and installed first with its declared dependencies alone, then
 # with the zoo's. -I keeps the checkout out of what the check imports.
@@ -73,6 +81,10 @@ $(VENV)/.installed-test: $(INGREDIENTS) | $(BIN)/python
 	$(INSTALL) -e ".[zoo,test]"
 	$(BIN)/hedgespec doctor
 	touch $@ $(VENV)/.installed-zoo
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[docs]"
+	touch $@
 
 # The packages that constraints-oldest.txt names, before those of $(VENV): the others are the same.
 $(OLDEST_VENV)/.installed: $(VENV)/.installed-test constraints-oldest.txt

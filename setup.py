@@ -2,7 +2,7 @@
 
 A machine that cannot build the module still installs the package: it then runs on its other backends. pip does not show what a
 successful build prints, so the outcome is also written to hedgespec/_native_build.json, which `hedgespec doctor` and the first
-import of `hedgespec.backends` read; a failure is printed to the terminal too, where there is one.
+import of `hedgespec.ops.backends` read; a failure is printed to the terminal too, where there is one.
 
 Environment variables:
     HEDGESPEC_REQUIRE_NATIVE=1: a failed build fails the installation, with the compiler's output.

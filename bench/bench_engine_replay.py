@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hedgespec.config import DecodeConfig
-from hedgespec.engines.drafters import Datastores, NGrams, TokenDrafter
-from hedgespec.engines.pool import TOKENS_ONLY
-from hedgespec.engines.proposer import TokenProposer
-from hedgespec.experiments.traces import Trace
+from hedgespec.experiments.recording import Trace
+from hedgespec.integrations.vllm.drafters import Datastores, NGrams, TokenDrafter
+from hedgespec.integrations.vllm.pool_config import TOKENS_ONLY
+from hedgespec.integrations.vllm.token_pool import TokenProposer
 from hedgespec.zoo import EXPERTS, NAMES
 from hedgespec.zoo.stores import load_store
 
@@ -27,7 +27,7 @@ VOCABULARY = 49152
 
 def decode(traces: Sequence[Trace], drafters: Sequence[TokenDrafter], draft_length: int, **options) -> float:
     """MAT over all texts, tokens by rounds."""
-    config = DecodeConfig(draft_length=draft_length, mode="argmax", **{**TOKENS_ONLY, **options})
+    config = DecodeConfig(draft_length=draft_length, proposal="argmax", **{**TOKENS_ONLY, **options})
     proposer, rounds, tokens = TokenProposer(drafters, config, max_length=1 << 20), 0, 0
     for trace in traces:
         text, length, emitted = trace.tokens, trace.prompt_length + 1, 1

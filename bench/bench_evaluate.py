@@ -26,8 +26,8 @@ import pytest
 import torch
 from conftest import BEYOND_CACHE
 
-from hedgespec import backends
-from hedgespec.evaluate import evaluate
+from hedgespec.ops import backends
+from hedgespec.ops.evaluate import evaluate
 
 VOCABULARIES = (32000, 49152, 128256, 151936)
 SWEEP = dict.fromkeys(

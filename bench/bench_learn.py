@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from hedgespec import algorithm
-from hedgespec.delay import DelayQueue
 from hedgespec.learners import NAMES, make
-from hedgespec.selection import select
+from hedgespec.selection.delay import DelayQueue
+from hedgespec.selection.select import select
 
 STEPS = 16
 DRAFT_LENGTH, EMITTED = 5, 3

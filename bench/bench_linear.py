@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hedgespec.linear import linear
+from hedgespec.ops.linear import linear
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (4096, 576), (49152, 576)]
 """columns, inner: the zoo's target, and a head's output rows."""

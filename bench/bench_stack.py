@@ -1,9 +1,7 @@
-"""N heads stacked against the same heads one after another, and a round with N drafters against a round with one.
+"""N heads stacked against the same heads one after another: `pytest bench/bench_stack.py [--device cuda]`.
 
-    pytest bench/bench_stack.py [--device cuda]
-
-On the CPU the heads are the zoo's seven, in float32, and the rounds those of its mixed stream. On a GPU they are seven heads
-of the size of those for Llama-3.1-8B, in bfloat16 with random weights, their passes captured as CUDA graphs.
+On the CPU the heads are the zoo's seven, in float32. On a GPU they are seven heads of the size of those for Llama-3.1-8B, in
+bfloat16 with random weights, their passes captured as CUDA graphs. `bench_round.py` times whole rounds.
 """
 
 from __future__ import annotations
@@ -12,11 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from hedgespec.config import DecodeConfig
-from hedgespec.decoder import Decoder
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.stack import HeadStack
-from hedgespec.zoo import GENERALIST, load_prompts, load_zoo
+from hedgespec.zoo import load_zoo
 
 CONTEXT = 200
 """Tokens that are taken in before."""
@@ -135,29 +131,3 @@ def test_draft(benchmark, capsys, device, fastest, heads, text, batch):
     close(by_index(), row_by_row())
     times = fastest(*(synchronised(device, way) for way in ways.values()), seconds=3.0)
     report(benchmark, capsys, f"batch of {batch}, 4 drafts", ways, times, by_index)
-
-
-@pytest.mark.parametrize("every", [1, "adaptive"])
-def test_round(benchmark, capsys, device, every):
-    """A round with all of the zoo's drafters against one with the generalist, prompts apart, prompt by prompt in turn."""
-    zoo = load_zoo(dtype="float32" if device.type == "cpu" else "bfloat16", device=device.type)
-    alone = [drafter for drafter in zoo.drafters if drafter.name == GENERALIST]
-    compiled = device.type == "cuda"
-    ways = {
-        "7 drafters": Decoder(zoo.target, zoo.drafters, DecodeConfig(evaluate_every=every, compile=compiled)),
-        "1 drafter": Decoder(zoo.target, alone, DecodeConfig(learner="fixed", compile=compiled)),
-    }
-    rounds, seconds = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
-    for number, prompt in enumerate(load_prompts()[:9]):
-        ids = zoo.tokenizer(prompt.text, return_tensors="pt").input_ids.to(device)
-        for name, decoder in ways.items():
-            [stats] = decoder.generate(ids, max_new_tokens=48).stats
-            if number >= 3:  # the first few warm up
-                rounds[name] += stats.rounds
-                seconds[name] += stats.seconds - stats.seconds_by_stage["prompt"]
-    each = {name: seconds[name] / rounds[name] for name in ways}
-    benchmark.extra_info |= {"milliseconds": round(each["7 drafters"] * 1e3, 2)}
-    benchmark.extra_info |= {"7 drafters over 1": round(each["7 drafters"] / each["1 drafter"], 3)}
-    with capsys.disabled():
-        print(f"\nround, evaluate_every={every}: 7 drafters {each['7 drafters'] / each['1 drafter']:.3f} times 1 drafter's")
-    benchmark.pedantic(lambda: ways["7 drafters"].generate(ids, max_new_tokens=2), rounds=1)

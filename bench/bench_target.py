@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from transformers import StaticCache
 
-from hedgespec.compat import cache_argument
-from hedgespec.linear import few_row_view
-from hedgespec.target import Captures, TargetSession
+from hedgespec.ops.linear import few_row_view
+from hedgespec.runtime.compat import cache_argument
+from hedgespec.runtime.target import Captures, TargetSession
 from hedgespec.zoo.target import load_target
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}

@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hedgespec import backends
-from hedgespec.verify import sample, verify
+from hedgespec.ops import backends
+from hedgespec.ops.verify import sample, verify
 
 DRAFT_LENGTH = 5
 SHAPES = [(49152, 4096), (49152, 49152), (151936, 151936)]  # target vocabulary, draft vocabulary

@@ -22,8 +22,10 @@ from datetime import date
 from pathlib import Path
 from statistics import mean
 
-PROPOSER = "hedgespec.engines.vllm.HedgeSpecProposer"
-WORKER = "hedgespec.engines.vllm_worker.Worker"
+from table import markdown
+
+PROPOSER = "hedgespec.integrations.vllm.token_proposer.HedgeSpecProposer"
+WORKER = "hedgespec.integrations.vllm.worker.Worker"
 
 
 def pools() -> dict[str, dict]:
@@ -121,19 +123,19 @@ def measure(name: str, options: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> str:
-    """Markdown: speed over plain by requests in flight, its least and most over the rounds where there are several, and MAT."""
+    """Returns a Markdown table: speed over plain by requests in flight, its least and most over several rounds, and tokens per
+    round."""
     counts = [str(count) for count in result["in_flight"]]
-    lines = ["| engine | " + " | ".join(f"speed at {count}" for count in counts) + " | MAT at " + " / ".join(counts) + " |"]
-    lines.append("|---|" + "---:|" * (len(counts) + 1))
+    rows = []
     for name, rounds in result["engines"].items():
-        cells, mats = [], []
+        cells = []
         for count in counts:
             ratios = [one["speed"][count] for one in rounds]
             spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
             cells.append(f"{mean(ratios):.2f}{spread}")
-            mats.append(f"{rounds[0]['mat'][count]:.2f}" if rounds[0]["mat"][count] else "1")
-        lines.append("| " + " | ".join([name, *cells, " / ".join(mats)]) + " |")
-    return "\n".join(lines) + "\n"
+        tokens = [f"{rounds[0]['mat'][count]:.2f}" if rounds[0]["mat"][count] else "1" for count in counts]
+        rows.append([name, *cells, " / ".join(tokens)])
+    return markdown(["engine", *(f"speed at {count}" for count in counts), f"tokens per round at {' / '.join(counts)}"], rows)
 
 
 def main() -> None:

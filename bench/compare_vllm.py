@@ -35,8 +35,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_decoder import TIE, Work, batches_of, circumstances, gap_between, positive
+from interleave import TIE, PromptBatch, environment_info, gap_between, positive, prompt_batches
 from rich.console import Console
+from table import markdown
 from transformers.utils import logging as transformers_logging
 
 import hedgespec
@@ -54,12 +55,12 @@ PROPOSALS = {"argmax": "greedy", "sampled": "probabilistic"}
 """What vLLM calls a `mode` of HedgeSpec."""
 
 
-def run_vllm(folder: Path, works: Sequence[Work], temperatures: Sequence[float], options: argparse.Namespace) -> dict:
+def run_vllm(folder: Path, batches: Sequence[PromptBatch], temperatures: Sequence[float], options: argparse.Namespace) -> dict:
     """What bench/vllm_worker.py says of the head in `folder`."""
     job = {
         "target": str(target_path()),
         "head": str(folder.resolve()),
-        "prompts": [ids[mask.bool()].tolist() for work in works for ids, mask in zip(work.ids, work.mask)],
+        "prompts": [ids[mask.bool()].tolist() for batch in batches for ids, mask in zip(batch.ids, batch.mask)],
         "draft_length": options.draft_length,
         "max_new_tokens": options.max_new_tokens,
         "batch": options.batch,
@@ -76,16 +77,16 @@ def run_vllm(folder: Path, works: Sequence[Work], temperatures: Sequence[float],
         return json.loads(told.read_text())
 
 
-def run_hedgespec(decoder: Decoder, works: Sequence[Work], max_new_tokens: int, temperature: float) -> list[dict]:
+def run_hedgespec(decoder: Decoder, batches: Sequence[PromptBatch], max_new_tokens: int, temperature: float) -> list[dict]:
     """The same of HedgeSpec: tokens, whether the text stopped by itself, and by round how many drafted tokens were accepted."""
     requests, ends = [], eos_of(decoder.target)
-    for work in works:
+    for batch in batches:
         out = decoder.generate(
-            work.ids, attention_mask=work.mask, max_new_tokens=max_new_tokens, temperature=temperature, seed=work.seed
+            batch.ids, attention_mask=batch.mask, max_new_tokens=max_new_tokens, temperature=temperature, seed=batch.seed
         )
         for row, stats in zip(out.sequences, out.stats):
             assert not stats.failures, stats.failures
-            tokens = row[work.ids.shape[1] :][: stats.emitted_tokens].tolist()
+            tokens = row[batch.ids.shape[1] :][: stats.emitted_tokens].tolist()
             accepted = [emitted - 1 for emitted in stats.emitted_by_round]
             requests.append({"tokens": tokens, "stopped": tokens[-1] in ends, "accepted": accepted})
     return requests
@@ -122,7 +123,7 @@ def difference(theirs: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, np.nda
     return rates[0] - rates[1], np.sqrt((spread**2).sum(0) * len(spread) / (len(spread) - 1))
 
 
-def compare(theirs: list[dict], ours: list[dict], works: Sequence[Work], target, temperature: float, options) -> dict:
+def compare(theirs: list[dict], ours: list[dict], batches: Sequence[PromptBatch], target, temperature: float, options) -> dict:
     """Figures of one head at one temperature; at 0 with how many texts and rounds are the same, and how far logits are apart
     where texts begin to differ."""
     rounds = [
@@ -132,7 +133,7 @@ def compare(theirs: list[dict], ours: list[dict], works: Sequence[Work], target,
     row = figures_of(*(tallies(requests, options.draft_length) for requests in rounds))
     if temperature > 0:
         return row
-    prompts = [ids[mask.bool()] for work in works for ids, mask in zip(work.ids, work.mask)]
+    prompts = [ids[mask.bool()] for batch in batches for ids, mask in zip(batch.ids, batch.mask)]
     pairs = [(prompt, own["tokens"], other["tokens"]) for prompt, own, other in zip(prompts, ours, theirs)]
     equal = [own == other for _, own, other in pairs]
     return row | {
@@ -186,18 +187,16 @@ def one_layer_late(head: Path, folder: Path) -> Path:
 
 
 def table(rows: list[dict], draft_length: int) -> str:
-    """Markdown: acceptance by position of both engines, and the difference in standard errors."""
-    header = ["head", "layout", "temperature", "drafts vLLM", "drafts HedgeSpec", "same texts", "same rounds"]
-    header += [f"position {k + 1}" for k in range(draft_length)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    """Returns a Markdown table: acceptance by position in vLLM and in HedgeSpec, and the difference in standard errors."""
+    head = ["head", "layout", "temperature", "drafts vLLM", "drafts HedgeSpec", "same texts", "same rounds"]
+    lines = []
     for row in rows:
         cells = [row["head"], row["layout"], f"{row['temperature']:g}", row["drafts"]["vllm"], row["drafts"]["hedgespec"]]
         greedy = "same_texts" in row
         cells += [f"{row['same_texts']} of {row['requests']}", f"{row['same_rounds']} of these"] if greedy else ["", ""]
         engines = zip(row["acceptance"]["vllm"], row["acceptance"]["hedgespec"], standard_errors(row))
-        cells += [f"{theirs:.3f} {ours:.3f} ({errors:+.1f})" for theirs, ours, errors in engines]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append(cells + [f"{theirs:.3f} {ours:.3f} ({errors:+.1f})" for theirs, ours, errors in engines])
+    return markdown([*head, *(f"position {k + 1}" for k in range(draft_length))], lines).rstrip()
 
 
 def page(figures: dict) -> str:
@@ -212,7 +211,7 @@ def page(figures: dict) -> str:
         "# The zoo's heads in vLLM and in HedgeSpec",
         f"{figures['date']}, `{figures['command']}`; {figures['machine']['device']}, float32, {figures['machine']['threads']} "
         f"threads, mode {figures['mode']}. HedgeSpec with {versions}. vLLM with {theirs}"
-        + ("; its sampling above temperature 0 is mended, see bench/vllm_worker.py." if figures["mended"] else "."),
+        + ("; its sampling above temperature 0 is mended, see bench/vllm_sampling.py." if figures["mended"] else "."),
         "By position of the draft: accepted tokens a draft in vLLM, in HedgeSpec, and how many standard errors they are apart. "
         "Rounds in which a text ends are left out of both.",
         table(rows, length),
@@ -262,30 +261,30 @@ def main() -> int:
     transformers_logging.disable_progress_bar()
     console = Console()
     zoo = load_zoo(options.heads)
-    works = batches_of(zoo, load_prompts()[: options.prompts], options.batch, options.seed)
+    batches = prompt_batches(zoo, load_prompts()[: options.prompts], options.batch, options.seed)
     figures = {
-        **circumstances(zoo.target), "draft_length": options.draft_length, "mode": options.mode,
+        **environment_info(zoo.target), "draft_length": options.draft_length, "mode": options.mode,
         "max_new_tokens": options.max_new_tokens, "batch": options.batch, "temperatures": options.temperatures,
-        "domains": [prompt.domain for work in works for prompt in work.prompts], "rows": [],
+        "domains": [prompt.domain for batch in batches for prompt in batch.prompts], "rows": [],
     }  # fmt: skip
     figures["versions"]["hedgespec"] = hedgespec.__version__  # it may be on the path without being installed
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         for drafter in zoo.drafters:
             head = options.folder / drafter.name
-            told = [run_vllm(head, works, options.temperatures, options)]
+            told = [run_vllm(head, batches, options.temperatures, options)]
             if drafter.name == options.control:
-                told.append(run_vllm(one_layer_late(head, Path(scratch)), works, [0.0], options))
+                told.append(run_vllm(one_layer_late(head, Path(scratch)), batches, [0.0], options))
             figures |= {"vllm_versions": told[0]["versions"], "mended": told[0]["mended"]}
-            decoder = Decoder(zoo.target, [drafter], DecodeConfig(options.draft_length, mode=options.mode, learner="fixed"))
+            decoder = Decoder(zoo.target, [drafter], DecodeConfig(options.draft_length, proposal=options.mode, learner="fixed"))
             for temperature in options.temperatures:
-                ours = run_hedgespec(decoder, works, options.max_new_tokens, temperature)
+                ours = run_hedgespec(decoder, batches, options.max_new_tokens, temperature)
                 for control, result in enumerate(told):
                     for run in result["runs"]:
                         if run["temperature"] != temperature:
                             continue
                         row = {"head": drafter.name, "layout": layout_of(head), "temperature": temperature}
                         row |= {"control": bool(control), "load_seconds": result["load_seconds"]}
-                        row |= compare(run["requests"], ours, works, zoo.target, temperature, options)
+                        row |= compare(run["requests"], ours, batches, zoo.target, temperature, options)
                         figures["rows"].append(row)
                         console.print(table([row], options.draft_length).splitlines()[-1], soft_wrap=True)
             if options.json is not None:

@@ -39,19 +39,22 @@ step doctor "$python" -m hedgespec doctor
 step tests "$python" -m pytest -q -m gpu
 step memcheck sanitizer memcheck
 step racecheck sanitizer racecheck
-for operation in evaluate verify prefill stack; do # a round of the stack's wants the zoo, see below
-  step "bench_$operation" "$python" -m pytest -q -s "bench/bench_$operation.py" -k "not round" --device cuda \
+for operation in evaluate verify head_layers stack; do
+  step "bench_$operation" "$python" -m pytest -q -s "bench/bench_$operation.py" --device cuda \
     --benchmark-json "$out/$operation.json"
 done
-"$python" bench/table.py "$out"/{evaluate,verify,prefill,stack}.json >"$out/table.md"
+"$python" bench/table.py "$out"/{evaluate,verify,head_layers,stack}.json >"$out/table.md"
 # Making the zoo's target wants a network: the decoder is measured where it was made before.
-if "$python" -c 'from hedgespec.paths import cache_dir; from hedgespec.zoo import target; exit(not (cache_dir() / target.NAME / "COMPLETE").exists())'; then
-  step bench_round "$python" -m pytest -q -s bench/bench_stack.py -k round --device cuda --benchmark-json "$out/round.json"
+if "$python" -c 'from hedgespec.utils.paths import cache_dir; from hedgespec.zoo import target; exit(not (cache_dir() / target.NAME / "COMPLETE").exists())'; then
+  step bench_round "$python" bench/bench_round.py --device cuda --json "$out/round.json"
   step bench_target "$python" bench/bench_target.py --device cuda --dtype bfloat16 --json "$out/target.json"
   step bench_decoder "$python" bench/bench_decoder.py --device cuda --json "$out/decoder.json"
-  step bench_tree "$python" bench/bench_tree.py --device cuda --json "$out/tree.json"
+  step bench_tree "$python" bench/bench_options.py --option tree --values chain 2 4,2,1,1,1 4/8 8/16 8/32 --device cuda \
+    --json "$out/tree.json"
+  step bench_objective "$python" bench/bench_options.py --option objective --values tokens throughput --plain --warm-up 96 \
+    --device cuda --json "$out/objective.json"
 else
-  echo "bench_round, bench_target, bench_decoder, bench_tree: left out, the zoo's target is not in the cache" | tee -a "$out/summary.txt"
+  echo "bench_round, bench_target, bench_decoder, bench_tree, bench_objective: left out, the zoo's target is not in the cache" | tee -a "$out/summary.txt"
 fi
 {
   date -u +%F

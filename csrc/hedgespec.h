@@ -120,7 +120,7 @@ void verify_cuda(const VerifyParams& params, void* workspace, void* stream);
 
 // The losses of one drafter for rounds that start at one position: losses[k-1] for a draft of k tokens, NaN where it would end
 // past the row's length; [K]. `prob` and `ratio` are the row's, [T]. Returns the expected length for K, NaN likewise.
-// Source: algorithm.md, section 3.
+// Source: with `product` arXiv 2510.20064, Theorem 3; else ours, as `expected_accepted_length` in hedgespec/ops/evaluate.py.
 HEDGESPEC_HOST_DEVICE inline float length_losses(const float* prob, const float* ratio, std::int64_t start, std::int64_t length,
                                                  std::int64_t draft_length, bool product, float* losses) {
   const float unknown = __builtin_nanf("");

@@ -10,43 +10,43 @@ Names are imported when they are first used: `import hedgespec` alone loads neit
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from hedgespec.utils.moved import redirect
 
 if TYPE_CHECKING:  # what `_HOMES` says, for type checkers and editors
     from hedgespec import algorithm, drafters, errors, learners
-    from hedgespec.checkpoints import load_drafter, save_drafter
     from hedgespec.config import DecodeConfig, Tree
     from hedgespec.decoder import DecodeOutput, Decoder
-    from hedgespec.delay import DelayQueue
-    from hedgespec.evaluate import evaluate, expected_accepted_length, multi_draft_acceptance
-    from hedgespec.hf import accelerate, restore
-    from hedgespec.learner_state import load_learner_state, save_learner_state
-    from hedgespec.metrics import DecodeStats
-    from hedgespec.verify import verify, verify_tree
+    from hedgespec.decoder.learner_state import load_learner_state, save_learner_state
+    from hedgespec.drafters.checkpoints import load_drafter, save_drafter
+    from hedgespec.integrations.transformers import accelerate, custom_generate, restore
+    from hedgespec.ops.evaluate import evaluate, expected_accepted_length, multi_draft_acceptance
+    from hedgespec.ops.verify import verify, verify_tree
+    from hedgespec.selection.delay import DelayQueue
+    from hedgespec.stats import DecodeStats
     from hedgespec.zoo import load_zoo
 
 _HOMES = {
     "Decoder": "hedgespec.decoder",
     "DecodeOutput": "hedgespec.decoder",
-    "accelerate": "hedgespec.hf",
-    "custom_generate": "hedgespec.hf",
-    "restore": "hedgespec.hf",
+    "accelerate": "hedgespec.integrations.transformers",
+    "custom_generate": "hedgespec.integrations.transformers",
+    "restore": "hedgespec.integrations.transformers",
     "DecodeConfig": "hedgespec.config",
     "Tree": "hedgespec.config",
-    "DecodeStats": "hedgespec.metrics",
-    "DelayQueue": "hedgespec.delay",
-    "evaluate": "hedgespec.evaluate",
-    "expected_accepted_length": "hedgespec.evaluate",
-    "multi_draft_acceptance": "hedgespec.evaluate",
-    "verify": "hedgespec.verify",
-    "verify_tree": "hedgespec.verify",
-    "load_drafter": "hedgespec.checkpoints",
-    "load_learner_state": "hedgespec.learner_state",
+    "DecodeStats": "hedgespec.stats",
+    "DelayQueue": "hedgespec.selection.delay",
+    "evaluate": "hedgespec.ops.evaluate",
+    "expected_accepted_length": "hedgespec.ops.evaluate",
+    "multi_draft_acceptance": "hedgespec.ops.evaluate",
+    "verify": "hedgespec.ops.verify",
+    "verify_tree": "hedgespec.ops.verify",
+    "load_drafter": "hedgespec.drafters.checkpoints",
+    "load_learner_state": "hedgespec.decoder.learner_state",
     "load_zoo": "hedgespec.zoo",
-    "save_drafter": "hedgespec.checkpoints",
-    "save_learner_state": "hedgespec.learner_state",
+    "save_drafter": "hedgespec.drafters.checkpoints",
+    "save_learner_state": "hedgespec.decoder.learner_state",
 }
 _MODULES = ("algorithm", "drafters", "errors", "learners")
 
@@ -61,6 +61,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "algorithm",
+    "custom_generate",
     "drafters",
     "errors",
     "evaluate",
@@ -77,6 +78,8 @@ __all__ = [
     "verify_tree",
 ]
 
+redirect()
+
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
@@ -87,19 +90,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'hedgespec' has no attribute {name!r}")
     globals()[name] = value
     return value
-
-
-class _Package(ModuleType):
-    """The package, whose `evaluate` and `verify` are the functions and not the modules that they live in."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # Python binds a submodule to its package once it is loaded, whoever loads it.
-        if isinstance(value, ModuleType) and _HOMES.get(name) == value.__name__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

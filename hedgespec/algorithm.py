@@ -36,7 +36,7 @@ def decode(
     draft_length: int,
     temperature: float,
     random: np.random.Generator,
-    mode: str = "sampled",
+    proposal: str = "sampled",
     eos: frozenset[int] = frozenset(),
 ) -> Trace:
     """Decodes with NormalHedge on full information, losses from the exact estimator, drafters sampled from the weights."""
@@ -49,7 +49,7 @@ def decode(
 
     def q(i: int, verified: Tokens, drafted: Tokens) -> torch.Tensor:
         dist = distribution(drafters[i](verified, drafted), temperature)
-        return dist if mode == "sampled" else point_mass(dist)
+        return dist if proposal == "sampled" else point_mass(dist)
 
     # The prompt's own forward gives the first token: a head needs it before it can draft.
     trace = Trace([*prompt, inverse_cdf(p(list(prompt)), random.random(1)[0])])

@@ -1,4 +1,4 @@
-"""The frozen records that travel between the stages of a round: Choice, Draft, Verdict, Evaluation, Feedback."""
+"""Frozen records that the stages of a round exchange: Choice, Draft, Verdict, Evaluation, Feedback."""
 
 from __future__ import annotations
 
@@ -10,41 +10,40 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What selection decided for one round."""
+    """The selection for one round."""
 
     drafter: int
-    """Index of the drafter that drafts, 0..N-1; -1 where none does."""
+    """Index of the drafter, 0..N-1; -1 if none drafts."""
     draft_length: int
-    """Tokens to draft this round; 0 where none drafts."""
+    """Tokens to draft; 0 if none drafts."""
 
 
-NOBODY = Choice(drafter=-1, draft_length=0)
+NO_DRAFT = Choice(drafter=-1, draft_length=0)
+"""Plain decoding: the round emits one token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What the chosen drafter proposes."""
+    """The draft of one row."""
 
     tokens: torch.Tensor
-    """Proposed token ids in the target's vocabulary, int64 [B, K]; of a tree its nodes, -1 for none."""
+    """int64 [K]: draft tokens, ids of the target's vocabulary. In a tree one for each node; -1 marks no node."""
     logits: torch.Tensor | None
-    """The drafter's logits, before temperature and threshold, [B, K, Vd]; None where the proposal is one-hot or empty. Of a
-    tree [B, P, Vd], from which the children of the nodes `origins` were drawn."""
+    """The drafter's logits before temperature and threshold, [K, Vd]; None where the proposal is one-hot or the draft empty. In
+    a tree [P, Vd]: row p is what the children of node `origins[p]` were sampled from."""
     draft_to_target: torch.Tensor | None = None
-    """int64 [Vd], the target's id of each draft id of the logits; None where they are over the target's vocabulary."""
+    """int64 [Vd]: the target's id of each draft id. None where the logits are over the target's vocabulary."""
     usable: torch.Tensor | None = None
-    """int64 [], the first position at which the drafter's logits had no finite maximum, the draft length asked for if there
-    is none: only tokens before it are to be used. Which one it is depends on these only, so they are what was proposed.
-    Of a tree 0 where logits of any node had none: nothing was drafted after that node. None: nobody drafted."""
+    """int64 scalar: number of leading tokens whose logits had a finite maximum, the draft length if all had; later tokens must
+    be discarded. In a tree 0 if the logits of any node had none, else the draft length. None if no drafter ran."""
     parents: torch.Tensor | None = None
-    """Of a tree: each node's parent among the nodes, which precedes it, int64 [B, K]; -1 for the root, the last verified token.
-    None: a chain."""
+    """int64 [K], trees only: index of each node's parent, which precedes it; -1 for the root, the last verified token."""
     widths: torch.Tensor | None = None
-    """Of a dynamic tree: children of the likeliest node at each depth, int64 [K]."""
+    """int64 [K], dynamic trees only: number of children at each depth along the path of first children."""
     origins: torch.Tensor | None = None
-    """Of a tree whose children are samples: whose they are, int64 [B, P]; -1 for the root's."""
+    """int64 [P], trees of samples only: the node whose children were sampled from each row of `logits`; -1 for the root."""
     seconds_per_token: float = 0.0
-    """Where it is measured: what all rows that drafted as one took, over the longest of their drafts."""
+    """Time of the group's draft divided by its longest draft, where it is measured."""
 
 
 @dataclass(frozen=True, slots=True)

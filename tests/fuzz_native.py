@@ -51,10 +51,10 @@ def load(path: Path) -> None:
 def fuzz(calls: int, seed: int) -> None:
     import torch
 
-    from hedgespec.evaluate import MODES, evaluate
-    from hedgespec.linear import linear
-    from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
-    from hedgespec.verify import verify
+    from hedgespec.ops.evaluate import MODES, evaluate
+    from hedgespec.ops.head_layers import rotary_append, stack_linear, stack_rms_norm, swiglu
+    from hedgespec.ops.linear import linear
+    from hedgespec.ops.verify import verify
 
     torch.set_num_threads(2)
     rng = random.Random(seed)

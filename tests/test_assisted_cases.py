@@ -19,12 +19,12 @@ import transformers
 from helpers.compatibility import PROMPT, VOCABULARY, model_and_decoder, prompts
 from transformers import LlamaForCausalLM
 
-from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.errors import VocabularyMismatchError
+from hedgespec.runtime.compat import CACHE_NAME
 
 
 def other_model(seed: int = 5):

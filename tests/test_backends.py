@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 
-from hedgespec import backends, doctor
+from hedgespec.cli import doctor
 from hedgespec.errors import BackendUnavailableError
+from hedgespec.ops import backends
 
 
 def missing():
@@ -19,12 +20,12 @@ def missing():
 def table(monkeypatch):
     """An empty table; {"op": reference everywhere, cpu on the CPU in float32, cuda missing}."""
     monkeypatch.setattr(backends, "_table", {})
+    backends.forget()
     backends.register("op", "reference", lambda: "reference".upper)
     backends.register("op", "cpu", lambda: "cpu".upper, devices=("cpu",), dtypes=(torch.float32,))
     backends.register("op", "cuda", missing, devices=("cuda",))
     yield
-    backends._load.cache_clear()
-    backends.resolve.cache_clear()
+    backends.forget()
 
 
 @pytest.mark.usefixtures("table")
@@ -43,7 +44,7 @@ class TestResolve:
         assert backends.resolve("op", "auto", device, dtype)() == chosen
 
     def test_auto_says_once_what_it_chose_and_why_not_better(self, caplog):
-        with caplog.at_level(logging.INFO, "hedgespec.backends"):
+        with caplog.at_level(logging.INFO, "hedgespec.ops.backends"):
             for _ in range(3):
                 backends.resolve("op", "auto", "cuda", torch.float32)
         assert caplog.messages == ["op on cuda: the reference backend; cuda cannot run here: No module named 'absent'"]
@@ -61,15 +62,15 @@ class TestResolve:
             backends.resolve("op", "triton", "cpu")
 
     def test_wrong_device(self):
-        with pytest.raises(ValueError, match="backend: 'cpu' takes tensors on cpu; got tensors on cuda"):
+        with pytest.raises(ValueError, match="backend: 'cpu' takes tensors on cpu, got tensors on cuda"):
             backends.resolve("op", "cpu", "cuda")
 
     def test_wrong_dtype(self):
-        with pytest.raises(TypeError, match="backend: 'cpu' takes float32 logits; got float64"):
+        with pytest.raises(TypeError, match="backend: 'cpu' takes float32 logits, got float64"):
             backends.resolve("op", "cpu", "cpu", torch.float64)
 
     def test_unknown_name(self):
-        with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of .*; got 'gpu'"):
+        with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of .*, got 'gpu'"):
             backends.resolve("op", "gpu", "cpu")
 
     def test_only_import_errors_mean_unavailable(self):
@@ -99,7 +100,7 @@ class TestResolve:
 
 
 def test_register_rejects_an_unknown_backend():
-    with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda; got 'gpu'"):
+    with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda, got 'gpu'"):
         backends.register("op", "gpu", missing)
 
 

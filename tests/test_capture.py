@@ -15,14 +15,14 @@ from test_target import FAMILIES, NEW_TOKENS, ONE_BY_ONE, PROMPT, own_texts, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from hedgespec import capture, target
-from hedgespec.capture import CudaGraphs, NotCapturable
-from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
-from hedgespec.linear import few_row_view
-from hedgespec.target import Captures, TargetSession
-from hedgespec.tree import ancestry
+from hedgespec.ops.linear import few_row_view
+from hedgespec.ops.tree_mask import ancestry
+from hedgespec.runtime import capture, target
+from hedgespec.runtime.capture import CudaGraphs, NotCapturable
+from hedgespec.runtime.compat import CACHE_NAME
+from hedgespec.runtime.target import Captures, TargetSession
 
 ROUND = 6
 """T: five drafts and one token more."""

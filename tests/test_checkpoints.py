@@ -19,13 +19,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hedgespec
-from hedgespec.capture import CudaGraphs
-from hedgespec.checkpoints import inspect_drafter, is_head, load_drafter, save_drafter
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
+from hedgespec.drafters.checkpoints import inspect_drafter, is_head, load_drafter, save_drafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.stack import HeadStack, StackSession, is_plain, kind_of
 from hedgespec.errors import CheckpointError
+from hedgespec.runtime.capture import CudaGraphs
 from hedgespec.zoo.storage import save_head
 
 VOCABULARY, DRAFTED, WIDTH, LAYERS = 40, 25, 16, 8
@@ -357,8 +357,8 @@ def test_a_pool_of_them_is_one_stack(case, target, tmp_path, dtype):
     session, chosen = StackSession(stack, 2), [count - 1, count // 2]
     with torch.no_grad():
         session.score([0, 1], [tokens[:6] for tokens, _ in texts], [states[:6] for _, states in texts])
-        led = session.lead([0, 1], chosen, [tokens[6:8] for tokens, _ in texts], [states[6:8] for _, states in texts])
-        stepped = [session.step([0, 1], torch.tensor(pair)) for pair in ([3, 4], [5, 6])]
+        led = session.begin_draft([0, 1], chosen, [tokens[6:8] for tokens, _ in texts], [states[6:8] for _, states in texts])
+        stepped = [session.draft_next([0, 1], torch.tensor(pair)) for pair in ([3, 4], [5, 6])]
         had = session.score([0, 1], [tokens[6:] for tokens, _ in texts], [states[6:] for _, states in texts])
         for row, (tokens, states) in enumerate(texts):
             single = heads[chosen[row]].session()
@@ -383,8 +383,8 @@ def test_any_variant_can_be_captured(name, target, tmp_path):
     for captures in (None, graphs):
         session = StackSession(stack, 2, graphs=captures)
         session.score([0, 1], *zip(*[(tokens[:6], states[:6]) for tokens, states in texts]))
-        led = session.lead([0, 1], [count - 1, 0], *zip(*[(tokens[6:8], states[6:8]) for tokens, states in texts]))
-        stepped = session.step([0, 1], torch.tensor([3, 4]))
+        led = session.begin_draft([0, 1], [count - 1, 0], *zip(*[(tokens[6:8], states[6:8]) for tokens, states in texts]))
+        stepped = session.draft_next([0, 1], torch.tensor([3, 4]))
         found.append([led, stepped, session.score([0, 1], *zip(*[(tokens[6:], states[6:]) for tokens, states in texts]))])
         assert session.graphs is captures
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
@@ -728,7 +728,7 @@ REFUSED = {
     "scaled logits": ({"logit_scale": 0.5}, {}, "expected logit_scale 1, got 0.5"),
     "one hidden state": ({"eagle_config": {"use_aux_hidden_state": False}}, {}, "got use_aux_hidden_state false"),
     "too few aux layers": ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, {}, "fc.weight has shape (16, 48), expected (16, 32)"),
-    "an aux layer twice": ({"eagle_aux_hidden_state_layer_ids": [1, 2, 2]}, {}, "expected distinct aux layers >= 0"),
+    "an aux layer twice": ({"eagle_aux_hidden_state_layer_ids": [1, 2, 2]}, {}, "a list of distinct aux layers >= 0"),
     "an aux layer that is not there": (
         {"eagle_aux_hidden_state_layer_ids": [1, 2, 9]},
         {},

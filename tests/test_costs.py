@@ -9,8 +9,8 @@ import threading
 import numpy as np
 import pytest
 
-from hedgespec.costs import AGAIN, FEWEST, WINDOW, Costs
-from hedgespec.records import NOBODY, Choice
+from hedgespec.records import NO_DRAFT, Choice
+from hedgespec.selection.costs import AGAIN, FEWEST, WINDOW, Costs
 
 DRAFT, VERIFY = np.array([0.5, 2.0, 1.0]), 10.0 + np.arange(4)
 
@@ -111,30 +111,30 @@ def test_sizes_of_batches_are_apart_and_share_up_to_a_power_of_two():
     costs = measured(rows=5)
     for rows in (5, 6, 7, 8):
         assert costs.of(rows) is not None
-        assert (costs.to_measure(rows, 0) == NOBODY) == (rows < 5 + FEWEST + 1)
+        assert (costs.to_measure(rows, 0) == NO_DRAFT) == (rows < 5 + FEWEST + 1)
     assert all(costs.of(rows) is None for rows in (1, 2, 3, 4, 9, 16))
 
 
 def test_every_length_and_drafter_is_measured_a_few_times_in_turns_then_ever_more_rarely():
     costs = Costs(2, 3)
     turns = [costs.to_measure(1, 3) for _ in range(1100)]
-    first = [NOBODY, Choice(0, 1), Choice(1, 2), Choice(0, 3), NOBODY, Choice(1, 1), Choice(0, 2), Choice(1, 3)]
+    first = [NO_DRAFT, Choice(0, 1), Choice(1, 2), Choice(0, 3), NO_DRAFT, Choice(1, 1), Choice(0, 2), Choice(1, 3)]
     assert turns[:16] == first * 2 and FEWEST + 1 == 4
     asked = [round for round, choice in enumerate(turns, 1) if choice is not None]
     assert asked == [*range(1, 17), *(AGAIN * 2**j + number for j in range(5) for number in range(4))]
-    assert costs.to_measure(2, 3) == NOBODY
+    assert costs.to_measure(2, 3) == NO_DRAFT
 
 
 def test_more_drafters_than_lengths_are_all_measured():
     costs = Costs(5, 2)
     turns = [costs.to_measure(1, 2) for _ in range(60)]
     assert all(sum(choice is not None and choice.drafter == drafter for choice in turns) == FEWEST + 1 for drafter in range(5))
-    assert turns.count(NOBODY) == FEWEST + 1 and turns[24:] == [None] * 36
+    assert turns.count(NO_DRAFT) == FEWEST + 1 and turns[24:] == [None] * 36
 
 
 def test_no_more_is_drafted_than_there_is_room():
     costs = Costs(1, 3)
-    assert [costs.to_measure(1, 1) for _ in range(2 * (FEWEST + 1))] == [NOBODY, Choice(0, 1)] * (FEWEST + 1)
+    assert [costs.to_measure(1, 1) for _ in range(2 * (FEWEST + 1))] == [NO_DRAFT, Choice(0, 1)] * (FEWEST + 1)
     assert costs.to_measure(1, 1) is None and costs.to_measure(1, 0) is None
     assert [costs.to_measure(1, 2), costs.to_measure(1, 3)] == [Choice(0, 2), Choice(0, 3)]
 
@@ -144,7 +144,7 @@ def test_a_copy_begins_anew(copied):
     costs = measured()
     costs.to_measure(1, 3)
     twin = copied(costs)
-    assert twin.of(1) is None and twin.to_measure(1, 3) == NOBODY
+    assert twin.of(1) is None and twin.to_measure(1, 3) == NO_DRAFT
     assert (twin.num_drafters, twin.draft_length, twin.clock) == (3, 3, costs.clock)
     twin.verified(1, 0, 1.0)
     np.testing.assert_array_equal(costs.of(1)[1], VERIFY)
@@ -169,5 +169,5 @@ def test_threads_may_share_one():
     for thread in threads:
         thread.join()
     assert not errors
-    assert len(asked) == 2400 and asked.count(NOBODY) == FEWEST + 1 + (2400 // AGAIN).bit_length()
+    assert len(asked) == 2400 and asked.count(NO_DRAFT) == FEWEST + 1 + (2400 // AGAIN).bit_length()
     np.testing.assert_array_equal(costs.of(1)[0], DRAFT)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HAS_GPU
+from helpers.learners import ScoredFixedLearner, ScoredUniform
 from scipy import stats
 from test_decoder import DRAFT_VOCABULARY, VOCABULARY, Broken, as_functions, pool, prompt_of, tiny_head, tiny_llama
 from test_lossless import BAD_WORDS, MIXED, SMALLEST_P_VALUE, Bias, V, direct, through_generate
@@ -23,12 +24,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from hedgespec import Tree, algorithm
 from hedgespec.config import DecodeConfig
-from hedgespec.coupled import gumbel, perturb
 from hedgespec.decoder import Decoder, Request
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.learners import NAMES
-from hedgespec.sampling import Sampling
+from hedgespec.ops.gumbel import gumbel, perturb
+from hedgespec.ops.sampling import Sampling
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -105,9 +106,9 @@ def test_the_noise_draws_what_is_rare():
 
 def test_what_the_noise_refuses():
     for arguments, match in [
-        (([1, 2], [3], 5), "positions: expected one for each of 2 keys; got 1"),
-        (([1], [-1], 5), "positions: expected values of at least 0; got -1"),
-        (([1], [1], 0), "vocabulary: expected at least 1; got 0"),
+        (([1, 2], [3], 5), "positions: expected one for each of 2 keys, got 1"),
+        (([1], [-1], 5), "positions: expected values of at least 0, got -1"),
+        (([1], [1], 0), "vocabulary: expected at least 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=match):
             gumbel(*arguments)
@@ -251,7 +252,7 @@ CONFIGS = [
         {"learner": learner, "draft_length": 1 + number % 5, "evaluate_every": (1, 3, 8)[number % 3]}
         for number, learner in enumerate(NAMES)
     ),
-    {"estimator": "product", "loss": "acceptance_rate", "selection": "argmax", "overlap": True, "track_regret": True},
+    {"learner": ScoredFixedLearner, "evaluate_every": 2},
     {"drafter_window": 16, "backend": "reference"},
     {"objective": "throughput", "draft_length": 2},
     *({"draft_length": 3, "tree": tree} for tree in (Tree((3, 2, 1)), Tree(3, size=9), Tree(1), Tree(2, size=3))),
@@ -264,14 +265,14 @@ def test_a_seeds_text_is_the_plain_samplers_whatever_drafts(target):
     expected = naive(target, prompt[0].tolist(), 16, key_of(6), 0.8, 20)
     accepted = {}
     for name, drafters in every_pool(target).items():
-        out = Decoder(target, drafters, DecodeConfig(mode="coupled")).generate(prompt, **options)
+        out = Decoder(target, drafters, DecodeConfig(proposal="coupled")).generate(prompt, **options)
         assert out.sequences[0].tolist() == expected, name
         assert not out.stats[0].failures
-        accepted[name] = out.stats[0].mean_accepted_tokens
+        accepted[name] = out.stats[0].tokens_per_round
     assert accepted["itself"] > 4  # what draws from the target's law draws the target's tokens
     assert 1 < accepted["everyone"] < 5
     for config in CONFIGS:
-        out = Decoder(target, pool(target), DecodeConfig(mode="coupled", **config)).generate(prompt, **options)
+        out = Decoder(target, pool(target), DecodeConfig(proposal="coupled", **config)).generate(prompt, **options)
         assert out.sequences[0].tolist() == expected, config
         assert not out.stats[0].failures
 
@@ -287,7 +288,7 @@ def test_rounds_are_those_of_greedy_decoding_with_the_noise_on_top(target):
 
         return logits
 
-    config = DecodeConfig(draft_length=3, mode="coupled", evaluate_every=1, warm_start=0)
+    config = DecodeConfig(draft_length=3, proposal="coupled", evaluate_every=1, warm_start=0)
     out = Decoder(target, drafters, config).generate(prompt, max_new_tokens=30, temperature=temperature, seed=1)
     random = np.random.default_rng(1)
     key = int(random.random() * 2**53)
@@ -306,7 +307,7 @@ def test_rounds_are_those_of_greedy_decoding_with_the_noise_on_top(target):
 
 @pytest.mark.parametrize("tree", [None, Tree((2, 2, 1))])
 def test_a_row_says_the_same_in_any_company(target, tree):
-    decoder = Decoder(target, mixed_pool(target, True), DecodeConfig(draft_length=3, mode="coupled", tree=tree))
+    decoder = Decoder(target, mixed_pool(target, True), DecodeConfig(draft_length=3, proposal="coupled", tree=tree))
     batch = batch_of(4)
     prompts = [ids[mask > 0] for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
 
@@ -326,7 +327,7 @@ def test_a_row_says_the_same_in_any_company(target, tree):
 
 
 def test_a_text_goes_on_as_it_would_have(target):
-    decoder = Decoder(target, pool(target), DecodeConfig(mode="coupled"))
+    decoder = Decoder(target, pool(target), DecodeConfig(proposal="coupled"))
     arguments = {"temperature": 1.0, "seed": 2}
     whole = decoder.generate(prompt_of(3), max_new_tokens=30, **arguments).sequences
     assert decoder.generate(whole[:, :20], max_new_tokens=21, **arguments).sequences.tolist() == whole.tolist()
@@ -334,7 +335,7 @@ def test_a_text_goes_on_as_it_would_have(target):
 
 def test_a_state_and_a_failure_leave_the_text_alone(target):
     arguments = {"max_new_tokens": 30, "temperature": 1.0, "seed": 2}
-    config = DecodeConfig(mode="coupled", warm_start=0)
+    config = DecodeConfig(proposal="coupled", warm_start=0)
     first = Decoder(target, pool(target), config).generate(prompt_of(3), **arguments)
     state = first.stats[0].learner_state
     again = Decoder(target, pool(target), config).generate(prompt_of(3), learner_state=state, **arguments)
@@ -347,7 +348,7 @@ def test_a_state_and_a_failure_leave_the_text_alone(target):
 
 
 def test_seeds_differ_and_none_is_fresh(target):
-    decoder = Decoder(target, pool(target), DecodeConfig(mode="coupled"))
+    decoder = Decoder(target, pool(target), DecodeConfig(proposal="coupled"))
     arguments = {"max_new_tokens": 10, "temperature": 1.0}
     texts = [decoder.generate(prompt_of(0), seed=seed, **arguments).sequences.tolist() for seed in (0, 1, 2, None, None)]
     assert len({str(text) for text in texts}) == 5
@@ -359,11 +360,11 @@ def test_seeds_differ_and_none_is_fresh(target):
 @pytest.mark.parametrize("config", [{}, {"tree": Tree(2), "draft_length": 3}, {"evaluate_every": 1}])
 def test_temperature_0_is_greedy(target, config):
     expected = target.generate(**batch_of(3), max_new_tokens=20, do_sample=False)
-    out = Decoder(target, mixed_pool(target, True), DecodeConfig(mode="coupled", **config)).generate(
+    out = Decoder(target, mixed_pool(target, True), DecodeConfig(proposal="coupled", **config)).generate(
         **batch_of(3), max_new_tokens=20, seed=3
     )
     assert out.sequences.tolist() == expected.tolist()
-    argmax = Decoder(target, mixed_pool(target, True), DecodeConfig(mode="argmax", **config)).generate(
+    argmax = Decoder(target, mixed_pool(target, True), DecodeConfig(proposal="argmax", **config)).generate(
         **batch_of(3), max_new_tokens=20, seed=3
     )
     assert [one.choices for one in out.stats] == [one.choices for one in argmax.stats]
@@ -375,7 +376,7 @@ def test_losses_are_what_the_rounds_were_worth(tree, processed):
     """These drafters are as good drafting as teacher-forced, so a round emits what its first position's loss says: no chance
     is left. One has a vocabulary of its own."""
     model = markov(seed=0)
-    config = DecodeConfig(draft_length=3, mode="coupled", learner="uniform", track_regret=True, evaluate_every=2, tree=tree)
+    config = DecodeConfig(draft_length=3, proposal="coupled", learner=ScoredUniform, evaluate_every=2, tree=tree)
     decoder, names = Decoder(model, markov_pool(model, *MIXED), config), set()
     prompt = torch.randint(3, (4, 6), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)
@@ -398,7 +399,7 @@ def test_losses_are_what_the_rounds_were_worth(tree, processed):
 @pytest.mark.parametrize("tree", [None, Tree((2, 2, 1)), Tree(2, size=5)])
 def test_the_targets_own_law_is_accepted_throughout(tree, processed):
     model = markov(seed=0)
-    config = DecodeConfig(draft_length=3, mode="coupled", learner="fixed", tree=tree)
+    config = DecodeConfig(draft_length=3, proposal="coupled", learner="fixed", tree=tree)
     decoder = Decoder(model, [CausalLMDrafter(model, model, name="itself")], config)
     biased = {"logits_processor": LogitsProcessorList([Bias(stateless=True)])} if processed else {}
     out = model.generate(
@@ -414,14 +415,14 @@ def test_the_targets_own_law_is_accepted_throughout(tree, processed):
 @pytest.mark.parametrize("tree", [None, Tree((3, 2))])
 def test_text_has_the_targets_distribution(tree):
     chain = markov(seed=0)
-    config = DecodeConfig(draft_length=2 if tree else 4, mode="coupled", tree=tree)
+    config = DecodeConfig(draft_length=2 if tree else 4, proposal="coupled", tree=tree)
     assert min(direct(chain, markov_pool(chain, *MIXED), config, 60, temperature=0.8, top_k=5)) > SMALLEST_P_VALUE
 
 
 @pytest.mark.parametrize("stateless", [False, True])
 def test_processors_shape_the_distribution(stateless):
     chain = markov(seed=0)
-    config = DecodeConfig(draft_length=3, mode="coupled")
+    config = DecodeConfig(draft_length=3, proposal="coupled")
     found = through_generate(chain, markov_pool(chain, *MIXED), config, 24, 48, temperature=1.2, top_k=4, stateless=stateless)
     assert min(found) > SMALLEST_P_VALUE
 
@@ -454,7 +455,7 @@ def test_generate_says_the_same_for_every_pool(kind, tree):
             own = [Bias(stateless=True)] if kind in ("stateless", "both") else []
             return LogitsProcessorList(own + ([Stateful()] if kind in ("stateful", "both") else []))
 
-        config = DecodeConfig(draft_length=length, mode="coupled", tree=tree)
+        config = DecodeConfig(draft_length=length, proposal="coupled", tree=tree)
         decoder, given = Decoder(model, markov_pool(model, *names), config), processors()
         torch.manual_seed(11)
         out = model.generate(
@@ -479,7 +480,7 @@ def test_generate_says_the_same_for_every_pool(kind, tree):
 def test_scores_kept_are_without_noise():
     """And what is recorded changes no text."""
     model = markov(seed=0)
-    decoder = Decoder(model, markov_pool(model, *MIXED), DecodeConfig(mode="coupled"))
+    decoder = Decoder(model, markov_pool(model, *MIXED), DecodeConfig(proposal="coupled"))
     prompt, outs = torch.tensor([[2, 5]]), []
     for scores in (False, True):
         torch.manual_seed(4)
@@ -498,10 +499,10 @@ def test_scores_kept_are_without_noise():
 
 
 def test_the_option(target):
-    with pytest.raises(ValueError, match=r"mode: expected one of \('sampled', 'argmax', 'coupled'\), got 'couple'"):
-        DecodeConfig(mode="couple")
-    assert DecodeConfig(mode="coupled", tree=Tree(2, size=5)).mode == "coupled"
-    assert DecodeConfig().mode == "sampled"
+    with pytest.raises(ValueError, match=r"proposal: expected one of \('sampled', 'argmax', 'coupled'\), got 'couple'"):
+        DecodeConfig(proposal="couple")
+    assert DecodeConfig(proposal="coupled", tree=Tree(2, size=5)).proposal == "coupled"
+    assert DecodeConfig().proposal == "sampled"
 
 
 @pytest.mark.parametrize("mode", ["sampled", "argmax"])
@@ -509,11 +510,11 @@ def test_other_modes_make_no_noise(target, mode, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("noise was made")
 
-    monkeypatch.setattr("hedgespec.decoder.batch.gumbel", never)
-    monkeypatch.setattr("hedgespec.decoder.batch.perturb", never)
-    monkeypatch.setattr("hedgespec.decoder.pool.perturb", never)
+    monkeypatch.setattr("hedgespec.decoder.noise.gumbel", never)
+    monkeypatch.setattr("hedgespec.decoder.noise.perturb", never)
+    monkeypatch.setattr("hedgespec.decoder.chain_drafting.perturb", never)
     for temperature in (0.0, 1.0):
-        out = Decoder(target, pool(target), DecodeConfig(mode=mode)).generate(
+        out = Decoder(target, pool(target), DecodeConfig(proposal=mode)).generate(
             prompt_of(0), max_new_tokens=8, temperature=temperature, seed=0
         )
         assert not out.stats[0].failures
@@ -526,8 +527,8 @@ def test_noise_is_made_once_a_position(target, monkeypatch):
         asked.extend(zip(keys, positions))
         return gumbel(keys, positions, *rest)
 
-    monkeypatch.setattr("hedgespec.decoder.batch.gumbel", counting)
-    decoder = Decoder(target, pool(target), DecodeConfig(draft_length=4, mode="coupled", evaluate_every=3))
+    monkeypatch.setattr("hedgespec.decoder.noise.gumbel", counting)
+    decoder = Decoder(target, pool(target), DecodeConfig(draft_length=4, proposal="coupled", evaluate_every=3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decoder.generate(**batch_of(3), max_new_tokens=20, temperature=1.0, seed=0)
@@ -543,7 +544,7 @@ def test_a_gpu_says_the_same(target):
     texts = []
     for device in ("cpu", "cuda"):
         model = copy.deepcopy(target).to(device)
-        decoder = Decoder(model, [tiny_head(model, 1).to(device), NGramDrafter(VOCABULARY)], DecodeConfig(mode="coupled"))
+        decoder = Decoder(model, [tiny_head(model, 1).to(device), NGramDrafter(VOCABULARY)], DecodeConfig(proposal="coupled"))
         out = decoder.generate(prompt_of(1).to(device), max_new_tokens=30, temperature=0.9, seed=4)
         assert not out.stats[0].failures
         texts.append(out.sequences.tolist())

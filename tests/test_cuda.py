@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hedgespec import native
-from hedgespec.evaluate import evaluate_reference
-from hedgespec.verify import verify
+from hedgespec.ops import native
+from hedgespec.ops.evaluate import evaluate_reference
+from hedgespec.ops.verify import verify
 
 HERE = Path(__file__).resolve().parent
 EMULATOR, SOURCES = HERE / "emulator", HERE.parent / "csrc"

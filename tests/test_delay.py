@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgespec.delay import DelayQueue
+from hedgespec.selection.delay import DelayQueue
 
 quick = settings(max_examples=40, deadline=None)
-estimators = pytest.mark.parametrize("estimator", ("exact", "product"))
 
 
 @st.composite
@@ -28,7 +27,7 @@ def traces(draw):
     return draft_length, acceptance(), acceptance()
 
 
-def brute_force(draft_length, prob, ratio, estimator):
+def brute_force(draft_length, prob, ratio):
     """(position, losses) of every loss that can be known by the end of the trace, each from its own double loop."""
     n, length = prob.shape
     known = []
@@ -37,12 +36,8 @@ def brute_force(draft_length, prob, ratio, estimator):
         for i in range(n):
             expected, product, seen = 1.0, 1.0, 0
             for k in range(min(draft_length, length - t)):
-                if estimator == "exact":
-                    expected += product * prob[i, t + k]
-                    product *= ratio[i, t + k]
-                else:
-                    product *= prob[i, t + k]
-                    expected += product
+                expected += product * prob[i, t + k]
+                product *= ratio[i, t + k]
                 seen += 1
             losses.append(1 - expected / (draft_length + 1))
             certain.append(seen == draft_length or product == 0)
@@ -62,14 +57,13 @@ def run(queue, prob, ratio, sizes=(10**6,)):
     return [(feedback.position, feedback.losses.tolist()) for feedback in out]
 
 
-@estimators
 @quick
 @given(trace=traces())
-def test_losses_are_the_formula(estimator, trace):
+def test_losses_are_the_formula(trace):
     draft_length, prob, ratio = trace
-    queue = DelayQueue(len(prob), draft_length, estimator=estimator)
+    queue = DelayQueue(len(prob), draft_length)
     out = run(queue, prob, ratio)
-    expected = brute_force(draft_length, prob, ratio, estimator)
+    expected = brute_force(draft_length, prob, ratio)
     assert [position for position, _ in out] == [position for position, _ in expected] == list(range(len(out)))
     for (_, losses), (_, awaited) in zip(out, expected):
         np.testing.assert_allclose(losses, awaited, rtol=0, atol=1e-15)
@@ -77,25 +71,23 @@ def test_losses_are_the_formula(estimator, trace):
     assert all(0 <= loss < 1 for _, losses in out for loss in losses)
 
 
-@estimators
 @quick
 @given(trace=traces(), sizes=st.lists(st.integers(0, 5), min_size=1, max_size=30))
-def test_the_size_of_the_chunks_does_not_matter(estimator, trace, sizes):
+def test_the_size_of_the_chunks_does_not_matter(trace, sizes):
     draft_length, prob, ratio = trace
-    whole, chunked = (DelayQueue(len(prob), draft_length, estimator=estimator) for _ in range(2))
+    whole, chunked = (DelayQueue(len(prob), draft_length) for _ in range(2))
     assert run(chunked, prob, ratio, sizes) == run(whole, prob, ratio)
     assert chunked.pending == whole.pending
 
 
-@estimators
 @quick
 @given(trace=traces())
-def test_an_early_loss_is_exactly_the_awaited_one(estimator, trace):
+def test_an_early_loss_is_exactly_the_awaited_one(trace):
     draft_length, prob, ratio = trace
-    early = run(DelayQueue(len(prob), draft_length, estimator=estimator), prob, ratio)
+    early = run(DelayQueue(len(prob), draft_length), prob, ratio)
     # A drafter that never fails keeps every loss waiting for all its positions.
     perfect = np.ones((1, prob.shape[1]))
-    patient = DelayQueue(len(prob) + 1, draft_length, estimator=estimator)
+    patient = DelayQueue(len(prob) + 1, draft_length)
     awaited = run(patient, np.vstack([prob, perfect]), np.vstack([ratio, perfect]))
     assert len(awaited) <= len(early)
     assert [(position, losses[:-1]) for position, losses in awaited] == early[: len(awaited)]
@@ -112,13 +104,12 @@ def test_a_loss_is_complete_as_soon_as_every_product_is_zero():
     assert queue.pending == 0
 
 
-@estimators
 @quick
 @given(trace=traces(), sizes=st.lists(st.integers(0, 5), min_size=1, max_size=30))
-def test_lengths_are_the_partial_sums_and_the_losses_stay(estimator, trace, sizes):
+def test_lengths_are_the_partial_sums_and_the_losses_stay(trace, sizes):
     """In whatever chunks: what a queue for shorter drafts says of the same position, as soon and as exactly."""
     draft_length, prob, ratio = trace
-    plain, asked = (DelayQueue(len(prob), draft_length, estimator=estimator, lengths=lengths) for lengths in (False, True))
+    plain, asked = (DelayQueue(len(prob), draft_length, lengths=lengths) for lengths in (False, True))
     found, at = [], 0
     for size in [*sizes, prob.shape[1]]:
         here = slice(at, at + size)
@@ -136,7 +127,7 @@ def test_lengths_are_the_partial_sums_and_the_losses_stay(estimator, trace, size
                 product = 1.0
                 for t in range(feedback.position, min(feedback.position + k, prob.shape[1])):
                     sums[i] += product * prob[i, t]
-                    product *= ratio[i, t] if estimator == "exact" else prob[i, t]
+                    product *= ratio[i, t]
             np.testing.assert_allclose(feedback.lengths[k - 1], sums, rtol=0, atol=1e-14)
         np.testing.assert_allclose(feedback.losses, 1 - feedback.lengths[-1] / (draft_length + 1), rtol=0, atol=1e-14)
 
@@ -145,11 +136,6 @@ def test_an_early_length_lacks_nothing():
     """Both products are 0 after two positions: what is left of a sum of four is known."""
     [feedback, _] = DelayQueue(2, 4, lengths=True).push([[0.5, 0.25], [0.5, 0.75]], [[1.0, 0.0], [0.5, 0.0]])
     np.testing.assert_allclose(feedback.lengths, [[1.5, 1.5], [1.75, 1.875], [1.75, 1.875], [1.75, 1.875]], atol=1e-15)
-
-
-def test_lengths_are_refused_where_there_are_none():
-    with pytest.raises(ValueError, match="loss: expected 'length' where lengths are asked for, got 'acceptance_rate'"):
-        DelayQueue(2, 3, loss="acceptance_rate", lengths=True)
 
 
 @pytest.mark.parametrize("last", [0.0, 0.5])
@@ -169,22 +155,13 @@ def test_draft_length_one_never_waits():
     assert feedback.losses.tolist() == [0.25, 0.0]
 
 
-def test_the_acceptance_rate_needs_no_waiting():
-    prob = np.random.default_rng(0).random((3, 8))
-    queue = DelayQueue(3, 5, loss="acceptance_rate")
-    out = run(queue, prob, prob, sizes=(3, 5))
-    assert out == [(t, (1 - prob[:, t]).tolist()) for t in range(8)]
-    assert queue.pending == queue.close() == 0
-
-
-@pytest.mark.parametrize("loss", ("length", "acceptance_rate"))
-def test_the_end_of_a_request_drops_what_is_pending(loss):
+def test_the_end_of_a_request_drops_what_is_pending():
     prob = np.random.default_rng(1).random((2, 9))
-    queue = DelayQueue(2, 4, loss=loss)
+    queue = DelayQueue(2, 4)
     run(queue, prob[:, ::-1], prob[:, ::-1])
-    assert queue.close() == (3 if loss == "length" else 0)
+    assert queue.close() == 3
     assert queue.pending == 0
-    fresh = DelayQueue(2, 4, loss=loss)
+    fresh = DelayQueue(2, 4)
     assert run(queue, prob, prob) == run(fresh, prob, prob)  # nothing of the last request is left, positions included
 
 
@@ -195,15 +172,13 @@ def test_tensors_and_rounding_above_one_are_taken():
     np.testing.assert_allclose(feedback.losses, [1 - 2.5 / 3, 1 - 2.25 / 3], rtol=1e-15)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "product"])
-@pytest.mark.parametrize("loss", ["length", "acceptance_rate"])
-def test_losses_by_depth(estimator, loss):
+def test_losses_by_depth():
     """The same at every depth is what is not by depth; otherwise a position counts at its depth in the round."""
     random = np.random.default_rng(0)
     for _ in range(40):
         count, length, positions = (int(random.integers(1, most)) for most in (4, 5, 12))
         probs, ratios = random.random((2, length, count, positions)) * (random.random((2, length, count, positions)) < 0.6)
-        flat, alike, by_depth = (DelayQueue(count, length, estimator=estimator, loss=loss) for _ in range(3))
+        flat, alike, by_depth = (DelayQueue(count, length) for _ in range(3))
         found, expected, told = [], [], []
         for start in range(0, positions, 3):
             here = slice(start, start + 3)
@@ -214,16 +189,12 @@ def test_losses_by_depth(estimator, loss):
         assert [one.position for one in found] == [one.position for one in expected]
         for one, other in zip(found, expected):
             assert one.losses.tobytes() == other.losses.tobytes()
-        followed = ratios if estimator == "exact" else probs
         for number, one in enumerate(told):
             assert one.position == number
-            if loss == "acceptance_rate":
-                np.testing.assert_allclose(one.losses, 1 - probs[0, :, number], atol=1e-12)
-                continue
             emitted, alive = np.ones(count), np.ones(count)
             for depth in range(min(length, positions - number)):
                 emitted += alive * probs[depth, :, number + depth]
-                alive *= followed[depth, :, number + depth]
+                alive *= ratios[depth, :, number + depth]
             assert number + length <= positions or not alive.any()
             np.testing.assert_allclose(one.losses, 1 - emitted / (length + 1), atol=1e-12)
 
@@ -244,14 +215,9 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(TypeError, match="acceptance_ratio: expected a floating dtype, got int64"):
         queue.push(good, np.ones((2, 2), dtype=np.int64))
     assert queue.pending == 0
-    for arguments, options, said in (
-        ((0, 3), {}, "num_drafters: expected"),
-        ((2, 0), {}, "draft_length: expected"),
-        ((2, 3), {"estimator": "none"}, "estimator: expected 'exact' or 'product', got 'none'"),
-        ((2, 3), {"loss": "none"}, "loss: expected 'length' or 'acceptance_rate', got 'none'"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            DelayQueue(*arguments, **options)
+    for arguments, message in (((0, 3), "num_drafters: expected"), ((2, 0), "draft_length: expected")):
+        with pytest.raises(ValueError, match=message):
+            DelayQueue(*arguments)
 
 
 def test_cutting_sums_short_would_favour_drafters_that_stop_early():

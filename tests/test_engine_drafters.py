@@ -24,12 +24,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )  # fmt: skip
 
-from hedgespec.cache import RowCache
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.datastore import Datastore
-from hedgespec.engines import drafters
-from hedgespec.engines.drafters import NOTHING, CausalLMs, Datastores, NGrams, Sessions, TokenDrafter
 from hedgespec.errors import VocabularyMismatchError
+from hedgespec.integrations.vllm import drafters
+from hedgespec.integrations.vllm.drafters import NOTHING, CausalLMs, Datastores, NGrams, Sessions, TokenDrafter
+from hedgespec.runtime.cache import RowCache
 
 V, CONTEXT = 31, 40
 SHAPE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

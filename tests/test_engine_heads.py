@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from hedgespec.config import DecodeConfig
-from hedgespec.engines.heads import SILENT, HeadLearning
-from hedgespec.records import NOBODY
+from hedgespec.integrations.vllm.head_pool import SILENT, HeadLearning
+from hedgespec.learners import NormalHedge
+from hedgespec.records import NO_DRAFT
 
 HEADS = ("good", "bad", "worse")
 
 
 def learning(**config) -> tuple[HeadLearning, list[str]]:
     warned: list[str] = []
-    return HeadLearning(HEADS, DecodeConfig(draft_length=3, mode="argmax", **config), seed=0, warn=warned.append), warned
+    return HeadLearning(HEADS, DecodeConfig(draft_length=3, proposal="argmax", **config), seed=0, warn=warned.append), warned
 
 
 def round_of(good: int, tokens: int) -> np.ndarray:
@@ -93,7 +94,7 @@ def test_a_head_that_fails_is_out_of_all():
     assert warned == [f"drafter {name} failed and is out for good: no memory" for name in HEADS[:2]]
     assert {heads.choose(name, 4).drafter for name in "ab" for _ in range(20)} == {2}
     heads.lose(2, "no memory")
-    assert heads.choose("a", 4) == NOBODY
+    assert heads.choose("a", 4) == NO_DRAFT
     heads.learn("a", np.zeros((3, 1)), np.zeros((3, 1)), 0)  # the text goes on
     assert heads.tally.emitted == 1 and heads.tally.rounds == 0
 
@@ -101,7 +102,7 @@ def test_a_head_that_fails_is_out_of_all():
 def test_rounds_without_a_draft():
     heads, _ = learning()
     heads.begin("a")
-    assert heads.choose("a", 1) == NOBODY
+    assert heads.choose("a", 1) == NO_DRAFT
     heads.learn("a", round_of(1, 1), round_of(1, 1), 0)
     assert heads.tally.rounds == 0 and heads.tally.emitted == 1 and heads.tally.scored.tolist() == [1, 1, 1]
 
@@ -109,5 +110,5 @@ def test_rounds_without_a_draft():
 def test_mistakes_are_told_at_once():
     with pytest.raises(ValueError, match="got 'magic'"):
         learning(learner="magic")
-    with pytest.raises(ValueError, match="prior: expected shape"):
-        learning(prior=(0.5, 0.5))
+    with pytest.raises(ValueError, match="learner: expected one over 3 arms, got one over 2"):
+        learning(learner=lambda arms: NormalHedge(2))

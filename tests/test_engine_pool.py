@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from hedgespec.config import DecodeConfig
-from hedgespec.engines.pool import TOKENS_ONLY, VARIABLE, read_pool
 from hedgespec.errors import PoolError
+from hedgespec.integrations.vllm.pool_config import TOKENS_ONLY, VARIABLE, read_pool
 
 TYPES = ("causal_lm", "ngram", "datastore", "drafter")
 LOOKUP = {"type": "ngram", "name": "lookup"}
@@ -27,8 +28,10 @@ def test_json_and_a_file(tmp_path):
     for pool in (read(told), read(str(path))):
         assert pool.names == ("lookup", "causal_lm")
         assert pool.drafters[1].options == {"model": "m", "dtype": "float32"}
-        assert (pool.decode.learner, pool.decode.prior, pool.decode.draft_length) == ("hedge", (0.75, 0.25), 4)
-        assert (pool.decode.mode, pool.decode.objective, pool.seed, pool.log_every) == ("argmax", "throughput", 3, 0.5)
+        learner = pool.decode.learner(2 * 4 + 1)
+        assert (learner.name, learner.eta, pool.decode.draft_length) == ("hedge", 0.3, 4)
+        np.testing.assert_allclose(learner.prior, np.append(np.repeat([0.75, 0.25], 4), 0.5) / 4.5)
+        assert (pool.decode.proposal, pool.decode.objective, pool.seed, pool.log_every) == ("argmax", "throughput", 3, 0.5)
     assert read(str(path)).source == str(path)
 
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from hedgespec.engines import prometheus
-from hedgespec.engines.learning import Tally
+from hedgespec.integrations.vllm import prometheus
+from hedgespec.integrations.vllm.request_learner import Tally
 
 UPDATES = """
 tally = Tally(["a", "b"])
@@ -53,8 +53,8 @@ import os
 
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 
-from hedgespec.engines.learning import Tally
-from hedgespec.engines.prometheus import Exporter
+from hedgespec.integrations.vllm.request_learner import Tally
+from hedgespec.integrations.vllm.prometheus import Exporter
 
 for _ in range(2):
     if (child := os.fork()) == 0:

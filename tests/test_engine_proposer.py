@@ -6,18 +6,21 @@ import json
 import sys
 import types
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.learners import ArgmaxNormalHedge, ScoredFixedLearner
 
 from hedgespec.config import DecodeConfig
-from hedgespec.engines.drafters import NGrams
-from hedgespec.engines.pool import VARIABLE
-from hedgespec.engines.proposer import TokenProposer
-from hedgespec.engines.vllm import HedgeSpecProposer
 from hedgespec.errors import EngineError, PoolError
+from hedgespec.integrations.vllm.drafters import NGrams
+from hedgespec.integrations.vllm.pool_config import VARIABLE
+from hedgespec.integrations.vllm.token_pool import TokenProposer
+from hedgespec.integrations.vllm.token_proposer import HedgeSpecProposer
+from hedgespec.learners import FixedLearner
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "vllm_calls.json").read_text())
 
@@ -85,7 +88,9 @@ class Oracle:
 
 def proposer(drafters, **options) -> TokenProposer:
     own = {key: options.pop(key) for key in ("max_length", "max_requests", "ends", "seed", "warn", "clock") if key in options}
-    config = DecodeConfig(**{"draft_length": 3, "mode": "argmax", "selection": "argmax", "evaluate_every": 1} | options)
+    config = DecodeConfig(
+        **{"draft_length": 3, "proposal": "argmax", "learner": ArgmaxNormalHedge, "evaluate_every": 1} | options
+    )
     return TokenProposer(drafters, config, **{"max_length": 256} | own)
 
 
@@ -190,9 +195,7 @@ def test_nothing_is_left():
 
 
 def test_cadence_changes_no_score():
-    rare, often = (
-        proposer([Oracle(3), Oracle(6)], evaluate_every=every, learner="fixed", track_regret=True) for every in (5, 1)
-    )
+    rare, often = (proposer([Oracle(3), Oracle(6)], evaluate_every=every, learner=ScoredFixedLearner) for every in (5, 1))
     for made in (rare, often):
         replay(made, True)
     # What a request's last rounds emitted may be waiting for an evaluation that never came.
@@ -202,7 +205,7 @@ def test_cadence_changes_no_score():
 
 def test_a_learner_that_does_not_ask_is_not_told():
     drafters = [Oracle(3), Oracle(6)]
-    made = proposer(drafters, learner="fixed", learner_options={"drafter": 1})
+    made = proposer(drafters, learner=partial(FixedLearner, drafter=1))
     replay(made, True)
     assert made.tally.scored.tolist() == [0, 0] and made.tally.picks[0] == 0
     assert drafters[0].calls == []
@@ -331,7 +334,7 @@ def pool(monkeypatch, *drafters, **more):
 def test_what_vllm_calls(fake_vllm, monkeypatch):
     pool(monkeypatch, {"type": "ngram", "name": "lookup"})
     made = HedgeSpecProposer(config_of())
-    monkeypatch.setattr("hedgespec.engines.vllm.check_sampling", lambda device: None)
+    monkeypatch.setattr("hedgespec.integrations.vllm.token_proposer.check_sampling", lambda device: None)
     made.load_model(torch.nn.Linear(1, 1))
     table = np.zeros((8, 256), dtype=np.int32)
     table[0, :9] = [5, 6, 7, 8, 9, 5, 6, 7, 8]
@@ -383,7 +386,7 @@ def test_mistakes_are_named(fake_vllm, monkeypatch):
 def test_a_drafter_of_ones_own(fake_vllm, monkeypatch):
     factory = {"factory": "hedgespec.drafters.ngram.NGramDrafter", "options": {"vocab_size": 300, "max_ngram": 2}}
     pool(monkeypatch, {"type": "drafter", "name": "mine", **factory})
-    monkeypatch.setattr("hedgespec.engines.vllm.check_sampling", lambda device: None)
+    monkeypatch.setattr("hedgespec.integrations.vllm.token_proposer.check_sampling", lambda device: None)
     made = HedgeSpecProposer(config_of())
     made.load_model(torch.nn.Linear(1, 1))
     table = np.array([[5, 6, 7, 8, 5]], dtype=np.int32)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgespec.engines.tracking import PATIENCE, Tracked, Tracker
+from hedgespec.integrations.vllm.request_tracker import PATIENCE, Tracked, Tracker
 
 
 def step(tracker: Tracker, *rows, names=None) -> tuple[list[Tracked], list[Tracked]]:

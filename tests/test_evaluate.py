@@ -13,9 +13,9 @@ from conftest import GPU_BACKENDS, HAS_GPU, TOLERANCES, anywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hedgespec import backends
 from hedgespec import evaluate as public_evaluate
-from hedgespec.evaluate import evaluate_reference, expected_accepted_length, length_loss, multi_draft_acceptance
+from hedgespec.ops import backends
+from hedgespec.ops.evaluate import evaluate_reference, expected_accepted_length, length_loss, multi_draft_acceptance
 from hedgespec.records import Evaluation
 
 evaluate = anywhere(public_evaluate)
@@ -719,14 +719,14 @@ def test_length_loss_at_its_ends():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([0.5], np.ones(1), 1), TypeError, "acceptance_prob: expected a torch tensor or a NumPy array; got list"),
+        (([0.5], np.ones(1), 1), TypeError, "acceptance_prob: expected a torch tensor or a NumPy array, got list"),
         ((np.ones(2), torch.ones(2), 1), TypeError, "acceptance_ratio: expected ndarray, .* got Tensor"),
-        ((np.ones(2, int), np.ones(2), 1), TypeError, "acceptance_prob: expected a floating-point dtype; got int64"),
-        ((np.ones(2), np.ones(3), 1), ValueError, r"acceptance_ratio: expected .* shape \(2,\); got \(3,\)"),
+        ((np.ones(2, int), np.ones(2), 1), TypeError, "acceptance_prob: expected a floating-point dtype, got int64"),
+        ((np.ones(2), np.ones(3), 1), ValueError, r"acceptance_ratio: expected .* shape \(2,\), got \(3,\)"),
         ((np.ones(2), np.ones(2), 3), ValueError, r"acceptance_prob: .* draft_length = 3 .* got shape \(2,\)"),
-        ((np.ones(2), np.ones(2), 0), ValueError, "draft_length: expected at least 1; got 0"),
-        ((np.ones(2), np.ones(2), 1.0), TypeError, "draft_length: expected an int; got float"),
-        ((np.ones(2), np.ones(2), 1, "best"), ValueError, "estimator: expected one of exact, product; got 'best'"),
+        ((np.ones(2), np.ones(2), 0), ValueError, "draft_length: expected at least 1, got 0"),
+        ((np.ones(2), np.ones(2), 1.0), TypeError, "draft_length: expected an int, got float"),
+        ((np.ones(2), np.ones(2), 1, "best"), ValueError, "estimator: expected one of exact, product, got 'best'"),
     ],
 )
 def test_bad_acceptance(arguments, error, message):
@@ -748,45 +748,45 @@ MAP = torch.arange(5).repeat(4, 1)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        bad("target_logits: expected a torch.Tensor; got list", TypeError, target_logits=[1.0]),
+        bad("target_logits: expected a torch.Tensor, got list", TypeError, target_logits=[1.0]),
         bad("target_logits: expected torch.float32 or .* got torch.int64", TypeError, target_logits=LOGITS.long()),
         bad(r"target_logits: expected shape \[B, T, V\] .* got \[2, 5\]", target_logits=LOGITS[:, 0]),
-        bad(r"target_logits: .* vocabulary of at least 1; got \[2, 3, 0\]", target_logits=LOGITS[..., :0]),
+        bad(r"target_logits: .* vocabulary of at least 1, got \[2, 3, 0\]", target_logits=LOGITS[..., :0]),
         bad("drafter_logits: expected torch.float32 or .* got torch.int32", TypeError, drafter_logits=DRAFTS.int()),
         bad(r"drafter_logits: expected shape \[N, B, T, Vd\] .* got \[2, 3, 5\]", drafter_logits=DRAFTS[0]),
         bad(r"drafter_logits: expected shape \[N >= 1, 2, 3, Vd\].* got \[4, 1, 3, 5\]", drafter_logits=DRAFTS[:, :1]),
         bad(r"drafter_logits: expected shape \[N >= 1, .* got \[0, 2, 3, 5\]", drafter_logits=DRAFTS[:0]),
         bad("drafter_logits: expected a vocabulary of 5, .* got 4", drafter_logits=DRAFTS[..., :4]),
         bad("drafter_logits: expected device cpu, .* got meta", drafter_logits=DRAFTS.to("meta")),
-        bad("tokens: expected torch.int64; got torch.int32", TypeError, tokens=TOKENS.int()),
-        bad(r"tokens: expected shape \[2, 3\]; got \[2, 2\]", tokens=TOKENS[:, :2]),
-        bad(r"tokens: expected values in 0..4; got 5", tokens=TOKENS + 5),
-        bad(r"tokens: expected values in 0..4; got -1", tokens=TOKENS - 1),
-        bad("tokens: expected device cpu, like the target's logits; got meta", tokens=TOKENS.to("meta")),
-        bad("lengths: expected torch.int64; got torch.float32", TypeError, lengths=torch.ones(2)),
-        bad(r"lengths: expected shape \[2\]; got \[3\]", lengths=torch.ones(3, dtype=torch.int64)),
-        bad("lengths: expected values in 0..3; got 4", lengths=torch.tensor([1, 4])),
-        bad("draft_to_target: expected torch.int64 or torch.int32; got torch.int16", TypeError, draft_to_target=MAP.short()),
-        bad(r"draft_to_target: expected shape \[4, 5\]; got \[3, 5\]", draft_to_target=MAP[:3]),
-        bad("draft_to_target: expected values in 0..4; got 5", draft_to_target=MAP + 1),
-        bad("draft_to_target: expected values in 0..4; got -1", draft_to_target=MAP - 1),
-        bad("draft_to_target: expected distinct ids for each drafter; got 0 twice", draft_to_target=MAP * 0),
-        bad("target_temperature: expected a finite number >= 0; got -1.0", target_temperature=-1.0),
-        bad("drafter_temperature: expected a finite number >= 0; got nan", drafter_temperature=math.nan),
+        bad("tokens: expected torch.int64, got torch.int32", TypeError, tokens=TOKENS.int()),
+        bad(r"tokens: expected shape \[2, 3\], got \[2, 2\]", tokens=TOKENS[:, :2]),
+        bad(r"tokens: expected values in 0..4, got 5", tokens=TOKENS + 5),
+        bad(r"tokens: expected values in 0..4, got -1", tokens=TOKENS - 1),
+        bad("tokens: expected device cpu, like the target's logits, got meta", tokens=TOKENS.to("meta")),
+        bad("lengths: expected torch.int64, got torch.float32", TypeError, lengths=torch.ones(2)),
+        bad(r"lengths: expected shape \[2\], got \[3\]", lengths=torch.ones(3, dtype=torch.int64)),
+        bad("lengths: expected values in 0..3, got 4", lengths=torch.tensor([1, 4])),
+        bad("draft_to_target: expected torch.int64 or torch.int32, got torch.int16", TypeError, draft_to_target=MAP.short()),
+        bad(r"draft_to_target: expected shape \[4, 5\], got \[3, 5\]", draft_to_target=MAP[:3]),
+        bad("draft_to_target: expected values in 0..4, got 5", draft_to_target=MAP + 1),
+        bad("draft_to_target: expected values in 0..4, got -1", draft_to_target=MAP - 1),
+        bad("draft_to_target: expected distinct ids for each drafter, got 0 twice", draft_to_target=MAP * 0),
+        bad("target_temperature: expected a finite number >= 0, got -1.0", target_temperature=-1.0),
+        bad("drafter_temperature: expected a finite number >= 0, got nan", drafter_temperature=math.nan),
         bad("target_temperature: expected a number or .* got str", TypeError, target_temperature="hot"),
-        bad("drafter_temperature: expected finite values >= 0; got inf", drafter_temperature=torch.tensor([1, INF])),
-        bad(r"target_temperature: expected shape \[2\]; got \[3\]", target_temperature=torch.ones(3)),
+        bad("drafter_temperature: expected finite values >= 0, got inf", drafter_temperature=torch.tensor([1, INF])),
+        bad(r"target_temperature: expected shape \[2\], got \[3\]", target_temperature=torch.ones(3)),
         bad("target_temperature: expected torch.float32 .* got torch.int64", TypeError, target_temperature=TOKENS[:, 0]),
-        bad(r"target_threshold: expected shape \[2, 3\]; got \[3\]", target_threshold=torch.ones(3)),
-        bad(r"drafter_threshold: expected shape \[4, 2, 3\]; got \[2, 3\]", drafter_threshold=torch.ones(2, 3)),
-        bad("top_k: expected 1..32; got 0", top_k=0),
-        bad("top_k: expected 1..32; got 33", top_k=33),
-        bad("top_k: expected an int; got float", TypeError, top_k=2.0),
-        bad("top_k: expected a number of candidates in mode 'top_k'; got None", mode="top_k"),
-        bad("draft_length: expected at least 1; got 0", draft_length=0),
-        bad("draft_length: expected an int; got bool", TypeError, draft_length=True),
-        bad("estimator: expected one of exact, product; got 'best'", estimator="best"),
-        bad("mode: expected one of sampled, argmax, top_k; got 'tree'", mode="tree"),
+        bad(r"target_threshold: expected shape \[2, 3\], got \[3\]", target_threshold=torch.ones(3)),
+        bad(r"drafter_threshold: expected shape \[4, 2, 3\], got \[2, 3\]", drafter_threshold=torch.ones(2, 3)),
+        bad("top_k: expected 1..32, got 0", top_k=0),
+        bad("top_k: expected 1..32, got 33", top_k=33),
+        bad("top_k: expected an int, got float", TypeError, top_k=2.0),
+        bad("top_k: expected a number of candidates in mode 'top_k', got None", mode="top_k"),
+        bad("draft_length: expected at least 1, got 0", draft_length=0),
+        bad("draft_length: expected an int, got bool", TypeError, draft_length=True),
+        bad("estimator: expected one of exact, product, got 'best'", estimator="best"),
+        bad("mode: expected one of sampled, argmax, top_k, got 'tree'", mode="tree"),
         bad("backend: expected 'auto' or one of .* got 'fast'", backend="fast"),
     ],
 )
@@ -799,14 +799,14 @@ def test_bad_input(changes, error, message):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        bad("samples: expected at least 1; got 0", samples=0),
-        bad("samples: expected an int; got float", TypeError, samples=2.0),
+        bad("samples: expected at least 1, got 0", samples=0),
+        bad("samples: expected an int, got float", TypeError, samples=2.0),
         bad("drafter_logits: expected a vocabulary of 5, .* got 4", drafter_logits=DRAFTS[..., :4]),
-        bad(r"tokens: expected values in 0..4; got 5", tokens=TOKENS + 5),
-        bad("lengths: expected values in 0..3; got 4", lengths=torch.tensor([1, 4])),
-        bad("draft_to_target: expected distinct ids for each drafter; got 0 twice", draft_to_target=MAP * 0),
-        bad("target_temperature: expected a finite number >= 0; got -1.0", target_temperature=-1.0),
-        bad(r"drafter_threshold: expected shape \[4, 2, 3\]; got \[2, 3\]", drafter_threshold=torch.ones(2, 3)),
+        bad(r"tokens: expected values in 0..4, got 5", tokens=TOKENS + 5),
+        bad("lengths: expected values in 0..3, got 4", lengths=torch.tensor([1, 4])),
+        bad("draft_to_target: expected distinct ids for each drafter, got 0 twice", draft_to_target=MAP * 0),
+        bad("target_temperature: expected a finite number >= 0, got -1.0", target_temperature=-1.0),
+        bad(r"drafter_threshold: expected shape \[4, 2, 3\], got \[2, 3\]", drafter_threshold=torch.ones(2, 3)),
     ],
 )
 def test_bad_input_of_samples(changes, error, message):
@@ -819,13 +819,13 @@ def test_a_map_is_checked_again_once_written_to():
     ids = MAP.clone()
     evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=ids)
     ids[0, 0] = 99
-    with pytest.raises(ValueError, match=r"draft_to_target: expected values in 0..4; got 99"):
+    with pytest.raises(ValueError, match=r"draft_to_target: expected values in 0..4, got 99"):
         evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=ids)
 
 
 def test_a_map_is_checked_again_for_another_target():
     evaluate(LOGITS, DRAFTS, TOKENS, draft_to_target=MAP)
-    with pytest.raises(ValueError, match=r"draft_to_target: expected values in 0..3; got 4"):
+    with pytest.raises(ValueError, match=r"draft_to_target: expected values in 0..3, got 4"):
         evaluate(LOGITS[..., :4], DRAFTS, TOKENS, draft_to_target=MAP)
 
 

@@ -50,14 +50,14 @@ from transformers.generation import (
 )
 
 import hedgespec
-from hedgespec import hf
-from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.sampling import Sampling
+from hedgespec.integrations import transformers as hf
+from hedgespec.ops.sampling import Sampling
+from hedgespec.runtime.compat import CACHE_NAME
 
 VOCABULARY, WIDTH, PAD, PROMPT = 53, 16, 0, 9
 LETTERS = "~ " + string.ascii_letters[: VOCABULARY - 2]
@@ -299,7 +299,7 @@ def test_sampled_tokens_follow_the_processed_scores(model, name):
     asked, prompt = dict(do_sample=True, top_k=0) | WARPERS[name][0], prompts()["input_ids"]
     drawn = model.generate(prompt, max_new_tokens=3, num_return_sequences=150, custom_generate=decoder, **asked)
     assert drawn.shape == (150, PROMPT + 3)
-    often = drawn[:, PROMPT].mode().values
+    often, compared = drawn[:, PROMPT].mode().values, 0
     for prefix, seen in (
         (prompt, drawn[:, PROMPT]),
         (torch.cat([prompt, often.view(1, 1)], 1), drawn[drawn[:, PROMPT] == often, PROMPT + 1]),
@@ -311,7 +311,10 @@ def test_sampled_tokens_follow_the_processed_scores(model, name):
         cells = [(counts[token].item(), probs[token].item() * len(seen)) for token in likely.nonzero()[:, 0]]
         if probs[~likely].sum() > 1e-9:  # the others share a cell
             cells.append((counts[~likely].sum().item(), probs[~likely].sum().item() * len(seen)))
-        assert len(cells) == 1 or scipy_stats.chisquare(*zip(*cells)).pvalue > 1e-4
+        if len(cells) > 1:
+            compared += 1
+            assert scipy_stats.chisquare(*zip(*cells)).pvalue > 1e-4
+    assert compared  # or every token was certain, and nothing was compared
 
 
 @pytest.mark.parametrize("name", WARPERS)
@@ -521,7 +524,7 @@ def test_what_is_accepted_of_a_draft_cut_short_counts_as_accepted(model):
     with torch.no_grad():
         opposite.lm_head.weight.neg_()
     drafters = [CausalLMDrafter(model, model, name="right"), CausalLMDrafter(opposite, model, name="wrong")]
-    decoder = Decoder(model, drafters, DecodeConfig(draft_length=3, learner="exp3", track_regret=True))
+    decoder = Decoder(model, drafters, DecodeConfig(draft_length=3, learner="exp3"))
     asked = prompts(4) | dict(max_new_tokens=30, do_sample=False, custom_generate=decoder, return_dict_in_generate=True)
     out = model.generate(**asked, logits_processor=[Recording()])
     cut_short = 0

@@ -86,7 +86,7 @@ def test_20_prompts_are_continued_as_plain_generate_does(zoo):
 
 
 def test_8_prompts_are_continued_as_plain_generate_does_by_trees(zoo):
-    config = DecodeConfig(mode="argmax", tree=Tree(8, size=16))
+    config = DecodeConfig(proposal="argmax", tree=Tree(8, size=16))
     drafters = [*zoo.drafters, NGramDrafter(zoo.target.config.vocab_size)]
     check(zoo, {"tree": Decoder(zoo.target, drafters, config)}, 8, new_tokens=12)
 
@@ -97,7 +97,7 @@ def test_all_held_out_prompts_are_continued_as_plain_generate_does(zoo):
     drafters = [*zoo.drafters, NGramDrafter(zoo.target.config.vocab_size)]
     decoders = {
         "sampled": Decoder(zoo.target, drafters, DecodeConfig(evaluate_every=4)),
-        "argmax, bandit, short": Decoder(zoo.target, drafters, DecodeConfig(mode="argmax", learner="exp3", draft_length=3)),
+        "argmax, bandit, short": Decoder(zoo.target, drafters, DecodeConfig(proposal="argmax", learner="exp3", draft_length=3)),
         "tree": Decoder(zoo.target, drafters, DecodeConfig(tree=Tree((3, 2, 1, 1, 1)))),
     }
     count = len(load_prompts())

@@ -1,38 +1,65 @@
-"""The walls of the house, held by reading every import in it (docs: CONTRIBUTING.md)."""
+"""The layout of the package: which package may import which, held by reading every import (CONTRIBUTING.md shows the table)."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "hedgespec"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hedgespec"
 
-STAGES = {"evaluate", "verify", "delay", "learners", "selection", "drafters"}
-FOUNDATIONS = {"records", "config", "errors", "checks", "backends", "cache", "launch", "native", "workspace", "compat"}
-FOUNDATIONS |= {"linear", "prefill", "transfer", "capture", "paths", "tree", "costs", "depth"}
-"""What every stage may know: data, names, and what the models of drafters and decoder are made of."""
-ENTRANCES = {"hf", "engines", "zoo", "cli", "experiments"}
-"""Rooms above the decoder, which use the package as its users do."""
-KNOW_THE_STAGES = {"__init__", "algorithm", "decoder"} | ENTRANCES
-MAKE_DRAFTERS = {"checkpoints"}
-"""Rooms that read drafters from files: they know the drafters and no other stage."""
+BASE = {"core", "utils"}
+ALLOWED: dict[str, set[str]] = {
+    "utils": set(),
+    "core": {"utils"},
+    "ops": BASE,
+    "triton_kernels": BASE | {"ops"},
+    "learners": BASE,
+    "runtime": BASE | {"ops"},
+    "drafters": BASE | {"ops", "runtime"},
+    "selection": BASE | {"learners"},
+    "decoder": BASE | {"ops", "learners", "runtime", "drafters", "selection"},
+    "integrations": BASE | {"ops", "learners", "runtime", "drafters", "selection", "decoder"},
+    "zoo": BASE | {"ops", "learners", "runtime", "drafters", "selection", "decoder", "integrations"},
+    "experiments": BASE | {"ops", "learners", "runtime", "drafters", "selection", "decoder", "integrations", "zoo"},
+    "cli": BASE | {"ops", "learners", "runtime", "drafters", "selection", "decoder", "integrations", "zoo", "experiments"},
+}
+"""For each package the packages that it may import. "core" is the modules of `hedgespec` itself."""
+CORE = {"__init__", "__main__", "algorithm", "config", "records", "errors", "stats", "device"}
+"""All modules of `hedgespec` itself. A new one needs a room instead."""
 GENERATION = ("GenerationMixin", "GenerationConfig", "GenerateOutput", "StoppingCriteria", "TextStreamer")
-LOGITS_PROCESSORS = "transformers.generation.logits_process"
-SAMPLING_ROOMS = {"decoder", "sampling"}
+ABOVE_THE_DECODER = {"integrations", "zoo", "experiments", "cli"}
 
 
-def room(path: Path) -> str:
-    """The module, or for a file in a folder the folder: drafters/eagle.py is in `drafters`."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def package_of(name: str) -> str:
+    """`hedgespec.ops.verify` -> ops; `hedgespec.config` -> core."""
+    parts = name.split(".")
+    if len(parts) < 2 or parts[1] in CORE or (not (PACKAGE / parts[1]).is_dir() and parts[1] != "triton_kernels"):
+        return "core"
+    return parts[1]
 
 
-def imported(path: Path) -> set[str]:
-    """Every dotted name that the file imports, `from a import b` as a.b; relative imports made absolute."""
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, for the package and its Triton kernels, which are installed as hedgespec.triton_kernels."""
+    found = {}
+    for folder, prefix in ((PACKAGE, ("hedgespec",)), (ROOT / "triton_kernels", ("hedgespec", "triton_kernels"))):
+        for path in sorted(folder.rglob("*.py")):
+            parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(source: str, module: str, is_package: bool = False) -> set[str]:
+    """Every dotted name that a module imports, `from a import b` as a.b; relative imports made absolute."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
     names = set()
-    package = ["hedgespec", *path.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -42,66 +69,97 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def rooms_imported(path: Path) -> set[str]:
-    own = {name.split(".")[1] for name in imported(path) if name.startswith("hedgespec.")}
-    return own - {room(path)}
+def imports_of(module: str) -> set[str]:
+    path = MODULES[module]
+    return imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+def module_named(name: str) -> str | None:
+    """The module that an imported name is, or is in."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
-@pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def file(request: pytest.FixtureRequest) -> Path:
-    return request.param
+def edges() -> dict[str, set[str]]:
+    """Package -> packages that it imports."""
+    found: dict[str, set[str]] = {name: set() for name in ALLOWED}
+    for module in MODULES:
+        if module in ("hedgespec", "hedgespec.__main__"):
+            continue  # they import public names when these are first used
+        for name in imports_of(module):
+            if name.split(".")[0] == "hedgespec" and (target := module_named(name)) not in (None, "hedgespec"):
+                found[package_of(module)].add(package_of(target))
+    return {package: targets - {package} for package, targets in found.items()}
 
 
-def test_only_the_algorithm_and_the_decoder_know_the_stages(file):
-    allowed = STAGES if room(file) in KNOW_THE_STAGES else {"drafters"} if room(file) in MAKE_DRAFTERS else set()
-    assert rooms_imported(file) & STAGES <= allowed
+def test_every_import_between_packages_is_in_the_table(capsys):
+    found = edges()
+    with capsys.disabled():
+        print(f"\n{len(found)} packages, {sum(map(len, found.values()))} imports between them")
+    for package, targets in found.items():
+        assert targets <= ALLOWED[package], f"{package} imports {sorted(targets - ALLOWED[package])}"
+    assert len(found) <= 14
 
 
-def test_a_stage_knows_no_other(file):
-    if room(file) in STAGES:
-        allowed = FOUNDATIONS | {"_native", "triton_kernels"}  # its own kernels
-        known = rooms_imported(file)
-        modules = {name for name in known if (PACKAGE / name).exists() or (PACKAGE / f"{name}.py").exists()}
-        assert modules <= allowed
+def test_the_table_itself_has_no_circle():
+    assert list(TopologicalSorter(ALLOWED).static_order())
+    with pytest.raises(CycleError):
+        list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
 
 
-def test_learners_know_numbers_and_drafters_know_models(file):
-    names = imported(file)
-    if room(file) in ("learners", "depth"):
-        assert not any(name.split(".")[0] in ("torch", "transformers") for name in names)
-        assert "drafters" not in rooms_imported(file)
-    if room(file) == "drafters":
-        assert "learners" not in rooms_imported(file)
+def test_modules_import_each_other_without_circles():
+    """Imports at the top of modules, those for type checkers included."""
+    graph = {}
+    for module, path in MODULES.items():
+        top = ast.Module([node for node in ast.parse(path.read_text(encoding="utf-8")).body], [])
+        top.body = [node for node in top.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        names = imports(ast.unparse(top), module, path.name == "__init__.py")
+        graph[module] = {target for name in names if (target := module_named(name)) and target != module}
+        graph[module].discard("hedgespec")
+    for module in MODULES:  # `from package import module` imports the module, and runs the package first
+        graph[module] -= {parent for parent in graph[module] if module.startswith(f"{parent}.")}
+    assert list(TopologicalSorter(graph).static_order())
 
 
-def test_engines_stay_at_the_entrances(file):
-    if room(file) in ENTRANCES:
-        return
-    for name in imported(file):
-        top, *rest = name.split(".")
-        assert top not in ("vllm", "argparse")
-        if top == "transformers" and not (room(file) in SAMPLING_ROOMS and name.startswith(LOGITS_PROCESSORS)):
-            assert rest[:1] != ["generation"]
-            assert not rest or not rest[-1].startswith(GENERATION)
+def test_no_new_flat_module():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == CORE
+
+
+def test_contributing_shows_the_table():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = text.split("<!-- walls -->")[1].split("<!-- end of walls -->")[0].strip().splitlines()[2:]
+    shown = {}
+    for line in lines:
+        package, allowed = (cell.strip().strip("`") for cell in line.strip("|").split("|"))
+        shown[package] = {name.strip().strip("`") for name in allowed.split(",")} - {"", "nothing"}
+    assert shown == ALLOWED
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_and_foreign_imports_stay_where_they_belong(module):
+    package, names = package_of(module), imports_of(module)
+    tops = {name.split(".")[0] for name in names}
+    if package == "learners":
+        assert not tops & {"torch", "transformers"}
+    if package not in ABOVE_THE_DECODER:
+        assert not tops & {"vllm", "argparse"}
+        for name in names:
+            if name.startswith("transformers.") and not name.startswith("transformers.generation.logits_process"):
+                assert not name.startswith("transformers.generation")
+                assert not name.rpartition(".")[2].startswith(GENERATION)
 
 
 def test_the_native_sources_include_no_torch_headers():
-    for source in (PACKAGE.parent / "csrc").iterdir():
-        assert "<torch" not in source.read_text()
-        assert "<ATen" not in source.read_text()
+    for source in (ROOT / "csrc").iterdir():
+        text = source.read_text(encoding="utf-8")
+        assert "<torch" not in text and "<ATen" not in text
 
 
-def test_the_reader_sees_every_form_of_import(tmp_path, monkeypatch):
-    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
-    file = tmp_path / "drafters" / "eagle.py"
-    file.parent.mkdir()
-    file.write_text(
-        "import os.path\nfrom ..learners import base\nfrom . import ngram\ndef f():\n    from hedgespec import verify\n"
-    )
-    assert imported(file) == {
+def test_the_reader_sees_every_form_of_import():
+    source = "import os.path\nfrom ..learners import base\nfrom . import ngram\ndef f():\n    from hedgespec import verify\n"
+    assert imports(source, "hedgespec.drafters.eagle") == {
         "os.path", "hedgespec.learners.base", "hedgespec.drafters.ngram", "hedgespec.verify",
     }  # fmt: skip
-    assert rooms_imported(file) == {"learners", "verify"}
+    assert package_of("hedgespec.ops.verify") == "ops" and package_of("hedgespec.config") == "core"
+    assert module_named("hedgespec.decoder.Decoder") == "hedgespec.decoder"

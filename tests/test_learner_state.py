@@ -15,10 +15,10 @@ import hedgespec
 from hedgespec import learners
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
+from hedgespec.decoder.learner_state import FORMAT, VERSION, load_learner_state, save_learner_state
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.errors import LearnerStateError
-from hedgespec.learner_state import FORMAT, VERSION, load_learner_state, save_learner_state
-from hedgespec.metrics import DecodeStats
+from hedgespec.stats import DecodeStats
 
 NAMES = ("one", "two", "three")
 REQUEST = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}
@@ -191,3 +191,19 @@ def test_a_tenants_requests_through_files_are_as_if_never_saved(target, learner,
         assert np.array(through.stats[0].weights).tobytes() == np.array(straight.stats[0].weights).tobytes()
         handed = straight.stats[0].learner_state
         save_learner_state(path, through.stats[0])
+
+
+def test_a_folder_or_what_is_no_path_as_the_file(tmp_path):
+    stats = finished(state_after(Pool(), []))
+    with pytest.raises(LearnerStateError, match=r"expected a file with a learner's state, got a folder"):
+        load_learner_state(tmp_path, Pool())
+    with pytest.raises(LearnerStateError, match=r"expected a file to write a learner's state to, got a folder"):
+        save_learner_state(tmp_path, stats)
+    for wrong in (None, 3, [], stats):
+        with pytest.raises(TypeError, match="path: expected a str or a path, got"):
+            load_learner_state(wrong, Pool())
+        with pytest.raises(TypeError, match="path: expected a str or a path, got"):
+            save_learner_state(wrong, stats)
+    with pytest.raises(LearnerStateError, match="stats: expected those of a finished request"):
+        save_learner_state(tmp_path / "state.json", [stats])
+    assert not list(tmp_path.iterdir())

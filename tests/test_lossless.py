@@ -21,13 +21,13 @@ import torch
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from hedgespec import hf
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder, Request
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.ngram import NGramDrafter
+from hedgespec.integrations import transformers as hf
+from hedgespec.ops.sampling import Sampling
 from hedgespec.records import Verdict
-from hedgespec.sampling import Sampling
 
 V = 7
 ROWS = 128
@@ -173,7 +173,7 @@ def direct(target, drafters, config: DecodeConfig, count: int, rows: int = ROWS,
 
 CASES = {
     "sampled": (DecodeConfig(draft_length=3), {"temperature": 0.8, "top_k": 5}, MIXED),
-    "argmax": (DecodeConfig(draft_length=5, mode="argmax", learner="exp3"), {"temperature": 1.2, "top_p": 0.9}, MIXED),
+    "argmax": (DecodeConfig(draft_length=5, proposal="argmax", learner="exp3"), {"temperature": 1.2, "top_p": 0.9}, MIXED),
     "one ahead": (DecodeConfig(draft_length=1, evaluate_every=3), {"temperature": 1.0, "min_p": 0.1}, MIXED),
 }
 MORE = {
@@ -183,9 +183,9 @@ MORE = {
     "everything": (
         DecodeConfig(draft_length=3, learner="exp3"), {"temperature": 1.3, "top_k": 6, "top_p": 0.95, "min_p": 0.02}, MIXED,
     ),
-    "argmax, one ahead": (DecodeConfig(draft_length=1, mode="argmax"), {"temperature": 0.7}, MIXED),
+    "argmax, one ahead": (DecodeConfig(draft_length=1, proposal="argmax"), {"temperature": 0.7}, MIXED),
     "argmax, seldom scored": (
-        DecodeConfig(draft_length=3, mode="argmax", evaluate_every=3), {"temperature": 1.5, "top_k": 4}, ("good", "ngram"),
+        DecodeConfig(draft_length=3, proposal="argmax", evaluate_every=3), {"temperature": 1.5, "top_k": 4}, ("good", "ngram"),
     ),
     "a language model": (DecodeConfig(draft_length=3), {"temperature": 1.5, "top_p": 0.9}, ("lm", "reduced", "ngram")),
     "reference": (DecodeConfig(draft_length=3, backend="reference"), {"temperature": 1.0, "top_p": 0.8}, MIXED),
@@ -238,7 +238,7 @@ def through_generate(target, drafters, config: DecodeConfig, count: int, rows: i
 
 PROCESSED = {
     "drafts too": (DecodeConfig(draft_length=3), {"temperature": 1.2, "top_k": 4}),
-    "argmax": (DecodeConfig(draft_length=5, mode="argmax", learner="exp3"), {"temperature": 0.8}),
+    "argmax": (DecodeConfig(draft_length=5, proposal="argmax", learner="exp3"), {"temperature": 0.8}),
     "drafts not": (DecodeConfig(draft_length=3, evaluate_every=3), {"temperature": 1.0, "top_p": 0.9, "stateless": False}),
     "scores kept": (DecodeConfig(draft_length=1), {"temperature": 1.0, "min_p": 0.05, "scores": True}),
 }
@@ -334,8 +334,8 @@ SAMPLING = {"temperature": 1.2, "top_k": 4}
 
 def rule_is_noticed(monkeypatch, target, rule: Rule, mode: str) -> bool:
     """Whether the chi-squares reject 2880 draws, all drafted by one fair drafter."""
-    monkeypatch.setattr(importlib.import_module("hedgespec.decoder.batch"), "verify", rule)
-    config = DecodeConfig(draft_length=3, learner="fixed", mode=mode)
+    monkeypatch.setattr(importlib.import_module("hedgespec.decoder.verification"), "verify", rule)
+    config = DecodeConfig(draft_length=3, learner="fixed", proposal=mode)
     return min(direct(target, pool(target, "good"), config, 60, 48, **SAMPLING)) < SMALLEST_P_VALUE
 
 
@@ -375,7 +375,7 @@ def test_a_token_accepted_without_the_users_processors_is_noticed(monkeypatch, t
 
     monkeypatch.setattr(hf._Recorder, "process", noting)
     rule = Rule(processes=processes, raw=raw)
-    monkeypatch.setattr(importlib.import_module("hedgespec.decoder.batch"), "verify", rule)
+    monkeypatch.setattr(importlib.import_module("hedgespec.decoder.verification"), "verify", rule)
     config = DecodeConfig(draft_length=3, learner="fixed")
     [p_by_offset, p_by_pair] = through_generate(target, pool(target, "good"), config, 50, 48, temperature=1.2)
     assert (min(p_by_offset, p_by_pair) > SMALLEST_P_VALUE) == processes
@@ -392,7 +392,7 @@ class Zeros:
 def test_a_uniform_of_0_accepts_nothing_impossible(monkeypatch, target, mode):
     law = law_of(table_of(target), temperature=1.0, top_k=2)[0]
     impossible = TableDrafter("impossible", torch.where(torch.from_numpy(law) > 0, -math.inf, 0.0).float())
-    decoder = Decoder(target, [impossible], DecodeConfig(draft_length=2, mode=mode))
+    decoder = Decoder(target, [impossible], DecodeConfig(draft_length=2, proposal=mode))
 
     def says_the_impossible() -> bool:
         request = Request(torch.tensor([0]), 0, 12, Zeros())
@@ -403,5 +403,5 @@ def test_a_uniform_of_0_accepts_nothing_impossible(monkeypatch, target, mode):
     with torch.no_grad():
         assert not says_the_impossible()
         lax = Rule(accepts=lambda uniform, draft_prob, target_prob: uniform * draft_prob <= target_prob)
-        monkeypatch.setattr(importlib.import_module("hedgespec.decoder.batch"), "verify", lax)
+        monkeypatch.setattr(importlib.import_module("hedgespec.decoder.verification"), "verify", lax)
         assert says_the_impossible()

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import hedgespec
-from hedgespec import backends, doctor, native_build
+from hedgespec.cli import doctor
+from hedgespec.ops import backends, native_build
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +56,7 @@ def test_a_successful_build_does_not_warn(record):
 
 def test_a_failed_build_warns_when_the_backends_are_imported(record, monkeypatch):
     record(built=False, reason="ninja was not found")
-    spec = importlib.util.find_spec("hedgespec.backends")
+    spec = importlib.util.find_spec("hedgespec.ops.backends")
     with pytest.warns(RuntimeWarning, match=r"ninja was not found.*hedgespec doctor.*C\+\+20 comp.*REQUIRE") as caught:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))  # a second copy of the module: the real one stays
     assert len(caught) == 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import linecache
 import math
 import sys
+import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.learners import ScoredFixedLearner
 from test_decoder import VOCABULARY, prompt_of, tiny_head, tiny_llama
 from torch.overrides import TorchFunctionMode
 
 from hedgespec.config import DecodeConfig, Tree
-from hedgespec.decoder import RAREST, Decoder
+from hedgespec.decoder import Decoder, verification
 from hedgespec.decoder.batch import Batch
-from hedgespec.decoder.pool import UNSOUND
-from hedgespec.decoder.selector import Selector
+from hedgespec.decoder.groups import NON_FINITE_LOGITS
+from hedgespec.decoder.verification import Verifier
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleHead, EagleSession
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.drafters.stack import StackSession
 from hedgespec.errors import VocabularyMismatchError
+from hedgespec.runtime.target import TargetSession
+from hedgespec.selection.selector import MAX_EVALUATE_EVERY, Selector
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def batch_of(count: int) -> dict:
 @pytest.mark.parametrize("every", [1, 3, "adaptive"])
 @pytest.mark.parametrize(
     ("learner", "options"),
-    [("normal_hedge", {}), ("ucb", {}), ("exp3", {"track_regret": True}), ("uniform", {}), ("fixed", {})],
+    [("normal_hedge", {}), ("ucb", {}), ("exp3", {}), ("uniform", {}), ("fixed", {})],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_stack_decodes_as_its_heads_do_one_after_another(target, every, learner, options, temperature):
@@ -106,7 +109,7 @@ def test_a_head_that_says_nan_leaves_its_row_and_no_other(target, monkeypatch):
         out = decoder.generate(**batch_of(3), max_new_tokens=40, seed=0)
     assert out.sequences.tolist() == expected.tolist()
     assert [len(stats.failures) for stats in out.stats] == [0, 2, 0]
-    assert all(UNSOUND in cause for cause in out.stats[1].failures.values())
+    assert all(NON_FINITE_LOGITS in cause for cause in out.stats[1].failures.values())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -116,8 +119,8 @@ def test_an_unsound_draft_is_not_used(target, monkeypatch, temperature, processe
     emitted because of it."""
 
     class Faulty(StackSession):
-        def step(self, chosen, tokens):
-            return super().step(chosen, tokens) * math.nan
+        def draft_next(self, chosen, tokens):
+            return super().draft_next(chosen, tokens) * math.nan
 
     head = tiny_head(target, 1)
     options = {"do_sample": temperature > 0, "max_new_tokens": 20}
@@ -140,7 +143,7 @@ def test_heads_that_fail_together_go_on_apart(target, monkeypatch):
     heads = [tiny_head(target, seed) for seed in (1, 2, 3)]
 
     class Faulty(StackSession):
-        def lead(self, *arguments):
+        def begin_draft(self, *arguments):
             raise RuntimeError("out of memory")
 
     expected = target.generate(**batch_of(3), max_new_tokens=30, do_sample=False)
@@ -148,10 +151,10 @@ def test_heads_that_fail_together_go_on_apart(target, monkeypatch):
     monkeypatch.setattr(EagleHead, "session", lambda head: 1 / 0 if head.name == "head-2" else session(head))
     monkeypatch.setattr("hedgespec.drafters.stack.StackSession", Faulty)
     decoder = Decoder(target, heads, DecodeConfig(draft_length=3))
-    with pytest.warns(UserWarning, match="heads work apart|is out of this request") as caught:
+    with pytest.warns(UserWarning, match="heads run one by one|is out of this request") as caught:
         out = decoder.generate(**batch_of(3), max_new_tokens=30, seed=0)
     assert [str(one.message).split(":")[0] for one in caught] == [
-        "stacked heads work apart from now on", "drafter head-2 is out of this request",
+        "stacked heads run one by one from now on", "drafter head-2 is out of this request",
     ]  # fmt: skip
     assert out.sequences.tolist() == expected.tolist()
     assert all(list(stats.failures) == ["head-2"] for stats in out.stats)
@@ -177,8 +180,9 @@ def test_the_adaptive_cadence_follows_the_choice(target, monkeypatch):
     rounds = certain.stats[0].rounds
     assert set(certain.stats[0].choices) <= {0, -1}
     assert rounds > 40
-    # The prompt, after rounds 1, 2, 4, 8, then each RAREST-th, and the end.
-    assert len(calls) in (4 + 1 + (rounds - RAREST) // RAREST, 4 + 2 + (rounds - RAREST) // RAREST)
+    # The prompt, after rounds 1, 2, 4, 8, then each MAX_EVALUATE_EVERY-th, and the end.
+    rare = (rounds - MAX_EVALUATE_EVERY) // MAX_EVALUATE_EVERY
+    assert len(calls) in (4 + 1 + rare, 4 + 2 + rare)
 
 
 def test_a_window_changes_drafts_and_no_text(target):
@@ -201,8 +205,9 @@ def test_losses_arrive_a_round_later_where_evaluation_overlaps(target, monkeypat
 
     original = Selector.observe
     monkeypatch.setattr(Selector, "observe", observe)
-    config = DecodeConfig(draft_length=3, evaluate_every=every, overlap=overlap)
-    out = Decoder(target, pool(target, True), config).generate(prompt_of(1), max_new_tokens=30, seed=0)
+    decoder = Decoder(target, pool(target, True), DecodeConfig(draft_length=3, evaluate_every=every))
+    decoder.overlaps = overlap
+    out = decoder.generate(prompt_of(1), max_new_tokens=30, seed=0)
     stats = out.stats[0]
     assert out.sequences.tolist() == target.generate(prompt_of(1), max_new_tokens=30, do_sample=False).tolist()
     # Rounds that were over when the learner heard, and of how many tokens: at the end of everything that is left.
@@ -218,20 +223,24 @@ def test_losses_arrive_a_round_later_where_evaluation_overlaps(target, monkeypat
 def test_overlap_changes_when_losses_arrive_and_not_which(target):
     runs = []
     for overlap in (False, True):
-        config = DecodeConfig(draft_length=3, learner="fixed", track_regret=True, overlap=overlap)
-        request = batch_of(3) | {"max_new_tokens": 30, "temperature": 1.0, "seed": 0}
-        runs.append(Decoder(target, pool(target, True), config).generate(**request))
+        decoder = Decoder(target, pool(target, True), DecodeConfig(draft_length=3, learner=ScoredFixedLearner))
+        decoder.overlaps = overlap
+        runs.append(decoder.generate(**batch_of(3), max_new_tokens=30, temperature=1.0, seed=0))
     assert runs[0].sequences.tolist() == runs[1].sequences.tolist()
     for one, other in zip(*(run.stats for run in runs)):
         np.testing.assert_array_equal(one.losses, other.losses)
 
 
+OPERATIONS = {"checks", "evaluate", "verify", "head_layers", "linear", "gumbel", "native"}
+"""Modules that look at values on the CPU only."""
+
+
 class HostReads(TorchFunctionMode):
-    """Notes which line of the decoder or of a stack asks a tensor for its values."""
+    """Counts by method and dtype how often hedgespec's modules, but for `OPERATIONS`, ask a tensor for its values."""
 
     def __init__(self):
         super().__init__()
-        self.lines = Counter()
+        self.counts = Counter()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
@@ -239,18 +248,20 @@ class HostReads(TorchFunctionMode):
             frame = sys._getframe(1)
             while "torch" in Path(frame.f_code.co_filename).parts:
                 frame = frame.f_back
-            place = Path(frame.f_code.co_filename)
-            if place.parent.name in ("decoder", "drafters") or place.name in ("transfer.py", "target.py", "cache.py"):
-                self.lines[linecache.getline(str(place), frame.f_lineno).strip()] += 1
+            module = frame.f_globals.get("__name__", "")
+            if module.startswith("hedgespec.") and module.rpartition(".")[2] not in OPERATIONS:
+                self.counts[name, args[0].dtype] += 1
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("shape", [{}, {"tree": Tree(3, size=9), "mode": "argmax"}, {"tree": Tree((3, 2, 1))}], ids=str)
-def test_a_round_asks_the_device_once(target, monkeypatch, shape, temperature):
-    """What heads draft, verify and evaluate stays where it is: the host waits for the emitted tokens, and for nothing else."""
+SHAPES = [{}, {"tree": Tree(3, size=9), "proposal": "argmax"}, {"tree": Tree((3, 2, 1))}]
+
+
+def reads_of(target, monkeypatch, shape, temperature) -> tuple[Counter, int]:
+    """Host reads of the rounds of three requests, and how many rounds those are."""
     heads = [tiny_head(target, 1), other_head(target, 2), tiny_head(target, 3)]
-    decoder = Decoder(target, heads, DecodeConfig(draft_length=3, overlap=True, **shape))
+    decoder = Decoder(target, heads, DecodeConfig(draft_length=3, **shape))
+    decoder.overlaps = True
     reads, round = HostReads(), Batch.round
 
     def watched(self):
@@ -259,15 +270,36 @@ def test_a_round_asks_the_device_once(target, monkeypatch, shape, temperature):
 
     monkeypatch.setattr(Batch, "round", watched)
     stats = decoder.generate(**batch_of(3), max_new_tokens=25, temperature=temperature, seed=0).stats
-    rounds = max(one.rounds for one in stats)
-    times = reads.lines.pop("found = torch.cat([usable[:, None], verdict.tokens], 1).tolist()", 0)
-    in_trees = "for place, (known, *rest) in zip(places, torch.cat(told, 1).tolist()):  # in one transfer"
-    times += reads.lines.pop(in_trees, 0)
+    return reads.counts, max(one.rounds for one in stats)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_round_asks_the_device_once(target, monkeypatch, shape, temperature):
+    """What heads draft, verify and evaluate stays where it is: the host waits for the emitted tokens, and for nothing else."""
+    counts, rounds = reads_of(target, monkeypatch, shape, temperature)
+    times = counts.pop(("tolist", torch.int64))
     assert rounds <= times <= rounds + 3  # a row's last round may have no draft, and is verified apart
-    assert set(reads.lines) == {
-        "if not logits.is_cpu or not finite.all():",  # on the CPU only
-        "*measured, sound = bring()",  # what was sent a round ago
+    assert set(counts) == {
+        ("__bool__", torch.bool),  # whether logits are finite, on the CPU only
+        ("numpy", torch.float64),  # scores that were sent a round ago
     }
+
+
+@pytest.mark.parametrize("read", ["tolist", "item", "__bool__"])
+def test_another_read_in_a_round_is_seen(target, monkeypatch, read):
+    """In the forward of every round, say."""
+    forward = TargetSession.forward
+
+    def curious(self, *arguments, **options):
+        logits = forward(self, *arguments, **options)
+        getattr(logits.argmax() if read == "tolist" else logits[0, 0, 0], read)()
+        return logits
+
+    monkeypatch.setattr(TargetSession, "forward", types.FunctionType(
+        curious.__code__, {**globals(), "__name__": "hedgespec.runtime.target"}, closure=curious.__closure__))  # fmt: skip
+    with pytest.raises(AssertionError):
+        test_a_round_asks_the_device_once(target, monkeypatch, {}, 1.0)
 
 
 @pytest.mark.parametrize("fault", ["nan", "raises"])
@@ -288,23 +320,24 @@ def test_what_was_drafted_before_a_fault_counts(target, monkeypatch, fault, stac
 
     if fault == "raises" and stacked:
         pytest.skip("a stack that raises drafts anew, head by head, with the same random numbers")
-    for session in (StackSession, EagleSession):
-        monkeypatch.setattr(session, "step", faulty(session.step))
+    monkeypatch.setattr(StackSession, "draft_next", faulty(StackSession.draft_next))
+    monkeypatch.setattr(EagleSession, "step", faulty(EagleSession.step))
     head = tiny_head(target, 1)
     if not stacked:
         head.__class__ = Apart
     drafts = []
-    verify = Batch._verify
+    verify = Verifier.verify
 
-    def seen(self, logits, given, *rest):
+    def seen(self, rows, logits, given, *rest):
         drafts.extend(given)
-        return verify(self, logits, given, *rest)
+        return verify(self, rows, logits, given, *rest)
 
-    monkeypatch.setattr(Batch, "_verify", seen)
+    monkeypatch.setattr(Verifier, "verify", seen)
     with pytest.warns(UserWarning, match="head-1 is out of this request"):
         Decoder(target, [head], DecodeConfig(draft_length=4)).generate(prompt_of(2), max_new_tokens=9, temperature=1.0, seed=0)
     first = drafts[1]  # the prompt's has none
-    assert first.tokens.shape[1] if first.usable is None else min(first.tokens.shape[1], int(first.usable)) == 2
+    drafted = len(first.tokens)
+    assert (drafted if first.usable is None else min(drafted, int(first.usable))) == 2
 
 
 def test_drafts_of_different_dtypes_are_verified_apart(target, monkeypatch):
@@ -321,13 +354,13 @@ def test_drafts_of_different_dtypes_are_verified_apart(target, monkeypatch):
         return one
 
     low.session = half
-    calls, verify = [], Batch._call_verify
+    calls, verify = [], verification.verify
 
-    def seen(self, target_logits, draft_tokens, draft_logits, *rest):
+    def seen(target_logits, draft_tokens, draft_logits, *arguments, **options):
         calls.append(None if draft_logits is None else draft_logits.dtype)
-        return verify(self, target_logits, draft_tokens, draft_logits, *rest)
+        return verify(target_logits, draft_tokens, draft_logits, *arguments, **options)
 
-    monkeypatch.setattr(Batch, "_call_verify", seen)
+    monkeypatch.setattr(verification, "verify", seen)
     config = DecodeConfig(draft_length=2, learner="uniform")
     Decoder(target, [low, NGramDrafter(VOCABULARY)], config).generate(**batch_of(4), max_new_tokens=20, temperature=1.0, seed=0)
     assert {torch.bfloat16, torch.float32} <= set(calls)
@@ -338,17 +371,17 @@ def test_a_window_and_a_learner_that_scores_nobody(target):
     sessions = []
 
     class Seen(StackSession):
-        def lead(self, rows, heads, tokens, features):
+        def begin_draft(self, rows, heads, tokens, features):
             sessions.append(self)
             assert all(len(one) > 0 for one in tokens)
-            return super().lead(rows, heads, tokens, features)
+            return super().begin_draft(rows, heads, tokens, features)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hedgespec.drafters.stack.StackSession", Seen)
         config = DecodeConfig(learner="fixed", drafter_window=16, draft_length=2)
         prompt = prompt_of(3, 40)
         stats = Decoder(target, [tiny_head(target, 1)], config).generate(prompt, max_new_tokens=30).stats[0]
-    assert sessions[-1].taken[0, 0] <= 40 + stats.emitted_tokens
+    assert sessions[-1].consumed[0, 0] <= 40 + stats.emitted_tokens
 
 
 def test_a_processor_that_fails_on_a_draft_ends_it(target):

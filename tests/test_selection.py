@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hedgespec.selection import select
+from hedgespec.selection.select import select
 
 LAST = np.nextafter(1.0, 0.0)
 """The largest float64 below 1."""
@@ -18,13 +18,9 @@ quick = settings(max_examples=80, deadline=None)
 pools = st.lists(st.sampled_from((0.0, 0.0, 1e-300, 1e-17, 0.1, 0.3, 1.0)), min_size=1, max_size=12)
 
 
-def drafter(weights, uniform, rule="sample"):
-    return select(weights, uniform, rule)
-
-
 def test_sampling_inverts_the_cumulative_weights():
     weights = [0.25, 0.5, 0.25]
-    picks = [drafter(weights, u) for u in (0.0, np.nextafter(0.25, 0), 0.25, np.nextafter(0.75, 0), 0.75, LAST)]
+    picks = [select(weights, u) for u in (0.0, np.nextafter(0.25, 0), 0.25, np.nextafter(0.75, 0), 0.75, LAST)]
     assert picks == [0, 0, 1, 1, 2, 2]
 
 
@@ -33,36 +29,28 @@ def test_sampling_inverts_the_cumulative_weights():
 def test_a_drafter_without_weight_is_never_picked(pool, uniform):
     assume(sum(pool) > 0.05)
     weights = np.array(pool) / sum(pool)
-    assert weights[drafter(weights, uniform)] > 0
-    assert weights[drafter(weights, uniform, "argmax")] > 0
+    assert weights[select(weights, uniform)] > 0
 
 
 @quick
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 200))
 def test_the_last_uniform_picks_a_drafter_whatever_the_rounding(seed, n):
     weights = np.random.default_rng(seed).dirichlet(np.ones(n))
-    assert 0 <= drafter(weights, LAST) < n
-    assert drafter(np.append(weights, 0.0), LAST) < n
+    assert 0 <= select(weights, LAST) < n
+    assert select(np.append(weights, 0.0), LAST) < n
 
 
 def test_frequencies_are_the_weights():
     weights = [0.2, 0.0, 0.5, 0.3]
     steps = 1000  # an even grid of uniforms picks each drafter in exact proportion
-    picks = [drafter(weights, (i + 0.5) / steps) for i in range(steps)]
+    picks = [select(weights, (i + 0.5) / steps) for i in range(steps)]
     assert [Fraction(picks.count(i), steps) for i in range(4)] == [Fraction(n, 10) for n in (2, 0, 5, 3)]
-
-
-def test_argmax_takes_the_first_of_the_largest_and_ignores_the_uniform():
-    for uniform in (0.0, 0.5, LAST):
-        assert drafter([0.2, 0.4, 0.4], uniform, "argmax") == 1
 
 
 def test_wrong_arguments_are_refused():
     for uniform in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="uniform: expected"):
-            drafter([1.0], uniform)
+            select([1.0], uniform)
     for weights in ([0.5, 0.6], [1.5, -0.5], [float("nan"), 1.0], [0.0, 0.0], [], [[1.0]]):
         with pytest.raises(ValueError, match="weights: expected"):
-            drafter(weights, 0.5)
-    with pytest.raises(ValueError, match="rule: expected 'sample' or 'argmax', got 'greedy'"):
-        drafter([1.0], 0.5, "greedy")
+            select(weights, 0.5)

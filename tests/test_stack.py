@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import copy
 
 import numpy as np
 import pytest
@@ -10,10 +10,11 @@ import torch
 from test_capture import FakeCuda, Watched
 from torch import nn
 
-from hedgespec.capture import CudaGraphs
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
-from hedgespec.drafters.stack import HeadStack, StackSession, kind_of
-from hedgespec.prefill import stack_linear
+from hedgespec.drafters.stack import HeadStack, StackSession, is_plain, kind_of
+from hedgespec.ops.head_layers import stack_linear
+from hedgespec.ops.linear import FewRowLinear
+from hedgespec.runtime.capture import CudaGraphs
 
 VOCABULARY, HEADS, WIDTH = 40, 4, 36
 SHAPES = dict(
@@ -58,7 +59,7 @@ def as_on_a_gpu(monkeypatch):
         return torch.bmm(weight[which], x[:, :, None])[:, :, 0]
 
     monkeypatch.setattr("hedgespec.drafters.stack.stack_linear", product)
-    monkeypatch.setattr("hedgespec.prefill.check_ids", lambda *_: None)
+    monkeypatch.setattr("hedgespec.ops.head_layers.check_ids", lambda *_: None)
 
 
 class Alone:
@@ -108,7 +109,7 @@ def test_a_stack_is_its_heads_one_after_another(request, dtype, shares, mapped, 
         drafting = sorted(random.permutation(rows)[: random.integers(1, len(rows) + 1)].tolist())
         who = random.integers(count, size=len(drafting)).tolist()
         places = [rows.index(row) for row in drafting]
-        logits = session.lead(places, who, *since(drafting, session.taken[who, places]))
+        logits = session.begin_draft(places, who, *since(drafting, session.consumed[who, places]))
         single = []
         for place, (row, head) in enumerate(zip(drafting, who)):
             reference, expected = alone.drafting(head, row, lengths[row])
@@ -119,14 +120,14 @@ def test_a_stack_is_its_heads_one_after_another(request, dtype, shares, mapped, 
             chosen = sorted(random.permutation(len(going))[: random.integers(1, len(going) + 1)].tolist())
             going = [going[place] for place in chosen]
             tokens = torch.from_numpy(random.integers(VOCABULARY, size=len(going)))
-            logits = session.step(chosen, tokens)
+            logits = session.draft_next(chosen, tokens)
             for place, number in enumerate(going):
                 torch.testing.assert_close(logits[place], single[number].step(tokens[place : place + 1]), **close)
         lengths[rows] += random.integers(1, 6, size=len(rows))
         if round % 4 != 2:  # else heads that drafted are ahead of the others by then
             some = sorted(random.permutation(rows)[: random.integers(1, len(rows) + 1)].tolist())
             places = [rows.index(row) for row in some]
-            before = session.scored[0, places].copy()
+            before = session.scored[places].copy()
             had = session.score(places, *since(some, before))
             for place, (row, first) in enumerate(zip(some, before)):
                 for head in range(count):
@@ -134,55 +135,10 @@ def test_a_stack_is_its_heads_one_after_another(request, dtype, shares, mapped, 
                     torch.testing.assert_close(had[head, place, : len(expected)], expected, **close)
         if round == 15:  # a row has come to its end
             rows = [0, 2]
-            session.select(rows)
+            session.keep_rows(rows)
     if captured:
         assert session.graphs is not None
         assert cuda.captured < cuda.replayed / 2
-
-
-@pytest.mark.parametrize("dtype", CLOSE)
-@pytest.mark.parametrize(("shares", "mapped"), [(True, True), (False, True), (True, False)])
-@pytest.mark.parametrize("captured", [False, True])
-def test_some_of_the_heads_are_scored_as_all_would_be(request, dtype, shares, mapped, captured):
-    """Heads that are left out for a while catch up in one pass, rows of a batch apart or together; drafting goes on."""
-    if captured and dtype != torch.float64:
-        pytest.skip("the fake that stands for a GPU sees torch's operations, and not the kernels for float32 on the CPU")
-    if captured:
-        request.getfixturevalue("as_on_a_gpu")
-    heads, random, close = pool_of(HEADS, dtype, shares=shares, mapped=mapped), np.random.default_rng(1), CLOSE[dtype]
-    texts = [text_of(200, dtype, seed) for seed in range(3)]
-    alone, lengths = Alone(pool_of(HEADS, dtype, shares=shares, mapped=mapped), texts), np.array([7, 2, 12])
-    session = StackSession(HeadStack(heads), 3, graphs=CudaGraphs(FakeCuda()) if captured else None)
-
-    def since(rows, taken):
-        news = [[one[have : lengths[row]] for one in texts[row]] for row, have in zip(rows, taken)]
-        return [tokens for tokens, _ in news], [features for _, features in news]
-
-    session.score([0, 1, 2], *since([0, 1, 2], [0, 0, 0]))
-    for _ in range(30):
-        lengths += random.integers(1, 6, size=3)
-        if random.random() < 0.5:
-            who = random.integers(HEADS, size=3).tolist()
-            logits = session.lead([0, 1, 2], who, *since([0, 1, 2], session.taken[who, [0, 1, 2]]))
-            for row, head in enumerate(who):
-                _, expected = alone.drafting(head, row, lengths[row])
-                torch.testing.assert_close(logits[row], expected, atol=close, rtol=0)
-            session.step([0, 1, 2], torch.tensor([1, 2, 3]))
-        rows = sorted(random.permutation(3)[: random.integers(1, 4)].tolist())
-        some = random.permutation(HEADS)[: random.integers(1, HEADS)]
-        together: dict[tuple, list[int]] = {}
-        for head in some.tolist():
-            together.setdefault(tuple(session.scored[head, rows]), []).append(head)
-        for before, members in together.items():
-            others = [name for name in range(HEADS) if name not in members]
-            untouched = session.taken[others].copy()
-            had = session.score(rows, *since(rows, before), None, members)
-            assert (session.taken[others] == untouched).all() and len(had) == len(members)
-            for row_place, (row, first) in enumerate(zip(rows, before)):
-                for place, head in enumerate(members):
-                    expected = alone.given(head, row, lengths[row])[first - 2 : -1]
-                    torch.testing.assert_close(had[place, row_place, : len(expected)], expected, atol=close, rtol=0)
-    assert session.graphs is not None or not captured
 
 
 def test_a_window_bounds_the_cache_and_forgets_the_oldest():
@@ -197,8 +153,8 @@ def test_a_window_bounds_the_cache_and_forgets_the_oldest():
         news = [(tokens[a:b], features[a:b]) for (tokens, features), a, b in zip(texts, first, lengths)]
         session.score([0, 1], *zip(*news))
         if round % 20 == 0:
-            session.lead([0, 1], [round // 20 % 2, 0], [texts[0][0][:0]] * 2, [texts[0][1][:0]] * 2)
-            session.step([0, 1], torch.tensor([3, 4]))
+            session.begin_draft([0, 1], [round // 20 % 2, 0], [texts[0][0][:0]] * 2, [texts[0][1][:0]] * 2)
+            session.draft_next([0, 1], torch.tensor([3, 4]))
         sizes.add(session.cache_bytes)
         if round % 2500 == 0:
             held = lengths - 1 - session.base
@@ -219,32 +175,64 @@ def test_rounds_that_take_back_what_they_drafted_need_no_memory():
     session.score([0], [tokens[:20]], [features[:20]])
     size = session.cache_bytes
     for _ in range(1000):
-        session.lead([0], [1], [tokens[:0]], [features[:0]])
-        session.step([0], tokens[:1])
+        session.begin_draft([0], [1], [tokens[:0]], [features[:0]])
+        session.draft_next([0], tokens[:1])
     assert session.cache_bytes == size
 
 
-def test_heads_lie_in_the_stack_and_not_beside_it():
+def test_a_stack_has_weights_of_its_own_and_leaves_the_heads_alone():
     heads = pool_of(3)
+    places = [weight.data_ptr() for head in heads for weight in head.parameters()]
     before = [weight.clone() for head in heads for weight in head.parameters()]
-    stack = HeadStack(heads)
+    stack, other = HeadStack(heads), HeadStack(heads[:2])
+    assert places == [weight.data_ptr() for head in heads for weight in head.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, (weight for head in heads for weight in head.parameters())))
-    for name, weight in stack.weights.items():
-        if name != "lm_head.weight":
-            for own, head in zip(weight, heads):
-                assert own.data_ptr() == head.get_parameter(name).data_ptr()
-    assert stack.is_current()
+    held = {weight.untyped_storage().data_ptr() for head in heads for weight in head.parameters()}
+    for one in (stack, other):
+        assert one.is_current()
+        assert not held & {weight.untyped_storage().data_ptr() for weight in one.weights.values()}
+    assert not {weight.data_ptr() for weight in stack.weights.values()} & {
+        weight.data_ptr() for weight in other.weights.values()
+    }
     assert len(stack.weights["lm_head.weight"]) <= VOCABULARY  # a row for each id, not for each head's
 
-    other = HeadStack(heads[:2])  # the first stack is alive: what it holds stays where it is
-    assert stack.is_current() and other.is_current()
-    torch.testing.assert_close(other.weights["fc.weight"], stack.weights["fc.weight"][:2], atol=0, rtol=0)
+    # What it costs: the heads' weights once more, but for output rows that several heads have.
+    own = sum(weight.nbytes for head in heads for name, weight in head.named_parameters() if name != "lm_head.weight")
+    assert stack.nbytes == own + stack.weights["lm_head.weight"].nbytes
     single = HeadStack(heads[:1])
-    assert single.weights["fc.weight"].data_ptr() == heads[0].fc.weight.data_ptr()
-    del stack, other, single
-    gc.collect()
-    heir = HeadStack(heads[:2])
-    assert heir.weights["fc.weight"].data_ptr() == heads[0].fc.weight.data_ptr()
+    assert single.nbytes == 0 and single.weights["fc.weight"].data_ptr() == heads[0].fc.weight.data_ptr()
+
+
+def test_a_copy_of_a_stacked_head_is_a_head_like_any_other(tmp_path):
+    heads = pool_of(2)
+    stack = HeadStack(heads)
+    copied = copy.deepcopy(heads[0])
+    assert copied.embedding is heads[0].embedding and kind_of(copied) == kind_of(heads[0])
+    torch.save(heads[0].state_dict(), tmp_path / "head.pt")
+    assert (tmp_path / "head.pt").stat().st_size < 1.5 * sum(one.nbytes for one in heads[0].parameters()) + 10_000
+    with torch.no_grad():
+        copied.fc.weight.zero_()
+    assert stack.is_current() and heads[0].fc.weight.any()
+
+    embedding = heads[0].embedding
+    both, head = copy.deepcopy((embedding, heads[0]))  # with the target's embedding, as a decoder is copied
+    assert head.embedding is both is not embedding
+    owner = EagleHead(heads[0].config, nn.Embedding(VOCABULARY, 16), owns_embedding=True)
+    twin = copy.deepcopy(owner)
+    assert twin.embedding is twin.embed_tokens is not owner.embed_tokens
+
+
+@pytest.mark.parametrize("size", [10, 25, 40])
+def test_only_heads_of_the_size_that_their_configuration_names_are_stacked(size):
+    """Another draft vocabulary than the configuration's, or other weights, make a head that works by itself."""
+    head = pool_of(1)[0]
+    assert is_plain(head)
+    head.draft_to_target = torch.arange(size)
+    head.lm_head = FewRowLinear(16, size, bias=False).double().requires_grad_(False)
+    assert is_plain(head) == (size == 25)
+    other = pool_of(1)[0]
+    other.down_proj.weight = nn.Parameter(torch.zeros(16, 4).double())
+    assert not is_plain(other)
 
 
 @pytest.mark.parametrize("change", ["moved", "written", "replaced"])
@@ -278,8 +266,8 @@ def test_captures_go_from_request_to_request():
         session = StackSession(stack, 1, graphs=graphs)
         session.score([0], [tokens[:20]], [features[:20]])
         session.score([0], [tokens[20:23]], [features[20:23]])
-        session.lead([0], [1], [tokens[:0]], [features[:0]])
-        drafted = session.step([0], tokens[30:31])
+        session.begin_draft([0], [1], [tokens[:0]], [features[:0]])
+        drafted = session.draft_next([0], tokens[30:31])
         reference = stack.heads[1].session()
         reference.prefill(tokens[:23], features[:23], 1)
         torch.testing.assert_close(drafted[0], reference.step(tokens[30:31]), atol=1e-12, rtol=0)
@@ -293,8 +281,8 @@ def test_no_value_on_the_device_decides_what_a_captured_pass_runs():
     session = StackSession(HeadStack(pool_of(3)), 2, graphs=graphs)
     texts = [text_of(40, torch.float64, seed) for seed in range(2)]
     session.score([0, 1], *zip(*[(tokens[:9], features[:9]) for tokens, features in texts]))
-    session.lead([0, 1], [2, 0], *zip(*[(tokens[9:11], features[9:11]) for tokens, features in texts]))
-    session.step([0, 1], torch.tensor([1, 2]))
+    session.begin_draft([0, 1], [2, 0], *zip(*[(tokens[9:11], features[9:11]) for tokens, features in texts]))
+    session.draft_next([0, 1], torch.tensor([1, 2]))
     assert session.graphs is graphs
     with pytest.raises(AssertionError), Watched():
         torch.ones(1).item()

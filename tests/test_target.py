@@ -11,14 +11,14 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder, Request, generator
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.sampling import Sampling
-from hedgespec.target import TargetSession, rows_may_differ
+from hedgespec.ops.sampling import Sampling
+from hedgespec.runtime.compat import CACHE_NAME
+from hedgespec.runtime.target import TargetSession, rows_may_differ
 
 VOCABULARY, WIDTH, WINDOW = 61, 32, 8
 NEW_TOKENS = 24

@@ -17,21 +17,22 @@ from test_pool import batch_of
 from test_pool import pool as mixed_pool
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaForCausalLM, MistralConfig, Qwen3Config
 
-from hedgespec import Tree, algorithm, capture
-from hedgespec.compat import CACHE_NAME
-from hedgespec.config import MOST_CHILDREN, MOST_NODES, DecodeConfig
+from hedgespec import Tree, algorithm
+from hedgespec.config import MAX_CHILDREN, MAX_NODES, DecodeConfig
 from hedgespec.decoder import Decoder
-from hedgespec.delay import DelayQueue
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.errors import BackendUnavailableError
-from hedgespec.evaluate import evaluate, multi_draft_acceptance
-from hedgespec.target import TargetSession
-from hedgespec.tree import ancestry
-from hedgespec.verify import sample, verify_tree
+from hedgespec.ops.evaluate import evaluate, multi_draft_acceptance
+from hedgespec.ops.tree_mask import ancestry
+from hedgespec.ops.verify import sample, verify_tree
+from hedgespec.runtime import capture
+from hedgespec.runtime.compat import CACHE_NAME
+from hedgespec.runtime.target import TargetSession
+from hedgespec.selection.delay import DelayQueue
 
-rule = importlib.import_module("hedgespec.verify")
+rule = importlib.import_module("hedgespec.ops.verify")
 
 SHAPES = [
     (Tree(2), "argmax"), (Tree((3, 1, 2)), "argmax"), (Tree(3, size=9), "argmax"), (Tree(2, size=3), "argmax"),
@@ -48,13 +49,13 @@ def target():
 
 
 def test_what_a_tree_refuses():
-    for branching in (0, -1, MOST_CHILDREN + 1, (2, 0)):
+    for branching in (0, -1, MAX_CHILDREN + 1, (2, 0), ()):
         with pytest.raises(ValueError, match="branching: expected 1..32 children of a node, got"):
             Tree(branching)
-    for branching in (2.0, True, "3", [2, 1], (), (2, None)):
-        with pytest.raises(TypeError, match="branching: expected an int or a tuple of ints, got"):
+    for branching in (2.0, True, "3", {2, 1}, (2, None), None):
+        with pytest.raises(TypeError, match="branching: expected an int or a sequence of ints, got"):
             Tree(branching)
-    for size in (0, MOST_NODES + 1):
+    for size in (0, MAX_NODES + 1):
         with pytest.raises(ValueError, match="size: expected 1..512 nodes or None, got"):
             Tree(2, size)
     with pytest.raises(TypeError, match="size: expected an int or None, got 3.0"):
@@ -67,7 +68,7 @@ def test_what_a_tree_refuses():
         DecodeConfig(draft_length=4, tree=Tree(5))
     with pytest.raises(TypeError, match="tree: expected a hedgespec.Tree or None, got 4"):
         DecodeConfig(tree=4)
-    with pytest.raises(ValueError, match='mode: expected "argmax" or "coupled" with a dynamic tree'):
+    with pytest.raises(ValueError, match='proposal: expected "argmax" or "coupled" with a dynamic tree'):
         DecodeConfig(tree=Tree(2, size=4))
 
 
@@ -77,8 +78,8 @@ def test_what_a_tree_counts():
     assert Tree(8, size=20).nodes(5) == 20
     assert (Tree((3, 2, 1)).widest, Tree(4).widest) == (3, 4)
     assert [Tree((3, 2, 1)).children(depth) for depth in range(3)] == [3, 2, 1]
-    assert DecodeConfig(draft_length=3, tree=Tree(2)).most_drafted == 14
-    assert DecodeConfig(draft_length=3).most_drafted == 3
+    assert DecodeConfig(draft_length=3, tree=Tree(2)).max_drafted == 14
+    assert DecodeConfig(draft_length=3).max_drafted == 3
 
 
 def test_ancestry():
@@ -431,7 +432,7 @@ def naive_score(p, logits, token, count, temperature, one_hot) -> tuple[float, f
 def test_the_decoder_equals_the_naive_one(target, tree, mode):
     small = CausalLMDrafter(tiny_llama(seed=7, layers=1), target, name="small")
     drafters = [tiny_head(target, 1), tiny_head(target, 2), small]
-    config = DecodeConfig(draft_length=3, mode=mode, tree=tree, evaluate_every=1, warm_start=0, backend="reference")
+    config = DecodeConfig(draft_length=3, proposal=mode, tree=tree, evaluate_every=1, warm_start=0, backend="reference")
     for seed, temperature in enumerate((0.8, 0.0)):
         prompt = prompt_of(seed)
         out = Decoder(target, drafters, config).generate(prompt, max_new_tokens=16, temperature=temperature, seed=seed)
@@ -450,7 +451,7 @@ def test_the_decoder_equals_the_naive_one(target, tree, mode):
 def test_temperature_0_is_the_targets_own_text(target, tree, mode, every):
     """Two stacks of unequal heads, a small model, prompt lookup; five ragged rows; with processors and without."""
     decoder = Decoder(
-        target, mixed_pool(target, True), DecodeConfig(draft_length=3, tree=tree, mode=mode, evaluate_every=every)
+        target, mixed_pool(target, True), DecodeConfig(draft_length=3, tree=tree, proposal=mode, evaluate_every=every)
     )
     for options in ({}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}):
         request = batch_of(3) | {"max_new_tokens": 20, "do_sample": False} | options
@@ -464,7 +465,7 @@ def test_temperature_0_is_the_targets_own_text(target, tree, mode, every):
 @pytest.mark.parametrize(("tree", "mode"), [SHAPES[2], SHAPES[4]], ids=str)
 def test_the_drop_in_tells_of_the_path_only(target, tree, mode):
     """Scores, logits and the cache are those of the emitted tokens, whatever else the tree held."""
-    decoder = Decoder(target, mixed_pool(target, True), DecodeConfig(draft_length=3, tree=tree, mode=mode))
+    decoder = Decoder(target, mixed_pool(target, True), DecodeConfig(draft_length=3, tree=tree, proposal=mode))
     request = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.2, "return_dict_in_generate": True}
     request |= {"output_scores": True, "output_logits": True}
     plain = target.generate(prompt_of(2), **request)
@@ -478,10 +479,13 @@ def test_the_drop_in_tells_of_the_path_only(target, tree, mode):
         torch.testing.assert_close(one.values[:, :, :count], other.values[:, :, :count], atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"overlap": True}, {"learner": "exp3"}, {"learner": "ucb", "track_regret": True}], ids=str)
-def test_trees_go_with_the_other_options(target, options):
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("learner", ["normal_hedge", "exp3", "meta_sd"])
+def test_trees_go_with_the_other_options(target, learner, overlaps):
     for tree, mode in (SHAPES[2], SHAPES[4]):
-        decoder = Decoder(target, mixed_pool(target, True), DecodeConfig(draft_length=3, tree=tree, mode=mode, **options))
+        config = DecodeConfig(draft_length=3, tree=tree, proposal=mode, learner=learner)
+        decoder = Decoder(target, mixed_pool(target, True), config)
+        decoder.overlaps = overlaps
         out = decoder.generate(**batch_of(3), max_new_tokens=20, seed=0)
         assert out.sequences.tolist() == target.generate(**batch_of(3), max_new_tokens=20, do_sample=False).tolist()
         assert not any(one.failures for one in out.stats)
@@ -511,7 +515,7 @@ def test_a_drafter_that_fails_in_a_tree_leaves_its_row(target, monkeypatch, meth
         return one
 
     monkeypatch.setattr(small, "session", spoilt)
-    decoder = Decoder(target, [small], DecodeConfig(draft_length=3, mode="argmax", tree=Tree(3, size=6)))
+    decoder = Decoder(target, [small], DecodeConfig(draft_length=3, proposal="argmax", tree=Tree(3, size=6)))
     with pytest.warns(UserWarning, match="small is out of this request"):
         out = decoder.generate(**batch_of(3), max_new_tokens=25, seed=0)
     assert out.sequences.tolist() == target.generate(**batch_of(3), max_new_tokens=25, do_sample=False).tolist()
@@ -537,7 +541,7 @@ def test_rows_at_the_end_of_a_table_of_positions(shape):
 
 def test_a_compiled_target_takes_trees(target, monkeypatch):
     monkeypatch.setattr(capture, "compiled", lambda graph: graph)  # inductor's code takes seconds to make
-    config = DecodeConfig(draft_length=3, mode="argmax", tree=Tree(3, size=7), compile=True)
+    config = DecodeConfig(draft_length=3, proposal="argmax", tree=Tree(3, size=7), compile=True)
     drafters = [tiny_head(target, 1), NGramDrafter(VOCABULARY)]
     decoder = Decoder(target, drafters, config)
     out = decoder.generate(**batch_of(2), max_new_tokens=25)
@@ -550,7 +554,7 @@ def test_temperature_0_with_other_targets(kind):
     target = target_of(kind, "eager" if kind == "gemma2" else "sdpa")
     heads = [tiny_head(target, seed) for seed in (1, 2)]
     request = batch_of(3)
-    config = DecodeConfig(draft_length=3, mode="argmax", tree=Tree(3, size=10), drafter_window=16)
+    config = DecodeConfig(draft_length=3, proposal="argmax", tree=Tree(3, size=10), drafter_window=16)
     decoder = Decoder(target, heads, config)
     out = decoder.generate(**request, max_new_tokens=30)
     for one, ids, mask in zip(out.sequences, request["input_ids"], request["attention_mask"].bool()):
@@ -587,7 +591,7 @@ def test_sampled_text_has_the_targets_law(tree, mode, processed):
     """Chi-squares of tests/test_lossless.py, over heads that draft whole trees and drafters that draft combs."""
     target = chain_with_a_layer()
     drafters = [chain_head(target, 1), chain_head(target, 2), *chain_pool(target, *MIXED)]
-    config = DecodeConfig(draft_length=2, tree=tree, mode=mode)
+    config = DecodeConfig(draft_length=2, tree=tree, proposal=mode)
     decoder = Decoder(target, drafters, config)
     generator = torch.Generator().manual_seed(5)
     prompts = torch.randint(V, (64, 4), generator=generator)
@@ -647,4 +651,4 @@ def test_a_target_without_masks_is_refused(target):
     model = tiny_llama(seed=0, layers=2)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="tree: expected a target that takes positions and a mask"):
-        Decoder(model, [NGramDrafter(VOCABULARY)], DecodeConfig(mode="argmax", tree=Tree(2)))
+        Decoder(model, [NGramDrafter(VOCABULARY)], DecodeConfig(proposal="argmax", tree=Tree(2)))

@@ -21,13 +21,13 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from hedgespec.triton_kernels import _common, prefill  # noqa: E402
+from hedgespec.triton_kernels import _common, head_layers  # noqa: E402
 from hedgespec.triton_kernels import evaluate as evaluation  # noqa: E402
 from hedgespec.triton_kernels import verify as verification  # noqa: E402
 
-from hedgespec import backends  # noqa: E402
-from hedgespec.evaluate import evaluate, evaluate_reference  # noqa: E402
-from hedgespec.verify import verify  # noqa: E402
+from hedgespec.ops import backends  # noqa: E402
+from hedgespec.ops.evaluate import evaluate, evaluate_reference  # noqa: E402
+from hedgespec.ops.verify import verify  # noqa: E402
 
 INF = math.inf
 LAST = 1 - 2.0**-53
@@ -566,24 +566,24 @@ def run_stack_linear(dtype, *, rows=2, columns=4096, inner=4096, table=False, at
     weight = torch.empty(3, columns, inner, dtype=dtype)
     index = torch.zeros(3 * columns + at, dtype=torch.int64)[at:].view(3, columns) if table else None
     which = torch.zeros(rows + at, dtype=torch.int64)[at:]
-    prefill.stack_linear_triton(torch.empty(rows, inner, dtype=dtype), weight[0] if table else weight, which, index=index)
+    head_layers.stack_linear_triton(torch.empty(rows, inner, dtype=dtype), weight[0] if table else weight, which, index=index)
 
 
 def run_stack_rms_norm(dtype, *, rows=2, width=4096, alone=False, at=0):
     x = torch.empty(*(() if alone else (3,)), rows, width, dtype=dtype)
     which = torch.zeros(rows + at, dtype=torch.int64)[at:] if alone else None
-    prefill.stack_rms_norm_triton(x, torch.empty(3, width, dtype=dtype), 1e-5, which)
+    head_layers.stack_rms_norm_triton(x, torch.empty(3, width, dtype=dtype), 1e-5, which)
 
 
 def run_swiglu(dtype, *, rows=2, width=4096):
-    prefill.swiglu_triton(torch.empty(3, rows, 2 * width, dtype=dtype))
+    head_layers.swiglu_triton(torch.empty(3, rows, 2 * width, dtype=dtype))
 
 
 def run_rotary_append(dtype, *, rows=2, steps=3, capacity=256, head_dim=128, alone=False, at=0):
     ids = torch.zeros(rows + at, dtype=torch.int64)[at:]
     keys, values = torch.empty(2, 3, rows, 8, capacity, head_dim, dtype=dtype)
     qkv = torch.empty(*(() if alone else (3,)), rows, steps, 48 * head_dim, dtype=dtype)
-    prefill.rotary_append_triton(qkv, torch.empty(head_dim // 2), ids, ids, keys, values, ids, ids if alone else None)
+    head_layers.rotary_append_triton(qkv, torch.empty(head_dim // 2), ids, ids, keys, values, ids, ids if alone else None)
 
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
@@ -619,10 +619,10 @@ RUN = {
 KERNEL = {
     "evaluate": evaluation.evaluate_kernel,
     "verify": verification.verify_kernel,
-    "stack_linear": prefill.stack_linear_kernel,
-    "stack_rms_norm": prefill.stack_rms_norm_kernel,
-    "swiglu": prefill.swiglu_kernel,
-    "rotary_append": prefill.rotary_append_kernel,
+    "stack_linear": head_layers.stack_linear_kernel,
+    "stack_rms_norm": head_layers.stack_rms_norm_kernel,
+    "swiglu": head_layers.swiglu_kernel,
+    "rotary_append": head_layers.rotary_append_kernel,
 }
 
 

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hedgespec import backends
+from hedgespec.ops import backends
+from hedgespec.ops.verify import sample, verify, verify_reference
 from hedgespec.records import Verdict
-from hedgespec.verify import sample, verify, verify_reference
 
-rule = importlib.import_module("hedgespec.verify")  # the module: the package may export the function under this name
+rule = importlib.import_module("hedgespec.ops.verify")  # the module: the package may export the function under this name
 
 INF = math.inf
 LAST = 1 - 2.0**-53  # the largest float64 uniform
@@ -758,29 +758,29 @@ def test_every_verdict_is_well_formed(backend, arguments):
 # Bad input.
 
 BAD = [
-    (dict(target_logits=[[1.0]]), TypeError, "target_logits: expected a torch.Tensor; got list"),
+    (dict(target_logits=[[1.0]]), TypeError, "target_logits: expected a torch.Tensor, got list"),
     (dict(target_logits=torch.zeros(2, 4, 6, dtype=torch.int64)), TypeError, "target_logits: .*got torch.int64"),
-    (dict(target_logits=torch.zeros(2, 6)), ValueError, r"target_logits: expected shape \[B, K\+1, V\] .*; got \[2, 6\]"),
+    (dict(target_logits=torch.zeros(2, 6)), ValueError, r"target_logits: expected shape \[B, K\+1, V\] .*, got \[2, 6\]"),
     (
         dict(target_logits=torch.zeros(2, 0, 6)),
         ValueError,
-        r"target_logits: expected .*K >= 0; got \[2, 0, 6\]",
+        r"target_logits: expected .*K >= 0, got \[2, 0, 6\]",
     ),
-    (dict(target_logits=torch.zeros(2, 4, 0)), ValueError, r"target_logits: expected .*at least 1; got \[2, 4, 0\]"),
+    (dict(target_logits=torch.zeros(2, 4, 0)), ValueError, r"target_logits: expected .*at least 1, got \[2, 4, 0\]"),
     (
         dict(draft_tokens=torch.zeros(2, 3, dtype=torch.int32)),
         TypeError,
-        "draft_tokens: expected torch.int64; got torch.int32",
+        "draft_tokens: expected torch.int64, got torch.int32",
     ),
     (
         dict(draft_tokens=torch.zeros(2, 4, dtype=torch.int64)),
         ValueError,
-        r"draft_tokens: expected shape \[2, 3\]; got \[2, 4\]",
+        r"draft_tokens: expected shape \[2, 3\], got \[2, 4\]",
     ),
     (
         dict(draft_tokens=torch.tensor([[0, 1, 6]] * 2)),
         ValueError,
-        r"draft_tokens: expected values in 0\.\.5; got 6",
+        r"draft_tokens: expected values in 0\.\.5, got 6",
     ),
     (dict(draft_tokens=torch.tensor([[0, 1, -1]] * 2)), ValueError, "draft_tokens: .*got -1"),
     (
@@ -788,56 +788,56 @@ BAD = [
         ValueError,
         "draft_tokens: .*got -1",
     ),
-    (dict(draft_logits=None), ValueError, 'draft_logits: expected a tensor in mode "sampled" with .*; got None'),
+    (dict(draft_logits=None), ValueError, 'draft_logits: expected a tensor in mode "sampled" with .*, got None'),
     (dict(draft_logits=None, target_temperature=torch.tensor([0.0, 1.0])), ValueError, "draft_logits: "),
     (dict(draft_logits=torch.zeros(2, 3, 6, dtype=torch.int64)), TypeError, "draft_logits: .*got torch.int64"),
-    (dict(draft_logits=torch.zeros(2, 3)), ValueError, r"draft_logits: expected shape \[B, K, Vd\] .*; got \[2, 3\]"),
-    (dict(draft_logits=torch.zeros(2, 4, 6)), ValueError, r"draft_logits: expected shape \[2, 3, 6\]; got \[2, 4, 6\]"),
-    (dict(draft_logits=torch.zeros(2, 3, 5)), ValueError, r"draft_logits: expected shape \[2, 3, 6\]; got \[2, 3, 5\]"),
-    (dict(draft_logits=torch.zeros(2, 3, 6, device="meta")), ValueError, "draft_logits: expected device cpu, .*; got meta"),
+    (dict(draft_logits=torch.zeros(2, 3)), ValueError, r"draft_logits: expected shape \[B, K, Vd\] .*, got \[2, 3\]"),
+    (dict(draft_logits=torch.zeros(2, 4, 6)), ValueError, r"draft_logits: expected shape \[2, 3, 6\], got \[2, 4, 6\]"),
+    (dict(draft_logits=torch.zeros(2, 3, 5)), ValueError, r"draft_logits: expected shape \[2, 3, 6\], got \[2, 3, 5\]"),
+    (dict(draft_logits=torch.zeros(2, 3, 6, device="meta")), ValueError, "draft_logits: expected device cpu, .*, got meta"),
     (
         dict(uniforms=torch.zeros(2, 4, dtype=torch.bfloat16)),
         TypeError,
-        "uniforms: expected torch.float32 or torch.float64; got torch.bfloat16",
+        "uniforms: expected torch.float32 or torch.float64, got torch.bfloat16",
     ),
-    (dict(uniforms=torch.zeros(2, 3)), ValueError, r"uniforms: expected shape \[2, 4\]; got \[2, 3\]"),
-    (dict(uniforms=torch.ones(2, 4)), ValueError, r"uniforms: expected values in \[0, 1\); got 1.0"),
+    (dict(uniforms=torch.zeros(2, 3)), ValueError, r"uniforms: expected shape \[2, 4\], got \[2, 3\]"),
+    (dict(uniforms=torch.ones(2, 4)), ValueError, r"uniforms: expected values in \[0, 1\), got 1.0"),
     (dict(uniforms=torch.full((2, 4), -0.5)), ValueError, "uniforms: .*got -0.5"),
     (dict(uniforms=torch.full((2, 4), math.nan)), ValueError, "uniforms: .*got nan"),
-    (dict(mode="greedy"), ValueError, "mode: expected one of sampled, argmax; got 'greedy'"),
-    (dict(lengths=[1, 2]), TypeError, "lengths: expected a torch.Tensor; got list"),
+    (dict(mode="greedy"), ValueError, "mode: expected one of sampled, argmax, got 'greedy'"),
+    (dict(lengths=[1, 2]), TypeError, "lengths: expected a torch.Tensor, got list"),
     (dict(lengths=torch.tensor([1.0, 2.0])), TypeError, "lengths: .*got torch.float32"),
-    (dict(lengths=torch.tensor([1])), ValueError, r"lengths: expected shape \[2\]; got \[1\]"),
-    (dict(lengths=torch.tensor([0, 4])), ValueError, r"lengths: expected values in 0\.\.3; got 4"),
-    (dict(draft_to_target=[0, 1]), TypeError, "draft_to_target: expected a torch.Tensor; got list"),
+    (dict(lengths=torch.tensor([1])), ValueError, r"lengths: expected shape \[2\], got \[1\]"),
+    (dict(lengths=torch.tensor([0, 4])), ValueError, r"lengths: expected values in 0\.\.3, got 4"),
+    (dict(draft_to_target=[0, 1]), TypeError, "draft_to_target: expected a torch.Tensor, got list"),
     (dict(draft_to_target=torch.arange(6, dtype=torch.int16)), TypeError, "draft_to_target: .*got torch.int16"),
-    (dict(draft_to_target=torch.arange(5)), ValueError, r"draft_to_target: expected shape \[6\]; got \[5\]"),
+    (dict(draft_to_target=torch.arange(5)), ValueError, r"draft_to_target: expected shape \[6\], got \[5\]"),
     (
         dict(draft_to_target=torch.zeros(3, 6, dtype=torch.int64)),
         ValueError,
-        r"draft_to_target: expected shape \[2, 6\]; got \[3, 6\]",
+        r"draft_to_target: expected shape \[2, 6\], got \[3, 6\]",
     ),
     (
         dict(draft_to_target=torch.arange(1, 7)),
         ValueError,
-        r"draft_to_target: expected values in 0\.\.5; got 6",
+        r"draft_to_target: expected values in 0\.\.5, got 6",
     ),
-    (dict(target_temperature="hot"), TypeError, "target_temperature: expected a number or a torch.Tensor .*; got str"),
+    (dict(target_temperature="hot"), TypeError, "target_temperature: expected a number or a torch.Tensor .*, got str"),
     (dict(target_temperature=True), TypeError, "target_temperature: .*got bool"),
-    (dict(target_temperature=-1), ValueError, "target_temperature: expected a finite number >= 0; got -1"),
+    (dict(target_temperature=-1), ValueError, "target_temperature: expected a finite number >= 0, got -1"),
     (dict(target_temperature=math.nan), ValueError, "target_temperature: .*got nan"),
     (dict(draft_temperature=INF), ValueError, "draft_temperature: .*got inf"),
     (dict(draft_temperature=torch.tensor([1, 1])), TypeError, "draft_temperature: .*got torch.int64"),
-    (dict(draft_temperature=torch.ones(3)), ValueError, r"draft_temperature: expected shape \[2\]; got \[3\]"),
+    (dict(draft_temperature=torch.ones(3)), ValueError, r"draft_temperature: expected shape \[2\], got \[3\]"),
     (
         dict(draft_temperature=torch.tensor([1.0, -1.0])),
         ValueError,
-        "draft_temperature: expected finite values >= 0; got -1.0",
+        "draft_temperature: expected finite values >= 0, got -1.0",
     ),
     (dict(target_temperature=torch.tensor([1.0, math.nan])), ValueError, "target_temperature: .*nan"),
     (dict(target_threshold=0.5), TypeError, "target_threshold: .*got float"),
-    (dict(target_threshold=torch.zeros(2, 3)), ValueError, r"target_threshold: expected shape \[2, 4\]; got \[2, 3\]"),
-    (dict(draft_threshold=torch.zeros(2, 4)), ValueError, r"draft_threshold: expected shape \[2, 3\]; got \[2, 4\]"),
+    (dict(target_threshold=torch.zeros(2, 3)), ValueError, r"target_threshold: expected shape \[2, 4\], got \[2, 3\]"),
+    (dict(draft_threshold=torch.zeros(2, 4)), ValueError, r"draft_threshold: expected shape \[2, 3\], got \[2, 4\]"),
 ]
 
 
@@ -848,14 +848,14 @@ def test_bad_input_is_named(change, error, message):
 
 
 BAD_SAMPLES = [
-    (dict(logits=1.0), TypeError, "logits: expected a torch.Tensor; got float"),
-    (dict(logits=torch.zeros(2, 0)), ValueError, r"logits: expected shape \[..., V\] .*; got \[2, 0\]"),
-    (dict(logits=torch.tensor(1.0)), ValueError, r"logits: expected .*; got \[\]"),
-    (dict(uniforms=torch.zeros(3)), ValueError, r"uniforms: expected shape \[2\]; got \[3\]"),
+    (dict(logits=1.0), TypeError, "logits: expected a torch.Tensor, got float"),
+    (dict(logits=torch.zeros(2, 0)), ValueError, r"logits: expected shape \[..., V\] .*, got \[2, 0\]"),
+    (dict(logits=torch.tensor(1.0)), ValueError, r"logits: expected .*, got \[\]"),
+    (dict(uniforms=torch.zeros(3)), ValueError, r"uniforms: expected shape \[2\], got \[3\]"),
     (dict(uniforms=torch.ones(2)), ValueError, "uniforms: expected values in"),
-    (dict(temperature=-0.1), ValueError, "temperature: expected a finite number >= 0; got -0.1"),
-    (dict(temperature=torch.ones(1)), ValueError, r"temperature: expected shape \[2\]; got \[1\]"),
-    (dict(threshold=torch.zeros(1)), ValueError, r"threshold: expected shape \[2\]; got \[1\]"),
+    (dict(temperature=-0.1), ValueError, "temperature: expected a finite number >= 0, got -0.1"),
+    (dict(temperature=torch.ones(1)), ValueError, r"temperature: expected shape \[2\], got \[1\]"),
+    (dict(threshold=torch.zeros(1)), ValueError, r"threshold: expected shape \[2\], got \[1\]"),
 ]
 
 

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hedgespec.workspace import workspace
+from hedgespec.ops.workspace import workspace
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

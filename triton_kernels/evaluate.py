@@ -27,7 +27,7 @@ from hedgespec.triton_kernels._common import (
     store_slot,
 )
 
-from hedgespec.launch import as_float32, dense_vocabulary, empty_evaluation, split_temperature
+from hedgespec.ops.launch import as_float32, dense_vocabulary, empty_evaluation, split_temperature
 from hedgespec.records import Evaluation, score_row
 
 _GROUP = tl.constexpr(30)
@@ -77,8 +77,9 @@ def _log_probs(logits, ids, highest, scale, log_total, best, cold):
 def _length_losses(prob, ratio, whole, losses, length, positions, draft_length, PRODUCT: tl.constexpr):
     """The losses of rounds that start at each position of one row, and the expected length of one from its first.
 
-    L = 1 + sum_k prod_{j < k} survival[j] * prob[k], where survival is the ratio, or the prob with PRODUCT. Source:
-    algorithm.md, section 3.
+    L = 1 + sum_k prod_{j < k} survival[j] * prob[k], where survival is the ratio, or the prob with PRODUCT.
+
+    Source: with PRODUCT arXiv 2510.20064, Theorem 3; else ours, as `expected_accepted_length` in hedgespec/ops/evaluate.py.
     """
     lanes = tl.arange(0, _STARTS)
     unknown = tl.full([_STARTS], float("nan"), tl.float32)

@@ -28,7 +28,7 @@ from hedgespec.triton_kernels._common import (
 )
 from torch import Tensor
 
-from hedgespec.launch import as_float32, dense_vocabulary, not_quite_zero, split_temperature
+from hedgespec.ops.launch import as_float32, dense_vocabulary, not_quite_zero, split_temperature
 from hedgespec.records import Verdict
 
 

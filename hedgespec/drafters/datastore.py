@@ -6,6 +6,7 @@ drafts are left for tables and chains.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from safetensors.numpy import save_file
 
 from hedgespec.drafters.ngram import one_hot
 from hedgespec.errors import CheckpointError, VocabularyMismatchError
+from hedgespec.utils.files import replacing, write_tensors
+from hedgespec.utils.scalars import integer, shown, text
 
 FORMAT, VERSION = "hedgespec-datastore", "1"
 MAX_NGRAM = 6
@@ -38,7 +41,7 @@ class Datastore:
     """
 
     def __init__(self, hashes: np.ndarray, tokens: np.ndarray, max_ngram: int):
-        self.hashes, self.tokens, self.max_ngram = hashes, tokens, max_ngram
+        self.hashes, self.tokens, self.max_ngram = hashes, tokens, integer("max_ngram", max_ngram, 1, LONGEST)
 
     def __len__(self) -> int:
         """Entries."""
@@ -54,10 +57,10 @@ class Datastore:
             sequences: of token ids >= 0; one of fewer than two tokens adds nothing.
             max_ngram: 1..64.
 
-        Raises: ValueError for a negative id, a sequence that is not one of integers, or another max_ngram.
+        Raises: TypeError for a max_ngram that is no int; ValueError for a negative id, a sequence that is not one of integers,
+        or a max_ngram outside its range.
         """
-        if not 1 <= max_ngram <= LONGEST:
-            raise ValueError(f"max_ngram: expected 1..{LONGEST}, got {max_ngram}")
+        max_ngram = integer("max_ngram", max_ngram, 1, LONGEST)
         texts = [np.asarray(sequence) for sequence in sequences]
         for sequence in texts:
             if sequence.size and (sequence.ndim != 1 or sequence.dtype.kind not in "iu"):
@@ -110,12 +113,13 @@ class Datastore:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file.
+        """Writes one safetensors file, whole or not at all.
 
         Raises: OSError if it cannot be written.
         """
         metadata = {"format": FORMAT, "version": VERSION, "max_ngram": str(self.max_ngram)}
-        save_file({"hashes": self.hashes, "tokens": self.tokens}, path, metadata=metadata)
+        with replacing(path) as fresh:
+            write_tensors(save_file, {"hashes": self.hashes, "tokens": self.tokens}, fresh, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Datastore:
@@ -123,6 +127,8 @@ class Datastore:
 
         Raises: CheckpointError if the file is missing, corrupt, of another format or version, or no table.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise CheckpointError(f"path: expected a datastore in a safetensors file, got {shown(path)}")
         try:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
@@ -193,15 +199,18 @@ class DatastoreDrafter:
         vocab_size: the target's.
         name: shown in statistics.
 
-    Raises: VocabularyMismatchError for a datastore that says ids beyond the vocabulary.
+    Raises: TypeError for an argument of another type; VocabularyMismatchError for a datastore that says ids beyond the
+    vocabulary.
     """
 
     aux_layers: tuple[int, ...] = ()
     draft_to_target: torch.Tensor | None = None
 
     def __init__(self, datastore: Datastore, vocab_size: int, name: str = "datastore"):
-        check_vocabulary(datastore, vocab_size, name)
-        self.datastore, self.vocab_size, self.name = datastore, vocab_size, name
+        if not isinstance(datastore, Datastore):
+            raise TypeError(f"datastore: expected a Datastore, got {shown(datastore)}; Datastore.load reads a file")
+        self.datastore, self.vocab_size, self.name = datastore, integer("vocab_size", vocab_size, 1), text("name", name)
+        check_vocabulary(datastore, self.vocab_size, name)
 
     def session(self) -> DatastoreSession:
         return DatastoreSession(self)

@@ -11,6 +11,7 @@ Source: Li et al., "EAGLE", arXiv 2401.15077, "EAGLE-2", arXiv 2406.16858 and "E
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hedgespec.cache import KVCache
-from hedgespec.linear import FewRowLinear
+from hedgespec.ops.linear import FewRowLinear
+from hedgespec.runtime.cache import KVCache
+from hedgespec.utils.scalars import flag, integer, integers, real, text
+
+SIZES = (
+    "hidden_size", "target_hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "vocab_size", "draft_vocab_size",
+)  # fmt: skip
+"""Fields of `EagleConfig` that count something."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,20 @@ class EagleConfig:
     """Whether the head drafts on from its output's norm and not from its output."""
     rope_scaling: tuple[tuple[str, Any], ...] = ()
     """transformers' `rope_parameters` but for `rope_theta`, where positions are scaled: items, `rope_type` among them."""
+
+    def __post_init__(self) -> None:
+        """Keeps plain ints, floats, bools and tuples, whatever numbers came. Raises: TypeError or ValueError."""
+        kept: dict[str, Any] = {name: integer(name, getattr(self, name), 0) for name in SIZES}
+        kept |= {name: real(name, getattr(self, name)) for name in ("rope_theta", "rms_norm_eps")}
+        kept |= {name: flag(name, getattr(self, name)) for name in ("norm_before_residual", "feeds_back_norm")}
+        kept |= {name: tuple(text(name, one) for one in getattr(self, name)) for name in ("norms", "biases")}
+        kept["aux_layers"] = integers("aux_layers", self.aux_layers)
+        kept["version"] = integer("version", self.version)
+        if kept["version"] not in (1, 3):
+            raise ValueError(f"version: expected 1 or 3, got {self.version}")
+        kept["rope_scaling"] = tuple((text("rope_scaling", name), value) for name, value in self.rope_scaling)
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -193,6 +215,15 @@ class EagleHead(EagleLayer, nn.Module):
             self.embed_tokens = embed
         self.register_buffer("draft_to_target", draft_to_target, persistent=False)
         self.set_rope_frequency()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EagleHead:
+        """Copies what the head owns. An embedding that it shares with its target is shared by the copy, too, unless the target
+        is copied in the same call, before the head."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy({name: value for name, value in vars(self).items() if name != "_shared"}, memo))
+        own = copied.embed_tokens if self.owns_embedding else memo.get(id(self.embedding), self.embedding)
+        copied._shared = (own,)
+        return copied
 
     def set_rope_frequency(self) -> None:
         """`rope_frequency` float32 [D/2], and `rope_factor`, by which cosine and sine are multiplied."""

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from hedgespec.utils.scalars import integer, text
+
 
 class NGramDrafter:
     """Proposes, with certainty, the token that followed the latest occurrence of the longest matching n-gram.
@@ -22,16 +24,15 @@ class NGramDrafter:
         max_ngram: longest match tried, >= 1.
         name: shown in statistics.
 
-    Raises: ValueError for max_ngram < 1.
+    Raises: TypeError for an argument of another type; ValueError for vocab_size < 1 or max_ngram < 1.
     """
 
     aux_layers: tuple[int, ...] = ()
     draft_to_target: torch.Tensor | None = None
 
     def __init__(self, vocab_size: int, max_ngram: int = 3, name: str = "ngram"):
-        if max_ngram < 1:
-            raise ValueError(f"max_ngram: expected at least 1, got {max_ngram}")
-        self.vocab_size, self.max_ngram, self.name = vocab_size, max_ngram, name
+        self.vocab_size, self.max_ngram = integer("vocab_size", vocab_size, 1), integer("max_ngram", max_ngram, 1)
+        self.name = text("name", name)
 
     def session(self) -> NGramSession:
         return NGramSession(self)
@@ -79,7 +80,7 @@ class NGramIndex:
     """
 
     def __init__(self, max_ngram: int):
-        self.max_ngram = max_ngram
+        self.max_ngram = integer("max_ngram", max_ngram, 1)
         self._last: list[int] = []
         self._follows: dict[tuple[int, ...], int] = {}
 

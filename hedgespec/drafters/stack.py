@@ -11,7 +11,6 @@ at its own pace.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -22,16 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hedgespec.cache import capacity_for, grown
-from hedgespec.capture import CudaGraphs, NotCapturable, lend
+from hedgespec.device import settle, to_device
 from hedgespec.drafters.eagle import EagleHead, EagleLayer
-from hedgespec.linear import FewRowLinear
-from hedgespec.prefill import rotary_append, stack_linear, stack_rms_norm, swiglu
-from hedgespec.transfer import to_device
-
-_OWNERS: weakref.WeakKeyDictionary[EagleHead, weakref.ref[HeadStack]] = weakref.WeakKeyDictionary()
-"""The stack in whose memory a head's own parameters lie."""
-
+from hedgespec.ops.head_layers import rotary_append, stack_linear, stack_rms_norm, swiglu
+from hedgespec.ops.linear import FewRowLinear
+from hedgespec.runtime.cache import capacity_for, grown
+from hedgespec.runtime.capture import CudaGraphs, NotCapturable, lend
 
 MOST_CAPTURED = 64
 """Tokens of a row up to which a pass is captured: those of rounds, and not of prompts."""
@@ -40,8 +35,9 @@ MOST_CAPTURED = 64
 class HeadStack:
     """The weights of N equal-shaped heads, each [N, ...].
 
-    The heads' own parameters become views of the stack; to save one of them, clone them, or all are saved. A head that another
-    living stack has already taken up is copied. A single head is not copied at all.
+    The heads are read and never changed. With N >= 2 the stack holds a copy of their weights, so that the heads' memory is
+    needed twice for as long as both live (`nbytes` tells how much of it is the stack's own); a single head's weights are not
+    copied.
 
     Where all output rows are rows of one matrix (a draft vocabulary's slice of the target's head), the stack has them once, as
     a table [U, H] of the U ids that any head names, and an index [N, Vd] into it.
@@ -52,19 +48,13 @@ class HeadStack:
 
     def __init__(self, heads: Sequence[EagleHead]):
         self.heads, self.config, self.embed = tuple(heads), heads[0].config, heads[0].embed
-        free = len(heads) > 1 and not any(head in _OWNERS and _OWNERS[head]() for head in heads)
         self.weights: dict[str, torch.Tensor] = {}
         for name in self.config.shapes:
-            own = [head.get_parameter(name) for head in heads]
+            own = [head.get_parameter(name).detach() for head in heads]
             if name == "lm_head.weight":
                 self.weights[name], self.index = _shared_rows(heads)
             else:
-                self.weights[name] = torch.stack([one.detach() for one in own]) if len(own) > 1 else own[0].detach()[None]
-            if free and self.weights[name].ndim > own[0].ndim:
-                for one, view in zip(own, self.weights[name]):
-                    one.data = view
-        if free:
-            _OWNERS.update(dict.fromkeys(heads, weakref.ref(self)))
+                self.weights[name] = torch.stack(own) if len(own) > 1 else own[0][None]
         self.maps, self.map_of = None, None
         if heads[0].draft_to_target is not None:
             self.maps = torch.stack([head.draft_to_target for head in heads]).to(self.weights["fc.weight"].device)
@@ -72,12 +62,21 @@ class HeadStack:
         self.frequency = heads[0].rope_frequency.to(self.weights["fc.weight"].device)
         self.query_scale = heads[0].rope_factor ** 2
         """Of rotated queries: what a factor of both queries and keys does to their products."""
+        settle(self.frequency.device)  # requests on any stream may use the stack
         self._origin = self._origins()
         self._idle: list[CudaGraphs] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are the stack's own: 0 for a single head, or one matrix that all heads share."""
+        theirs = {one.untyped_storage().data_ptr() for head in self.heads for one in head.parameters()}
+        return sum(one.nbytes for one in self.weights.values() if one.untyped_storage().data_ptr() not in theirs)
+
     def is_current(self) -> bool:
-        """Whether the heads are still what was stacked: neither moved, nor replaced, nor written to. What goes by way of
-        `.data` torch does not tell."""
+        """Whether the heads are still what was stacked: neither moved, nor replaced, nor written to.
+
+        torch counts what is written to a tensor, except by way of `.data` and to inference tensors: the stack does not see it.
+        """
         return self._origin == self._origins()
 
     def _origins(self) -> list[tuple[int, int]]:
@@ -126,14 +125,24 @@ class StackLayer(EagleLayer):
 
 
 def is_plain(drafter: object) -> bool:
-    """Whether a drafter is an EAGLE head and nothing else: no class of its own, no hooks, no layer wrapped or replaced."""
+    """Whether a drafter is an EAGLE head and nothing else: no class of its own, no hooks, no layer wrapped or replaced, and
+    every weight, and the draft vocabulary, of the size that its configuration names."""
     if type(drafter) is not EagleHead:
         return False
-    own = {"embed_tokens.weight"} if drafter.owns_embedding else set()
-    return {name for name, _ in drafter.named_parameters()} == {*drafter.config.shapes, *own} and all(
-        type(module) in (EagleHead, FewRowLinear, nn.RMSNorm, nn.Linear, nn.Embedding)
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or "session" in vars(module))
-        for module in drafter.modules()
+    weights, expected = dict(drafter.named_parameters()), drafter.config.shapes
+    if drafter.owns_embedding:
+        weights.pop("embed_tokens.weight", None)
+    mapping = drafter.draft_to_target
+    return (
+        {name: tuple(weight.shape) for name, weight in weights.items()} == expected
+        and (mapping is None or mapping.shape == (drafter.config.draft_vocab_size,))
+        and all(
+            type(module) in (EagleHead, FewRowLinear, nn.RMSNorm, nn.Linear, nn.Embedding)
+            and not (
+                module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or "session" in vars(module)
+            )
+            for module in drafter.modules()
+        )
     )
 
 
@@ -211,10 +220,10 @@ class StackSession:
         heads, config, weight = len(stack.heads), stack.config, stack.weights["fc.weight"]
         self.keys = weight.new_zeros(heads, batch, config.num_key_value_heads, 0, config.head_dim)
         self.values = self.keys.clone()
-        self.scored = np.zeros((heads, batch), dtype=np.int64)
-        """Tokens of each row that each head has been scored on, [N, B]."""
-        self.taken = self.scored.copy()
-        """Tokens of each row that each head has taken in, [N, B]: one that drafts is ahead."""
+        self.scored = np.zeros(batch, dtype=np.int64)
+        """int64 [B]: number of tokens of each row that all heads have consumed and been scored on."""
+        self.consumed = np.zeros((heads, batch), dtype=np.int64)
+        """int64 [N, B]: number of tokens of each row that each head has consumed; a head that drafts is ahead of `scored`."""
         self.base = np.zeros(batch, dtype=np.int64)
         """Position of each row's slot 0, [B]."""
         self.given = weight.new_zeros(heads, batch, config.draft_vocab_size)
@@ -232,16 +241,16 @@ class StackSession:
         """Memory of keys and values."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows only."""
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Continues with these rows only."""
         index = to_device(rows, self.keys.device)
         for name in ("keys", "values", "given", "features"):
             setattr(self, name, getattr(self, name).index_select(1, index))
-        self.scored, self.taken, self.base = self.scored[:, rows], self.taken[:, rows], self.base[rows]
+        self.scored, self.consumed, self.base = self.scored[rows], self.consumed[:, rows], self.base[rows]
 
     def score(self, rows: Sequence[int], tokens: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
-              wanted: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> torch.Tensor:  # fmt: skip
-        """Heads take in what they have not yet been scored on.
+              wanted: Sequence[int] | None = None) -> torch.Tensor:  # fmt: skip
+        """All heads consume the tokens that they have not been scored on.
 
         Args:
             rows: R distinct rows of the batch, all of them at their first tokens or none.
@@ -249,47 +258,37 @@ class StackSession:
             features: of each row [T_r, W], the target's hidden states before each token.
             wanted: where the rows are at their first tokens: of how many of each row's last ones to return the logits, at most
                 T_r - 2, and less than the window; None: of none. Ignored elsewhere.
-            heads: n distinct ones, which have been scored on equally many tokens of a row, and on some; None: all. Nothing is
-                computed for the others. A pass is captured for each n.
-        Returns: [n, R, T, Vd]: the logits that each head had for each of these tokens (at first the last `wanted` of them),
+        Returns: [N, R, T, Vd]: the logits that each head had for each of these tokens (at first the last `wanted` of them),
             given what precedes it, T of the longest; anything past a row's end.
         """
-        who = np.arange(len(self.taken)) if heads is None else np.asarray(heads)
-        shape, known = (len(who), len(rows)), self.scored[who[0], rows]
-        counts, asked = np.array([len(one) for one in tokens]), None
+        known, asked = self.scored[rows], None
+        counts = np.array([len(one) for one in tokens])
         if known[0] == 0:
             asked = np.ones(len(rows), dtype=np.int64) if wanted is None else 1 + np.asarray(wanted)
-        some = np.ix_(who, rows)
-        if heads is None:
-            now = _Rows.at(rows, None, known, self.keys.device)
-            hidden, logits = self._take_in(now, tokens, features, asked)
-            at = slice(None), now.index
-        else:  # each of them with rows of its own
-            now = _Rows.at(np.tile(rows, shape[0]), who.repeat(shape[1]), np.tile(known, shape[0]), self.keys.device)
-            found = self._take_in(now, [*tokens] * shape[0], [*features] * shape[0])
-            hidden, logits = (states.unflatten(0, shape) for states in found)
-            at = tuple(to_device(one, logits.device) for one in some)
+        now = _Rows.at(rows, None, known, self.keys.device)
+        hidden, logits = self._take_in(now, tokens, features, asked)
+        at = slice(None), now.index
         had = logits[:, :, :-1] if asked is not None else torch.cat([self.given[at][:, :, None], logits[:, :, :-1]], 2)
         if logits.shape[2] > 1:
             last = to_device((counts if asked is None else asked) - 1, hidden.device)
             hidden, logits = _at(hidden, last), _at(logits, last)
         self.given[at], self.features[at] = logits[:, :, 0], hidden[:, :, 0]
-        self.scored[some] += counts
-        self.taken[some] = self.scored[some]
+        self.scored[rows] += counts
+        self.consumed[:, rows] = self.scored[rows]
         return had
 
-    def lead(self, rows: Sequence[int], heads: Sequence[int], tokens: Sequence[torch.Tensor],
+    def begin_draft(self, rows: Sequence[int], heads: Sequence[int], tokens: Sequence[torch.Tensor],
              features: Sequence[torch.Tensor]) -> torch.Tensor:  # fmt: skip
         """One head a row takes in what it lacks and begins to draft.
 
         Args:
             rows: R distinct rows of the batch.
             heads: the head of each.
-            tokens, features: as for `score`, from the token `taken` on; empty where the head lacks nothing.
+            tokens, features: as for `score`, from the token `consumed` on; empty where the head lacks nothing.
         Returns: [R, Vd], logits for the first drafted token.
         """
-        now = _Rows.at(rows, heads, self.taken[heads, rows], self.keys.device)
-        ends = self.taken[heads, rows] + [len(one) for one in tokens]
+        now = _Rows.at(rows, heads, self.consumed[heads, rows], self.keys.device)
+        ends = self.consumed[heads, rows] + [len(one) for one in tokens]
         lacking = np.flatnonzero([len(one) for one in tokens]).tolist()
         if len(lacking) < len(rows):
             logits, hidden = self.given[now.which, now.index], self.features[now.which, now.index]
@@ -302,12 +301,12 @@ class StackSession:
             else:
                 index = to_device(lacking, hidden.device)
                 logits[index], hidden[index] = given, found
-            self.taken[heads, rows] = ends
-        now.positions = self.taken[heads, rows] - 1
+            self.consumed[heads, rows] = ends
+        now.positions = self.consumed[heads, rows] - 1
         self._drafting, self._grown = (now, hidden), None
         return logits
 
-    def step(self, chosen: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+    def draft_next(self, chosen: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
         """Takes in one drafted token, int64 [R'], of these among the rows that drafted last, and forgets the others.
 
         Returns: [R', Vd], logits for the next.
@@ -320,14 +319,15 @@ class StackSession:
         self._drafting = now, hidden
         return logits
 
-    def branch(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-        """Takes in the tokens at the next depth of a draft tree, of all rows that drafted last.
+    def draft_level(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        """Consumes the tokens at the next depth of a draft tree, in all rows that drafted last.
 
         Args:
             tokens: int64 [R, F].
-            parents: int64 [R, F], of each its parent among what this method took in since `lead`: 0 is the root, the row's last
-                verified token, and then they count from 1.
-        Returns: [R, F, Vd], logits for what follows each.
+            parents: int64 [R, F], the parent of each token among those that this method consumed since `begin_draft`, counted
+                from 1; 0 is the root, the row's last verified token.
+
+        Returns: [R, F, Vd], the logits that follow each token.
         """
         (now, root), (rows, count) = self._drafting, tokens.shape
         if self._grown is None:
@@ -501,14 +501,14 @@ class StackSession:
             return 0
         skipped = max(0, count - self.window) if last_only else 0
         first = position + skipped - max(0, self.window // 2 - count)  # of the tokens that stay
-        if (scored := self.scored[:, row].min()) > 0:
-            first = min(first, scored)  # a head that drafts is ahead of what others still have to take in
+        if (scored := self.scored[row]) > 0:
+            first = min(first, scored)  # a head that drafts is ahead of what others still have to consume
         shift = first - 1 - self.base[row]
         if shift > 0:
             for buffer in (self.keys, self.values):
                 buffer[:, row, :, : max(0, buffer.shape[3] - shift)] = buffer[:, row, :, shift:].clone()
             self.base[row] += shift
-            self.taken[:, row] = np.maximum(self.taken[:, row], first)
+            self.consumed[:, row] = np.maximum(self.consumed[:, row], first)
         return skipped
 
 

@@ -14,13 +14,14 @@ from hedgespec.learners.hedge import Hedge
 from hedgespec.learners.meta_sd import MetaSD
 from hedgespec.learners.normal_hedge import NormalHedge
 from hedgespec.learners.ucb import UCBSpec
+from hedgespec.utils.scalars import text
 
 _LEARNERS: dict[str, type[Learner]] = {
     learner.name: learner for learner in (NormalHedge, Hedge, AdaNormalHedge, UCBSpec, MetaSD, EXP3Spec, FixedLearner, Uniform)
 }
 
 NAMES = tuple(_LEARNERS)
-"""What `make` can build."""
+"""Names that `make` takes."""
 
 __all__ = [
     "NAMES",
@@ -34,7 +35,27 @@ __all__ = [
     "UCBSpec",
     "Uniform",
     "make",
+    "register",
 ]
+
+
+def register(learner: type[Learner]) -> None:
+    """Makes a learner known by its `name`, for `make`, `DecodeConfig.learner` and the command line.
+
+    Args:
+        learner: a subclass of `Learner`.
+
+    Raises:
+        TypeError: something else than a subclass of `Learner`.
+        ValueError: a name that another learner has.
+    """
+    global NAMES
+    if not (isinstance(learner, type) and issubclass(learner, Learner)):
+        raise TypeError(f"learner: expected a subclass of Learner, got {learner!r}")
+    if _LEARNERS.get(learner.name, learner) is not learner:
+        raise ValueError(f"learner: expected a name that is not taken, got {learner.name!r}")
+    _LEARNERS[learner.name] = learner
+    NAMES = tuple(_LEARNERS)
 
 
 def make(name: str, num_drafters: int, prior: ArrayLike | None = None, **options: Any) -> Learner:
@@ -48,12 +69,12 @@ def make(name: str, num_drafters: int, prior: ArrayLike | None = None, **options
 
     Raises:
         ValueError: an unknown name, or a value outside its range.
-        TypeError: an option this learner does not have.
+        TypeError: an option this learner does not have, or a value of another type.
 
     >>> make("normal_hedge", 2, prior=[3, 1]).weights().tolist()
     [0.75, 0.25]
     """
-    if name not in _LEARNERS:
+    if text("name", name) not in _LEARNERS:
         raise ValueError(f"name: expected one of {NAMES}, got {name!r}")
     learner = _LEARNERS[name]
     if unknown := sorted(options.keys() - set(learner.OPTIONS)):

@@ -29,7 +29,6 @@ class AdaNormalHedge(Learner):
 
     name = "ada_normal_hedge"
     feedback = "full"
-    negligible = 0.0
     regrets: NDArray[np.float64]
     absolute_regrets: NDArray[np.float64]
     STATE = ("regrets", "absolute_regrets")
@@ -39,10 +38,6 @@ class AdaNormalHedge(Learner):
         instantaneous = self._weights.dot(losses) - losses
         self.regrets += instantaneous
         self.absolute_regrets += np.abs(instantaneous)
-
-    def _regret(self, drafter: int, regret: float) -> None:
-        self.regrets[drafter] += regret
-        self.absolute_regrets[drafter] += abs(regret)
 
     def _weigh(self) -> NDArray[np.float64]:
         regrets, scale = self.regrets, 3.0 * (self.absolute_regrets + 1.0)

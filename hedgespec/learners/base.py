@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hedgespec.utils.scalars import integer, real, shown
+
 
 class Learner(ABC):
     """`weights` says how to pick the next drafter, `update` learns from what a drafter, or every drafter, lost.
@@ -22,6 +24,7 @@ class Learner(ABC):
             multiply by it need every entry positive: a drafter at 0 could never win.
 
     Raises:
+        TypeError: num_drafters or prior of another type.
         ValueError: num_drafters or prior outside its range.
     """
 
@@ -33,9 +36,6 @@ class Learner(ABC):
     hears_scores: ClassVar[bool] = False
     """Of a bandit whose loss is 1 - mean acceptance_prob of the chosen drafter over the tokens of the round, once scored."""
     needs_positive_prior: ClassVar[bool] = True
-    negligible: ClassVar[float] = 1e-3
-    """Weight up to which it does not matter if a drafter's losses come late. A learner whose weights are exactly 0 for whoever
-    is behind says 0: what all others weigh then does not depend on when they come."""
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     """Constructor options past the prior, each an attribute; a state loads only where they are the same."""
     STATE: ClassVar[tuple[str, ...]] = ()
@@ -44,9 +44,8 @@ class Learner(ABC):
     """Those of them that are never below 0."""
 
     def __init__(self, num_drafters: int, prior: ArrayLike | None = None) -> None:
-        if num_drafters < 1:
-            raise ValueError(f"num_drafters: expected at least 1, got {num_drafters}")
-        self.num_drafters = int(num_drafters)
+        num_drafters = integer("num_drafters", num_drafters, 1)
+        self.num_drafters = num_drafters
         self.prior = self._read_prior(np.ones(num_drafters) if prior is None else prior)
         for field in self.STATE:
             setattr(self, field, 0 if field == "rounds" else np.zeros(num_drafters))
@@ -69,7 +68,7 @@ class Learner(ABC):
 
         Args:
             losses: [N], in [0, 1]. A bandit reads `losses[chosen]` only; the other entries may be NaN. With full feedback some
-                may be NaN, not all: not known yet, it comes by `catch_up`. Until then the regret to that drafter stays.
+                entries, not all, may be NaN: the regret to these drafters then does not change.
             chosen: drafter that drafted, 0..N-1; bandits need it.
             chosen_weight: probability with which it was drawn when it was drawn, in (0, 1]; a bandit divides by it.
                 Defaults to `weights()[chosen]`, right only where nothing was learned since the draw.
@@ -104,36 +103,6 @@ class Learner(ABC):
         total = weights[known].sum() if weights[~known].any() else 1.0
         return float(weights.dot(np.where(known, losses, 0.0)) / total)
 
-    def catch_up(self, drafter: int, losses: ArrayLike, played: ArrayLike) -> None:
-        """Learn what one drafter lost in updates that were not told of it.
-
-        Args:
-            drafter: 0..N-1.
-            losses: [T], in [0, 1], in the order of those updates.
-            played: [T], `expected_loss` of each just before it was learned.
-
-        Raises:
-            ValueError: a shape or range differs from the above, or the learner does not hear of all drafters.
-        """
-        if self.feedback != "full":
-            raise ValueError(f"catch_up: expected a learner of full feedback, got {self.name}")
-        if not 0 <= drafter < self.num_drafters:
-            raise ValueError(f"drafter: expected 0..{self.num_drafters - 1}, got {drafter}")
-        losses, played = np.asarray(losses, dtype=np.float64), np.asarray(played, dtype=np.float64)
-        if losses.ndim != 1 or played.shape != losses.shape:
-            raise ValueError(f"played: expected shape [T] as losses, got {played.shape} and {losses.shape}")
-        # Weights sum to 1 but for rounding, and so does what is expected under them.
-        for name, values, rounding in (("losses", losses, 0.0), ("played", played, 1e-9)):
-            if not ((values >= -rounding) & (values <= 1 + rounding)).all():
-                raise ValueError(f"{name}: expected values in [0, 1], got {values}")
-        for regret in (played - losses).tolist():  # one by one, as `update` adds them
-            self._regret(drafter, regret)
-        self._weights = self._weigh()
-
-    def _regret(self, drafter: int, regret: float) -> None:
-        """Fold what one update would have lost less with this drafter into the state; that update took it for 0."""
-        raise NotImplementedError
-
     def state_dict(self) -> dict[str, Any]:
         """Everything the next weights depend on, as JSON-able numbers; floats survive JSON bit for bit."""
         fields = ("name", "num_drafters", *self.OPTIONS, "prior", *self.STATE)
@@ -167,7 +136,13 @@ class Learner(ABC):
         self._weights = self._weigh()
 
     def _read_prior(self, prior: ArrayLike) -> NDArray[np.float64]:
-        prior = np.array(prior, dtype=np.float64)
+        try:
+            found = np.array(prior)
+        except (TypeError, ValueError) as error:  # lists of unequal length, or what has no numbers
+            raise TypeError(f"prior: expected {self.num_drafters} numbers or None, got {shown(prior)}") from error
+        if found.dtype.kind not in "iuf" and found.size:
+            raise TypeError(f"prior: expected {self.num_drafters} numbers or None, got {shown(prior)}")
+        prior = found.astype(np.float64)
         if prior.shape != (self.num_drafters,):
             raise ValueError(f"prior: expected shape ({self.num_drafters},), got {prior.shape}")
         total = float(prior.sum())
@@ -176,14 +151,16 @@ class Learner(ABC):
         if abs(total - 1) > 1e-12:  # one that is normalised keeps its bits, so that a saved state loads unchanged
             prior /= total
         if self.needs_positive_prior and not prior.all():
-            raise ValueError(f"prior: {self.name} expects every entry positive, got {prior}")
+            raise ValueError(f"prior: expected every entry positive for {self.name}, got {prior}")
         return prior
 
     def _read_choice(self, chosen: int | None, chosen_weight: float | None) -> tuple[int, float]:
-        if chosen is None or not 0 <= chosen < self.num_drafters:
-            raise ValueError(f"chosen: {self.name} expects a drafter in 0..{self.num_drafters - 1}, got {chosen}")
+        if chosen is None:
+            raise ValueError(f"chosen: expected a drafter in 0..{self.num_drafters - 1} for {self.name}, got {chosen}")
+        chosen = integer("chosen", chosen, 0, self.num_drafters - 1)
         if chosen_weight is None:
             chosen_weight = float(self._weights[chosen])
+        chosen_weight = real("chosen_weight", chosen_weight)
         if not 0 < chosen_weight <= 1:
             raise ValueError(f"chosen_weight: expected a probability in (0, 1], got {chosen_weight}")
         return chosen, chosen_weight

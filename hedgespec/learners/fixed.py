@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hedgespec.learners.base import Learner
+from hedgespec.utils.scalars import integer
 
 
 class FixedLearner(Learner):
@@ -17,6 +18,7 @@ class FixedLearner(Learner):
         drafter: index of the drafter, 0..N-1; None is the prior's largest entry, the lowest index on a tie.
 
     Raises:
+        TypeError: drafter is no int.
         ValueError: drafter outside 0..N-1.
 
     >>> FixedLearner(3, drafter=1).weights().tolist()
@@ -29,9 +31,8 @@ class FixedLearner(Learner):
     OPTIONS = ("drafter",)
 
     def __init__(self, num_drafters: int, prior: ArrayLike | None = None, *, drafter: int | None = None) -> None:
-        if drafter is not None and not 0 <= drafter < num_drafters:
-            raise ValueError(f"drafter: expected 0..{num_drafters - 1}, got {drafter}")
-        self.drafter = drafter
+        num_drafters = integer("num_drafters", num_drafters, 1)
+        self.drafter = None if drafter is None else integer("drafter", drafter, 0, num_drafters - 1)
         super().__init__(num_drafters, prior)
 
     def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:

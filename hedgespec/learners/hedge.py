@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hedgespec.learners.base import Learner, softmax
+from hedgespec.utils.scalars import real
 
 
 class Hedge(Learner):
@@ -20,6 +21,7 @@ class Hedge(Learner):
             no horizon and at most doubles the bound. For a known horizon T the best fixed rate is sqrt(8 ln N / T).
 
     Raises:
+        TypeError: eta is no number.
         ValueError: eta is not positive and finite.
 
     Source: Freund, Schapire, JCSS 1997; rates and bounds: Cesa-Bianchi, Lugosi, "Prediction, Learning, and Games",
@@ -39,17 +41,14 @@ class Hedge(Learner):
     STATE = ("cumulative_losses", "rounds")
 
     def __init__(self, num_drafters: int, prior: ArrayLike | None = None, *, eta: float | None = None) -> None:
-        if eta is not None and not 0 < eta < inf:
+        self.eta = None if eta is None else real("eta", eta, otherwise=" or None")
+        if self.eta is not None and not 0 < self.eta < inf:
             raise ValueError(f"eta: expected a positive finite number or None, got {eta}")
-        self.eta = eta
         super().__init__(num_drafters, prior)
 
     def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         self.cumulative_losses += losses
         self.rounds += 1
-
-    def _regret(self, drafter: int, regret: float) -> None:
-        self.cumulative_losses[drafter] -= regret
 
     def _weigh(self) -> NDArray[np.float64]:
         eta = sqrt(8.0 * log(self.num_drafters) / (self.rounds + 1)) if self.eta is None else self.eta

@@ -29,15 +29,11 @@ class NormalHedge(Learner):
 
     name = "normal_hedge"
     feedback = "full"
-    negligible = 0.0
     regrets: NDArray[np.float64]
     STATE = ("regrets",)
 
     def _learn(self, losses: NDArray[np.float64], chosen: int | None, chosen_weight: float | None) -> None:
         self.regrets += self._weights.dot(losses) - losses
-
-    def _regret(self, drafter: int, regret: float) -> None:
-        self.regrets[drafter] += regret
 
     def _weigh(self) -> NDArray[np.float64]:
         # A handful of floats: Python's outrun the overhead of NumPy's calls, and only drafters ahead cost an exponential.

@@ -7,14 +7,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hedgespec.drafters.eagle import EagleHead
-from hedgespec.zoo.storage import load_head
+from hedgespec.utils.scalars import shown, text
 from hedgespec.zoo.target import load_target
+
+if TYPE_CHECKING:
+    import torch
+
+    from hedgespec.drafters.eagle import EagleHead
 
 FOLDER = Path(__file__).parent
 GENERALIST = "generalist"
@@ -22,6 +26,8 @@ EXPERTS = ("python", "sql", "math", "scripture", "legal", "french")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 NAMES = (*EXPERTS, GENERALIST)
 """The zoo's heads: an expert a domain, and the generalist."""
+STAGES = ("collect", "stores", "heads", "matrix")
+"""Parts of `hedgespec zoo train`, in the order in which "all" does them."""
 
 
 @dataclass(frozen=True)
@@ -45,24 +51,49 @@ class Prompt:
     licence: str
 
 
-def load_zoo(drafters: Sequence[str] = NAMES, *, dtype: str = "float32", device: str = "cpu") -> Zoo:
+def load_zoo(
+    drafters: Sequence[str] = NAMES, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+) -> Zoo:
     """Loads the zoo, preparing its target on the first call (a download of 93 MB, under a minute).
 
     Args:
         drafters: names of heads, see `NAMES`.
-        dtype: the target's and the heads', a torch dtype by name.
+        dtype: the target's and the heads': a torch dtype, its name, or "auto" for the one the target is stored in (float32).
         device: where they go.
 
-    Raises: ValueError for an unknown head or dtype; CheckpointError for a head that is missing or corrupt; ZooError if the
-    target cannot be prepared.
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: an unknown head or dtype.
+        CheckpointError: a head, or the cached target, is missing or corrupt.
+        ZooError: the target cannot be prepared, for want of space, of a network, or of a package of the extra `zoo`.
     """
+    if isinstance(drafters, str) or not isinstance(drafters, Iterable):
+        raise TypeError(f"drafters: expected a sequence of names, got {shown(drafters)}")
+    drafters = tuple(drafters)
     for name in drafters:
         if name not in NAMES:
             raise ValueError(f"drafters: expected names among {', '.join(NAMES)}, got {name!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    target, tokenizer = load_target(dtype=dtype, device=device)
+    target, tokenizer = load_target(dtype=dtype_name(dtype), device=device)
+
+    from hedgespec.zoo.storage import load_head  # which loads torch; the names above do not need it
+
     return Zoo(target, tokenizer, [load_head(head_path(name), target) for name in drafters])
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """Returns "auto" or one of `DTYPES`, whichever way the dtype is given.
+
+    Raises: TypeError or ValueError for anything else.
+    """
+    if type(dtype).__module__ == "torch" and type(dtype).__name__ == "dtype":
+        dtype = str(dtype)
+    expected = f"auto, a torch.dtype, or one of {', '.join(DTYPES)}"
+    if not isinstance(dtype, str):
+        raise TypeError(f"dtype: expected {expected}, got {shown(dtype)}")
+    name = dtype.removeprefix("torch.")
+    if name not in (*DTYPES, "auto"):
+        raise ValueError(f"dtype: expected {expected}, got {dtype!r}")
+    return name
 
 
 def head_path(name: str) -> Path:
@@ -71,7 +102,12 @@ def head_path(name: str) -> Path:
 
 
 def load_prompts(domain: str | None = None) -> list[Prompt]:
-    """The held-out prompts of one domain, or of all: the mixed stream, a prompt of each domain in turn."""
+    """Returns the held-out prompts of one domain, or of all: the mixed stream, a prompt of each domain in turn.
+
+    Raises: TypeError or ValueError for a domain that is none.
+    """
+    if domain is not None:
+        text("domain", domain, otherwise=" or None")
     lines = (FOLDER / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [Prompt(**json.loads(line)) for line in lines]
     if domain is not None and domain not in {prompt.domain for prompt in prompts}:

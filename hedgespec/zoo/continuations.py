@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from hedgespec.paths import cache_dir
+from hedgespec.utils.paths import cache_dir
 from hedgespec.zoo.corpora import DOMAINS, Domain, prompts
 
 BATCH = 64
@@ -33,7 +33,7 @@ def continue_prompts(model, prompt_ids: torch.Tensor, new_tokens: int, *, seed: 
     """
     from transformers import DynamicCache
 
-    from hedgespec.compat import cache_argument
+    from hedgespec.runtime.compat import cache_argument
 
     device = model.device
     prompt_ids = prompt_ids.to(device)

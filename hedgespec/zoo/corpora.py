@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hedgespec.errors import ZooError
-from hedgespec.paths import cache_dir
+from hedgespec.utils.paths import cache_dir
 from hedgespec.zoo import templates
 
 Document = tuple[str, str]
@@ -97,7 +97,7 @@ def scripture() -> Iterator[Document]:
             book, chapter, verse = [part for part in match.groups() if part is not None]
             chapters.setdefault(f"{book} {chapter}", []).append(verse.strip())
     if len(chapters) < 1000:
-        raise ZooError(f"bible-kjv printed {len(chapters)} chapters, expected 1189")
+        raise ZooError(f"bible-kjv: expected 1189 chapters, got {len(chapters)}")
     for name, verses in chapters.items():
         yield name, "\n".join(verses)
 
@@ -153,4 +153,4 @@ def prompts(domain: Domain, count: int, *, side: str, seed: int = 0, characters:
             if starts:
                 start = rng.choice(starts)
                 found.setdefault(text[start : start + characters] if characters else text[start:], identifier)
-    raise ZooError(f"domain {domain.name}: expected {count} {side} prompts, its text gave {len(found)}")
+    raise ZooError(f"domain {domain.name}: expected {count} {side} prompts in its text, got {len(found)}")

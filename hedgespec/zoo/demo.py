@@ -20,8 +20,8 @@ from rich.table import Table
 
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
-from hedgespec.metrics import DecodeStats, plot_profile, plot_weights, profile_table, profiled
-from hedgespec.target import device_of
+from hedgespec.runtime.target import device_of
+from hedgespec.stats import DecodeStats, plot_profile, plot_weights, profile_table, profiled
 from hedgespec.zoo import EXPERTS, GENERALIST, NAMES, load_prompts, load_zoo, replay
 
 SETTLED = 16
@@ -134,7 +134,7 @@ def run(*, prompts_per_domain: int = 2, max_new_tokens: int = 80, draft_length: 
             picks = out.stats[0].picks
             favourite = NAMES[int(picks.argmax())]
             progress.console.print(
-                f"{prompt.domain:>10}: {out.stats[0].mean_accepted_tokens:.2f} tokens a round, "
+                f"{prompt.domain:>10}: {out.stats[0].tokens_per_round:.2f} tokens a round, "
                 f"{favourite} drafted {picks.max()} of {out.stats[0].rounds} rounds"
             )
             progress.advance(task)

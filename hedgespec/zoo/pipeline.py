@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from hedgespec.paths import cache_dir
-from hedgespec.zoo import EXPERTS, NAMES, continuations, corpora, matrix, stores, train
+from hedgespec.utils.paths import cache_dir
+from hedgespec.zoo import EXPERTS, NAMES, STAGES, continuations, corpora, matrix, stores, train
 from hedgespec.zoo.storage import load_head
 from hedgespec.zoo.target import load_target
 
-STAGES = ("collect", "stores", "heads", "matrix")
 HELD_OUT_PROMPTS = 40
 HELD_OUT_CHARACTERS = 250
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hedgespec.drafters import Drafter
-from hedgespec.evaluate import evaluate
-from hedgespec.target import TargetSession
+from hedgespec.ops.evaluate import evaluate
+from hedgespec.runtime.target import TargetSession
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

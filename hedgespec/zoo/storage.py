@@ -7,6 +7,7 @@ What the target already has (embedding, output rows of the draft vocabulary) is 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hedgespec.checkpoints import PICKLES
+from hedgespec.drafters.checkpoint_files import PICKLES
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError
+from hedgespec.utils.files import replacing, write_tensors
+from hedgespec.utils.scalars import shown
 
 FORMAT = "hedgespec-zoo-1"
 SHARED = ("lm_head.weight",)
@@ -48,7 +51,8 @@ def save_head(head: EagleHead, path: Path, **description: str) -> None:
             tensors |= {f"{name}.{part}": value.contiguous() for part, value in quantize(weight).items()}
     metadata = {"format": FORMAT, "config": json.dumps(asdict(head.config)), **description}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=metadata)
+    with replacing(path) as fresh:
+        write_tensors(save_file, tensors, fresh, metadata)
 
 
 def load_head(path: str | Path, target) -> EagleHead:
@@ -56,6 +60,8 @@ def load_head(path: str | Path, target) -> EagleHead:
 
     Raises: CheckpointError if the file is missing, corrupt, a pickle, of another format, or made for another target.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"path: expected a safetensors file, got {shown(path)}")
     path = Path(path)
     if path.suffix in PICKLES:
         raise CheckpointError(f"path: expected a safetensors file, got the pickle {path.name}, which may run code when read")
@@ -72,12 +78,16 @@ def load_head(path: str | Path, target) -> EagleHead:
     try:
         saved = json.loads(metadata["config"])
         config = EagleConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected the head's shapes in its metadata, got none that can be read") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: expected the head's shapes in its metadata, got none that can be read ({error})"
+        ) from error
+    if not config.aux_layers or min(config.aux_layers) < 0:
+        raise CheckpointError(f"{path}: expected aux layers >= 0 in its metadata, got {config.aux_layers}")
     if (config.vocab_size, config.target_hidden_size) != (target.config.vocab_size, target.config.hidden_size):
         raise CheckpointError(
             f"{path}: expected a target of vocabulary {config.vocab_size} and width {config.target_hidden_size}, "
-            f"got {target.config.vocab_size} and {target.config.hidden_size}"
+            f"got {target.config.vocab_size} and {target.config.hidden_size}; heads are loaded before resize_token_embeddings"
         )
     if max(config.aux_layers) > target.config.num_hidden_layers:
         raise CheckpointError(

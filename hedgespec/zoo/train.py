@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import ZooError
-from hedgespec.paths import cache_dir
+from hedgespec.utils.paths import cache_dir
 from hedgespec.zoo import GENERALIST, NAMES, continuations, storage
 from hedgespec.zoo.corpora import DOMAINS
 

@@ -1,1 +1,1 @@
-"""What several test files, and the script that writes docs/compatibility.md, share."""
+"""What several test files share. Test files do not import each other."""

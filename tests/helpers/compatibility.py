@@ -27,11 +27,11 @@ from transformers import (
 from transformers.generation import BaseStreamer, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 import hedgespec
-from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.ngram import NGramDrafter
+from hedgespec.runtime.compat import CACHE_NAME
 
 VOCABULARY, PROMPT, NEW_TOKENS = 53, 9, 14
 SAME, REFUSED, NOT_SEEN = "same text", "refused by name", "not passed on by transformers"

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm_worker import mend
+from vllm_sampling import mend
 
 DRAFTING = {"disable_padded_drafter_batch": True}
 
@@ -43,7 +43,7 @@ def __getattr__(name: str):
     """`RecordingWorker`, which is ours taking notes of what its learners hear; only for engines that use it."""
     if name != "RecordingWorker":
         raise AttributeError(name)
-    from hedgespec.engines.vllm_eagle import Worker
+    from hedgespec.integrations.vllm.eagle_proposer import Worker
 
     class RecordingWorker(Worker):
         def init_device(self) -> None:

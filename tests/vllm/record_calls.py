@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HEDGESPEC_POOL", json.dumps({"drafters": [{"type": "ngram"}], "log_every": 0}))
 
-from hedgespec.engines.vllm import HedgeSpecProposer
+from hedgespec.integrations.vllm.token_proposer import HedgeSpecProposer
 
 
 class Recorder(HedgeSpecProposer):
@@ -62,7 +62,7 @@ def main() -> None:
     llm = LLM(
         str(target_path()), dtype="float32", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64, block_size=32,
         num_gpu_blocks_override=26, enforce_eager=True, enable_prefix_caching=False,
-        worker_cls="hedgespec.engines.vllm_worker.Worker",
+        worker_cls="hedgespec.integrations.vllm.worker.Worker",
         speculative_config={
             "method": "custom_class", "model": f"{Path(__file__).stem}.Recorder", "num_speculative_tokens": 3,
         },

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from hedgespec.engines.vllm import KNOWN, TESTED
+from hedgespec.integrations.vllm.token_proposer import KNOWN, TESTED
 
 ROOT = Path(__file__).parents[2]
 GIVEN = os.environ.get("HEDGESPEC_VLLM_SOURCE")

@@ -44,13 +44,13 @@ class Server:
             port = free.getsockname()[1]
         self.address, self.log = f"http://127.0.0.1:{port}", log
         drafting = {
-            "method": "custom_class", "model": "hedgespec.engines.vllm.HedgeSpecProposer",
+            "method": "custom_class", "model": "hedgespec.integrations.vllm.token_proposer.HedgeSpecProposer",
             "num_speculative_tokens": DRAFT_LENGTH,
         }  # fmt: skip
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target), "--served-model-name", "target",
             "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8",
-            "--enforce-eager", "--worker-cls", "hedgespec.engines.vllm_worker.Worker",
+            "--enforce-eager", "--worker-cls", "hedgespec.integrations.vllm.worker.Worker",
             "--speculative-config", json.dumps(drafting),
         ]  # fmt: skip
         told = {**os.environ, **environment}

@@ -287,8 +287,8 @@ def config(tmp_path=None, **changed):
     ],
 )
 def test_configurations_that_are_refused(changed, message):
-    from hedgespec.engines.vllm_eagle import check_config
     from hedgespec.errors import EngineError
+    from hedgespec.integrations.vllm.eagle_config import check_config
 
     check_config(config())
     with pytest.raises(EngineError, match=message):
@@ -308,8 +308,8 @@ def test_configurations_that_are_refused(changed, message):
     ],
 )
 def test_pools_that_are_refused(monkeypatch, pool, message):
-    from hedgespec.engines.vllm_eagle import HedgeSpecEagleProposer
     from hedgespec.errors import PoolError
+    from hedgespec.integrations.vllm.eagle_proposer import HedgeSpecEagleProposer
 
     monkeypatch.setenv("HEDGESPEC_POOL", json.dumps(pool))
     with pytest.raises(PoolError, match=message):
@@ -326,8 +326,9 @@ def test_pools_that_are_refused(monkeypatch, pool, message):
     ],
 )
 def test_heads_that_read_something_else(changed, message):
-    from hedgespec.engines.vllm_eagle import Head, HedgeSpecEagleProposer
     from hedgespec.errors import PoolError
+    from hedgespec.integrations.vllm.eagle_config import Head
+    from hedgespec.integrations.vllm.eagle_proposer import HedgeSpecEagleProposer
 
     def head(name, **changed):
         told = SimpleNamespace(**{"width": 576, "eagle_aux_hidden_state_layer_ids": [2, 15, 27]} | changed)

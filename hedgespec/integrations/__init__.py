@@ -1,0 +1,1 @@
+"""HedgeSpec inside other libraries: transformers' `generate`, and vLLM."""

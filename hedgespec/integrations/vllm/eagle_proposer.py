@@ -1,0 +1,550 @@
+"""vLLM with several EAGLE-3 heads at once: all of them read all verified tokens, the best one for each request drafts.
+
+    HEDGESPEC_POOL=pool.json vllm serve MODEL --worker-cls hedgespec.integrations.vllm.eagle_proposer.Worker \\
+        --speculative-config '{"method": "eagle3", "model": HEAD, "num_speculative_tokens": 5,
+          "disable_padded_drafter_batch": true}'
+
+The pool's drafters are of type "eagle3", each with the `model` folder of a head; HEAD is one of them. vLLM is not patched: the
+worker is a subclass of the platform's, and gives its model runner a subclass of vLLM's proposer and of its samplers, before
+weights are loaded. vLLM's own code loads the heads, gives their layers pages of its KV cache, and verifies what is drafted.
+
+What the host sees: a step's words (see `heads.py`) come to it in one copy, learners pick, and the drafts follow in another.
+With `disable_padded_drafter_batch` vLLM has the step's tokens there already, and leaves async scheduling off.
+
+Sizes: B rows of a step, A of them with new tokens, T such tokens, N heads, H their width, V the target's vocabulary, K tokens
+of a draft.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from hedgespec.errors import EngineError, PoolError
+from hedgespec.integrations.vllm.head_pool import SILENT, HeadLearning
+from hedgespec.integrations.vllm.pool_config import read_pool
+from hedgespec.integrations.vllm.prometheus import Exporter
+from hedgespec.integrations.vllm.request_learner import EngineClock
+from hedgespec.integrations.vllm.token_proposer import EXPORT_EVERY, TESTED, check_sampling, check_version
+from hedgespec.integrations.vllm.worker import PlatformWorker
+from hedgespec.ops.evaluate import evaluate
+from hedgespec.selection.costs import Costs
+
+check_version((TESTED,), "hedgespec.integrations.vllm.eagle_proposer.Worker")
+
+from vllm.compilation.backends import set_model_tag  # noqa: E402  only of a version that is known
+from vllm.config import VllmConfig  # noqa: E402
+from vllm.distributed.parallel_state import get_tp_group  # noqa: E402
+from vllm.forward_context import set_forward_context  # noqa: E402
+from vllm.logger import init_logger  # noqa: E402
+from vllm.model_executor.model_loader import get_model  # noqa: E402
+from vllm.model_executor.model_loader.utils import get_draft_load_config  # noqa: E402
+from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
+from vllm.v1.sample.metadata import SamplingMetadata  # noqa: E402
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p  # noqa: E402
+from vllm.v1.sample.sampler import _SAMPLING_EPS  # noqa: E402
+from vllm.v1.spec_decode.eagle import EagleProposer  # noqa: E402
+
+from hedgespec.integrations.vllm.eagle_config import (  # noqa: E402
+    Head,
+    _layers,
+    _same,
+    _speculative,
+    _width,
+    check_config,
+)
+from hedgespec.integrations.vllm.samplers import _RejectionSampler, _Sampler  # noqa: E402
+
+MOST_WARM = 512
+"""Most positions that the warm start looks at in one step, whose logits [V] are held for the target and one head at a time."""
+
+logger = init_logger("vllm.hedgespec")
+
+
+class Worker(PlatformWorker):
+    """The platform's worker with our proposer in its model runner."""
+
+    model_runner: Any
+
+    def init_device(self) -> None:
+        check_config(self.vllm_config)
+        super().init_device()
+        runner = self.model_runner
+        if not isinstance(getattr(runner, "drafter", None), EagleProposer):
+            raise EngineError(f"speculative_config: expected one that vLLM's EagleProposer drafts for, got {runner.drafter!r}")
+        runner.drafter = HedgeSpecEagleProposer(self.vllm_config, self.device, runner)
+        runner.drafter.listen()
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        # Also called, without a token, once the last request has ended.
+        self.model_runner.drafter.learning.forget(scheduler_output.finished_req_ids)
+        return super().execute_model(scheduler_output)
+
+    def hedgespec_report(self) -> dict:
+        """The sums over all requests (`Tally`), for `LLM.collective_rpc("hedgespec_report")`."""
+        return self.model_runner.drafter.report()
+
+
+@dataclass
+class _Step:
+    """What the engine did in the step that is under way, as far as the proposer was told."""
+
+    names: list[str]
+    """Of the requests, [B]."""
+    emitted: list[list[int]]
+    """What each emitted; nothing where its prompt is still being read."""
+    lengths: list[int]
+    """Tokens of each, with these."""
+    drafted: list[int]
+    """Drafted tokens that were verified."""
+    rows: torch.Tensor | None = None
+    """Of the target's forward, those that are no rejected draft's, int64 [T]; None: all."""
+
+
+class HedgeSpecEagleProposer(EagleProposer):
+    """vLLM's proposer, for all heads of a pool.
+
+    A step: each head reads the step's verified tokens, shifted by one, beside the target's hidden states, which writes its keys
+    and values, and says its word for the token after each. The words for tokens that the target has emitted meanwhile are
+    scored; from those for the next tokens the picked heads go on drafting, each for its own rows.
+
+    Prefix caching: the heads' layers are in one group of the KV cache, as one head's would be, so a block of it holds all
+    heads' keys and values of its tokens, and a prefix found in the cache has been read by every head. A head reads a token
+    together with the one after it, so the last token of a block depends on the first of the next one; for that reason vLLM
+    leaves out the last block found with any EAGLE method. A head that fails is out for good: blocks lack its part from then on.
+
+    Steps without a draft: where any row of a batch is within K tokens of the context's end, vLLM asks no proposer, so the heads
+    miss tokens of all rows, as vLLM's own head does; the round is not counted, and the head's keys there are of nothing.
+
+    Tensor parallelism: embeddings, LM heads and attention are shared out among ranks, so all must run the same heads on the
+    same rows. Picks follow from the scores and a generator of the same seed everywhere; the scores are taken from the first
+    rank, or a float that differs in its last bit might part the ranks.
+
+    Raises: PoolError for a pool that cannot be read, or heads that cannot work side by side.
+    """
+
+    model: Any
+    _draft_attn_layer_names: set[str]
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
+        spec = vllm_config.speculative_config
+        self.pool = read_pool(spec.num_speculative_tokens, ("eagle3",), seed=vllm_config.model_config.seed or 0)
+        objective, ranks = self.pool.decode.objective, vllm_config.parallel_config.tensor_parallel_size
+        if objective != "tokens" and ranks > 1:  # every rank has a clock of its own, by which picks would differ
+            raise PoolError(
+                f"{self.pool.source}: objective: expected tokens with tensor_parallel_size {ranks}, got {objective}"
+            )
+        folders = [entry.options["model"] for entry in self.pool.drafters]
+        chosen = [place for place, folder in enumerate(folders) if _same(folder, spec.model)]
+        if not chosen:
+            raise PoolError(
+                f"{self.pool.source}: drafters: expected speculative_config's model {spec.model} among them, got none"
+            )
+        super().__init__(vllm_config, device, runner)
+        self.runner = runner
+        self.heads = [Head(entry.name, _speculative(spec, entry.options["model"])) for entry in self.pool.drafters]
+        self.first = self.heads[chosen[0]]
+        """The one of vLLM's own configuration, whose layers of the target are read."""
+        self._check_heads()
+        self.learning = HeadLearning(self.pool.names, self.pool.decode, self.pool.seed, logger.warning)
+        self._clock: EngineClock | None = None
+        """What rounds cost. That all heads read is part of verifying: they do, whoever drafts."""
+        if objective == "throughput":
+            self._clock = EngineClock(Costs(len(self.heads), spec.num_speculative_tokens))
+        # Of a step alone, None between them: what vLLM calls sets and reads them in an order of its own.
+        self._step: Any = None
+        self._target_hidden: Any = None
+        self._sampler: Any = None
+        self._rejection_sampler: Any = None
+        self._loading: Head = self.first
+        self._tells = get_tp_group().rank_in_group == 0
+        """Whether this rank's figures are told: all have the same."""
+        self._exporter = Exporter(self.pool.names)
+        self._logged = self._exported = time.monotonic()
+
+    def _check_heads(self) -> None:
+        for what, of in (("hidden size", _width), ("layers of the target", _layers)):
+            expected = of(self.first.speculative.draft_model_config)
+            for head in self.heads:
+                if (got := of(head.speculative.draft_model_config)) != expected:
+                    of_first = f"the {what} {expected} of {self.first.name}"
+                    raise PoolError(f"{self.pool.source}: drafter {head.name}: expected {of_first}, got {got}")
+
+    def listen(self) -> None:
+        """Puts samplers in the runner's place for its own, and looks at the hidden states it drafts with."""
+        runner = self.runner
+        self._sampler = _Sampler(runner.sampler.logprobs_mode, runner.sampler.use_fp64_gumbel)
+        self._rejection_sampler = _RejectionSampler(self._sampler, self.speculative_config, self.device)
+        runner.sampler, runner.rejection_sampler = self._sampler, self._rejection_sampler
+        propose = runner.propose_draft_token_ids
+
+        def with_hidden_states(
+            scheduler_output: Any, sampled_token_ids: Any, sampling_metadata: Any, hidden_states: torch.Tensor, *rest: Any
+        ) -> Any:
+            self._target_hidden = hidden_states
+            try:
+                return propose(scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, *rest)
+            finally:
+                self._target_hidden = self._step = None
+
+        runner.propose_draft_token_ids = with_hidden_states
+
+    # Loading.
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Loads all heads; each shares the target's embedding, and its LM head, where it has none."""
+        layers: set[str] = set()
+        for head in self.heads:
+            self._loading = head
+            super().load_model(target_model)  # calls `_get_model`
+            head.model = self.model
+            layers |= self._draft_attn_layer_names
+        self.model, self._draft_attn_layer_names = self.first.model, layers
+        context = self.vllm_config.compilation_config.static_forward_context
+        specs = {name: context[name].get_kv_cache_spec(self.vllm_config) for name in sorted(layers)}
+        if len(set(specs.values())) > 1:
+            raise PoolError(f"{self.pool.source}: drafters: expected heads whose keys and values have one shape, got {specs}")
+        check_sampling(self.device)
+
+    def _get_model(self) -> torch.nn.Module:
+        head = self._loading
+        index = self.heads.index(head)
+        config = copy.copy(self._create_draft_vllm_config())
+        config.speculative_config = head.speculative
+        with set_model_tag(f"eagle_head_{index}"):  # compiled graphs are kept by it, and name their layers
+            return get_model(
+                vllm_config=config, model_config=head.speculative.draft_model_config, prefix=f"drafter{index}",
+                load_config=get_draft_load_config(config),
+            )  # fmt: skip
+
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """For memory profiling and the capture of CUDA graphs: all heads', one after another."""
+        for head in self.heads:
+            self.model = head.model
+            super().dummy_run(*args, **kwargs)
+        self.model = self.first.model
+
+    # A step: `prepare_next_token_ids_cpu`, `prepare_inputs` if anything was drafted, `propose`.
+
+    def prepare_next_token_ids_cpu(
+        self, sampled_token_ids: Any, requests: Any, gpu_input_batch: Any, num_scheduled_tokens: Any
+    ) -> Any:
+        names = list(gpu_input_batch.req_ids[: len(sampled_token_ids)])
+        lengths = [requests[name].num_tokens for name in names]
+        self._step = _Step(names, sampled_token_ids, lengths, [0] * len(names))
+        return super().prepare_next_token_ids_cpu(sampled_token_ids, requests, gpu_input_batch, num_scheduled_tokens)
+
+    def prepare_inputs(self, common_attn_metadata: Any, sampled_token_ids: Any, num_draft_tokens: Any) -> Any:
+        metadata, rows = super().prepare_inputs(common_attn_metadata, sampled_token_ids, num_draft_tokens)
+        self._step.drafted, self._step.rows = list(num_draft_tokens), rows
+        return metadata, rows
+
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: Any,
+        common_attn_metadata: Any,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: Any = None,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """As vLLM calls it. Returns: each row's draft, of 0..K tokens."""
+        self.num_speculative_tokens = num_speculative_tokens
+        step, metadata = self._step, common_attn_metadata
+        ends = metadata.query_start_loc_cpu.tolist()
+        active = [row for row, new in enumerate(step.emitted) if new]
+        reading = self._read(
+            target_token_ids, target_positions, target_hidden_states, next_token_ids, metadata, step, ends, active
+        )
+        self._learn(step, active, reading, sampling_metadata)
+        drafts = self._draft(step, active, reading, metadata)
+        self._tell()
+        return drafts
+
+    def _read(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        metadata: Any,
+        step: _Step,
+        ends: list[int],
+        active: Sequence[int],
+    ) -> _Reading:
+        """All heads read the step's verified tokens."""
+        counts = [len(step.emitted[row]) for row in active]
+        wanted = [place for row, count in zip(active, counts) for place in range(ends[row + 1] - count, ends[row + 1])]
+        reading = _Reading(np.cumsum([0, *counts]), self._warm_rows(step, ends, active))
+        here = self._on_device(wanted)
+        last = self._on_device([ends[row + 1] - 1 for row in active])
+        warm = self._on_device([place for places in reading.warm.values() for place in places])
+        target = self._target_logits(step, warm + 1) if reading.warm else None
+        num_tokens, _, metadata = self.set_inputs_first_pass(
+            token_ids, next_token_ids, positions, self.first.model.combine_hidden_states(hidden_states), None, metadata, None
+        )
+        reading.positions = self._get_positions(num_tokens)[last]  # a copy: drafting writes there
+        _, layers = self.build_per_group_and_layer_attn_metadata(metadata)  # one for all heads, whose layers are in one group
+        mode, size, across = self._determine_batch_execution_and_padding(num_tokens)
+        slots = self._get_slot_mapping(size, metadata.slot_mapping)
+        for index, head in enumerate(self.heads):
+            said = _Said.silent(len(wanted), len(warm), self.device)
+            if index not in self.learning.lost:
+                try:
+                    self.hidden_states[:num_tokens] = head.model.combine_hidden_states(hidden_states)
+                    output, features = self._forward(head, size, layers, mode, across, slots)
+                    # Everything is copied: the next head's CUDA graph may write where this one's output is.
+                    if wanted:
+                        said.words = self._words(head, spoken := output[here])
+                        said.sound, said.features = spoken.isfinite().all(-1), features[last]
+                    if target is not None:
+                        logits = head.model.compute_logits(output[warm])
+                        said.prompt = evaluate(target[None], logits[None, None], warm[None] * 0).acceptance_prob[0, 0]
+                except Exception as error:
+                    self._lose(index, error)
+            reading.said.append(said)
+        return reading
+
+    def _learn(self, step: _Step, active: Sequence[int], reading: _Reading, sampling: SamplingMetadata) -> None:
+        """Scores the words, and lets the learners know."""
+        if not active:
+            return
+        learning, offsets = self.learning, reading.offsets
+        rounds: list[tuple[int, int]] = []  # place in `active`, column of its first token's words
+        before: list[NDArray[np.int64]] = []
+        for place, row in enumerate(active):
+            name = step.names[row]
+            if learning.is_new(name):
+                continue
+            earlier = learning.words(name, step.lengths[row] - len(step.emitted[row]))
+            if earlier is not None:
+                rounds.append((place, len(before)))
+                before.append(earlier)
+        own_words = torch.stack([said.words for said in reading.said])
+        own_sound = torch.stack([said.sound for said in reading.said])
+        own_prompt = torch.stack([said.prompt for said in reading.said])
+        own_probs = own_prompt[:, :0]
+        if not sampling.all_greedy and rounds:
+            # The columns of `before`, then those of `own_words`: the first word of a round is for the token after its first.
+            known = torch.cat([self._on_device(np.stack(before, axis=1)), own_words], dim=1)
+            columns = [
+                column
+                for place, first in rounds
+                for column in (first, *range(len(before) + offsets[place], len(before) + offsets[place + 1] - 1))
+            ]
+            own_probs = self._probs(step, [active[place] for place, _ in rounds], known[:, self._on_device(columns)], sampling)
+        parts = [part.double() for part in (own_words, own_sound, own_prompt, own_probs)]
+        joined = torch.cat(parts, dim=1)
+        if (group := get_tp_group()).world_size > 1:
+            joined = group.broadcast(joined, src=0)
+        told = joined.cpu().numpy()  # the step's first wait for the device
+        seconds = None
+        if self._clock is not None:
+            self._clock.enter(len(active))
+            seconds = self._clock.costs.of(len(active))
+        words, sound, prompt, probs = np.split(told, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+        words, sound = words.astype(np.int64), sound.astype(bool)
+        done = 0
+        for place, column in rounds:
+            row, tokens = active[place], slice(offsets[place], offsets[place + 1] - 1)
+            emitted = step.emitted[row]
+            ratio = (np.column_stack([before[column], words[:, tokens]]) == np.array(emitted)).astype(np.float64)
+            prob = probs[:, done : done + len(emitted)] if probs.size else ratio
+            done += len(emitted)
+            learning.learn(step.names[row], prob, ratio, step.drafted[row], seconds)
+        done = 0
+        for place, row in enumerate(active):
+            name, tokens = step.names[row], slice(offsets[place], offsets[place + 1])
+            if learning.is_new(name):
+                count = len(reading.warm.get(row, ()))
+                learning.begin(name, prompt[:, done : done + count], seconds)
+                done += count
+            learning.hear(name, step.lengths[row], words[:, tokens][:, -1], np.logical_and.reduce(sound[:, tokens], axis=1))
+
+    def _draft(self, step: _Step, active: Sequence[int], reading: _Reading, metadata: Any) -> list[list[int]]:
+        """The picked heads go on from their words."""
+        drafts: list[list[int]] = [[] for _ in step.names]
+        most, costs = self.num_speculative_tokens, None if self._clock is None else self._clock.costs
+        measure = costs.to_measure(len(active), most) if costs is not None and active else None
+        choices = [self.learning.choose(step.names[row], most + 1, measure) for row in active]
+        done: list[tuple[list[int], torch.Tensor]] = []
+        for index in sorted({choice.drafter for choice in choices if choice.draft_length}):
+            own = [place for place, choice in enumerate(choices) if choice.drafter == index and choice.draft_length]
+            length, began = max(choices[place].draft_length for place in own), time.perf_counter()
+            try:
+                tokens = self._go_on(index, own, [active[place] for place in own], length, reading, metadata)
+                if costs is not None:
+                    tokens = tokens.cpu()  # waits, or nothing would be measured
+                    costs.drafted(len(active), index, (time.perf_counter() - began) / length)
+                done.append((own, torch.nn.functional.pad(tokens, (0, most - length))))
+            except Exception as error:
+                self._lose(index, error)
+        if done:
+            drafted = torch.cat([tokens for _, tokens in done]).tolist()  # the second wait
+            for place, draft in zip((place for own, _ in done for place in own), drafted):
+                drafts[active[place]] = draft[: choices[place].draft_length]
+        if self._clock is not None and len(active) == len(step.names):
+            self._clock.leave(len(active), max(map(len, drafts), default=0))
+        return drafts
+
+    def _go_on(
+        self, index: int, own: Sequence[int], rows: Sequence[int], length: int, reading: _Reading, metadata: Any
+    ) -> torch.Tensor:
+        """One head's drafts for some rows, [rows, length]. It writes keys and values of its own layers only, behind what these
+        rows have verified; what is verified then is written over them."""
+        head, said, count = self.heads[index], reading.said[index], len(own)
+        here, host_rows = self._on_device(own), torch.tensor(rows)
+        device_rows = self._on_device(rows)
+        mode, size, across = self._determine_batch_execution_and_padding(count)
+        bound, local = metadata.seq_lens_cpu_upper_bound, metadata.dcp_local_seq_lens
+        metadata = CommonAttentionMetadata(
+            query_start_loc=self.arange[: count + 1],
+            query_start_loc_cpu=torch.arange(count + 1, dtype=torch.int32),
+            seq_lens=metadata.seq_lens[device_rows],
+            seq_lens_cpu_upper_bound=None if bound is None else bound[host_rows],
+            num_reqs=count,
+            num_actual_tokens=count,
+            max_query_len=1,
+            max_seq_len=metadata.max_seq_len,
+            block_table_tensor=metadata.block_table_tensor[device_rows],
+            slot_mapping=self._slot_mapping_buffer[:count],
+            causal=True,
+            dcp_local_seq_lens=None if local is None else local[device_rows],
+        )
+        ends = self._on_device(reading.offsets[1:] - 1)
+        assert said.features is not None and reading.positions is not None  # or the head would be lost
+        tokens, features, positions = [said.words[ends[here]]], said.features[here], reading.positions[here]
+        for depth in range(1, length):
+            positions = self._update_positions_dependent_metadata(positions, metadata, count, size, self.block_size)
+            _, layers = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=depth)
+            self.input_ids[:count] = tokens[-1]
+            self.hidden_states[:count] = features
+            output, features = self._forward(head, size, layers, mode, across, self._get_slot_mapping(size))
+            features = features[:count]
+            tokens.append(self._words(head, output[:count]))
+        return torch.stack(tokens, dim=1)
+
+    def _forward(
+        self, head: Head, size: int, layers: Any, mode: Any, across: Any, slots: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A head's output and features, [size, H] each, of what is in the proposer's buffers."""
+        with set_forward_context(
+            layers, self.vllm_config, num_tokens=size, num_tokens_across_dp=across, cudagraph_runtime_mode=mode,
+            slot_mapping=slots,
+        ):  # fmt: skip
+            return head.model(
+                input_ids=self.input_ids[:size], positions=self._get_positions(size), inputs_embeds=None,
+                hidden_states=self.hidden_states[:size],
+            )  # fmt: skip
+
+    def _words(self, head: Head, output: torch.Tensor) -> torch.Tensor:
+        """The head's argmax, in the target's ids, int64 [rows]."""
+        if self.use_local_argmax_reduction:
+            return head.model.get_top_tokens(output).long()
+        return head.model.compute_logits(output).argmax(-1)
+
+    def _warm_rows(self, step: _Step, ends: Sequence[int], active: Sequence[int]) -> dict[int, range]:
+        """Of requests whose prompt was read just now, the places of its last tokens but one, after which both the target and
+        the heads are asked what comes. What a prefix in the cache holds is not looked at."""
+        fresh = [row for row in active if self.learning.is_new(step.names[row]) and not step.drafted[row]]
+        most = min(self.learning.warm, MOST_WARM // max(len(fresh), 1))
+        places = {row: range(max(ends[row], ends[row + 1] - 1 - most), ends[row + 1] - 1) for row in fresh}
+        return {row: some for row, some in places.items() if some}
+
+    def _target_logits(self, step: _Step, places: torch.Tensor) -> torch.Tensor:
+        """The target's logits at places among the verified tokens, [places, V]."""
+        rows = places if step.rows is None else step.rows[places]
+        return self.runner.model.compute_logits(self._target_hidden[rows])
+
+    def _probs(self, step: _Step, rows: Sequence[int], words: torch.Tensor, sampling: SamplingMetadata) -> torch.Tensor:
+        """What the target thinks of the words for all tokens that these rows emitted, [N, tokens]: its probability as the
+        request has it sampled. At temperature 0 that is whether the word was emitted."""
+        final, before = self._sampler.heard, np.cumsum([0, *step.drafted])
+        drafted, last, of = [], [], []
+        for row in rows:
+            for place in range(len(step.emitted[row])):
+                of.append(row)
+                is_drafted = place < step.drafted[row]
+                drafted.append(int(before[row]) + place if is_drafted else -1)
+                last.append(row)
+        logits = final[self._on_device(last)]
+        places = self._on_device(drafted)
+        if any(place >= 0 for place in drafted):
+            heard = self._rejection_sampler.heard
+            logits = torch.where((places >= 0)[:, None], heard[places.clamp(min=0)], logits)
+        of_row = self._on_device(of)
+        temperature = sampling.temperature[of_row]
+        greedy = temperature < _SAMPLING_EPS
+        logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
+        top_k, top_p = (None if bound is None else bound[of_row] for bound in (sampling.top_k, sampling.top_p))
+        log_probs = apply_top_k_top_p(logits, top_k, top_p).log_softmax(-1)
+        found = log_probs.gather(1, words.clamp(min=0).T).exp().T
+        emitted = self._on_device([token for row in rows for token in step.emitted[row]])
+        return torch.where(greedy, (words == emitted).to(found.dtype), found).where(words >= 0, 0)
+
+    def _lose(self, index: int, error: Exception) -> None:
+        """Goes on without a head that failed; not with tensor parallelism, where the other ranks wait for this one."""
+        if get_tp_group().world_size > 1:
+            raise error
+        self.learning.lose(index, f"{type(error).__name__}: {error}")
+
+    def _on_device(self, numbers: ArrayLike) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(numbers, dtype=np.int64)).to(self.device, non_blocking=True)
+
+    def report(self) -> dict:
+        """The sums over all requests, and how many requests are known."""
+        return self.learning.tally.to_dict() | {"kept_requests": len(self.learning.requests)}
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if now - self._exported >= EXPORT_EVERY and self._tells:
+            self._exported = now
+            self._exporter.update(self.learning.tally)
+        if self._tells and self.pool.log_every and now - self._logged >= self.pool.log_every:
+            self._logged = now
+            logger.info(self.learning.tally.line())
+
+
+@dataclass(eq=False)
+class _Said:
+    """What one head said in a step."""
+
+    words: torch.Tensor
+    """After each new token of the active rows, row after row, int64 [T]."""
+    sound: torch.Tensor
+    """Whether its output there was finite, bool [T]."""
+    prompt: torch.Tensor
+    """Its acceptance at the prompts' positions of the warm start, [positions]."""
+    features: torch.Tensor | None = None
+    """It goes on from these after the last tokens, [A, H]."""
+
+    @classmethod
+    def silent(cls, tokens: int, positions: int, device: torch.device) -> _Said:
+        words = torch.full((tokens,), SILENT, device=device)
+        return cls(words, torch.zeros(tokens, dtype=torch.bool, device=device), torch.zeros(positions, device=device))
+
+
+@dataclass(eq=False)
+class _Reading:
+    """What all heads said in a step."""
+
+    offsets: NDArray[np.int64]
+    """Where the tokens of each active row begin among all of them, and where the last one's end, [A + 1]."""
+    warm: dict[int, range]
+    """Of new requests, by row: places for the warm start."""
+    said: list[_Said] = field(default_factory=list)
+    """Of each head."""
+    positions: torch.Tensor | None = None
+    """Of the last tokens, [A]."""

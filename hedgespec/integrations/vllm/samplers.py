@@ -1,0 +1,34 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
+
+
+class _Sampler(Sampler):
+    """vLLM's, which keeps the processed logits of every row's last position, [B, V], where a request samples."""
+
+    heard: torch.Tensor | None = None
+
+    def apply_logits_processors(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, predict_bonus_token: bool
+    ) -> torch.Tensor:
+        logits = super().apply_logits_processors(logits, sampling_metadata, predict_bonus_token)
+        self.heard = None if sampling_metadata.all_greedy else logits.clone()  # a copy: what follows works in place
+        return logits
+
+
+class _RejectionSampler(RejectionSampler):
+    """vLLM's, which keeps the processed logits of all drafted positions, [positions, V], where a request samples."""
+
+    heard: torch.Tensor | None = None
+
+    def apply_logits_processors(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, metadata: Any) -> torch.Tensor:
+        logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
+        self.heard = None if sampling_metadata.all_greedy else logits.clone()
+        return logits

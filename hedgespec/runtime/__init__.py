@@ -1,0 +1,1 @@
+"""The target as the decoder uses it: forwards, key-value caches, captures, and what its architecture allows."""

@@ -1,0 +1,52 @@
+"""Old names of modules, which work for one release with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "backends": "ops.backends",
+    "checkpoints": "drafters.checkpoints",
+    "costs": "selection.costs",
+    "delay": "selection.delay",
+    "engines": "integrations.vllm",
+    "engines.vllm": "integrations.vllm.token_proposer",
+    "engines.vllm_eagle": "integrations.vllm.eagle_proposer",
+    "engines.vllm_worker": "integrations.vllm.worker",
+    "hf": "integrations.transformers",
+    "learner_state": "decoder.learner_state",
+    "metrics": "stats",
+    "prefill": "ops.head_layers",
+    "sampling": "ops.sampling",
+    "target": "runtime.target",
+}
+"""Old name -> new name, both below `hedgespec`: the modules that the documentation of 0.1 named. `hedgespec.evaluate` and
+`hedgespec.verify`, once modules too, are the functions only."""
+
+
+class _Redirect(MetaPathFinder, Loader):
+    """Imports the new module under the old name."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        old = name.removeprefix("hedgespec.")
+        return ModuleSpec(name, self, is_package=old == "engines") if name != old and old in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = f"hedgespec.{MOVED[spec.name.removeprefix('hedgespec.')]}"
+        warnings.warn(f"{spec.name} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=2)
+        return importlib.import_module(new)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """The module was executed under its new name."""
+
+
+def redirect() -> None:
+    """Lets the old names be imported."""
+    if not any(isinstance(finder, _Redirect) for finder in sys.meta_path):
+        sys.meta_path.append(_Redirect())
