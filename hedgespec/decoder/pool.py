@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from hedgespec.drafters import Drafter
 from hedgespec.drafters.stack import HeadStack
 from hedgespec.ops.sampling import Sampling
 from hedgespec.records import Choice, Draft
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -113,7 +116,7 @@ class Pool:
             noise,
         )  # fmt: skip
 
-    def _or_unstacked(self, number: int, call: Callable[[DrafterGroup], object]):
+    def _or_unstacked(self, number: int, call: Callable[[DrafterGroup], T]) -> T:
         """Calls a group. If a stack fails, its heads run one by one from then on, and those that fail are dropped."""
         try:
             return call(self.groups[number])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from hedgespec.drafters.checkpoint_files import _Files, _Tensor
 from hedgespec.drafters.checkpoint_schema import read_config
 from hedgespec.drafters.eagle import EagleConfig
 from hedgespec.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SCALINGS = ("linear", "llama3", "yarn")
 """Of positions, those that do not depend on the length."""
@@ -70,7 +73,7 @@ class _Target:
     output: tuple[int, ...]
 
     @classmethod
-    def of(cls, target) -> _Target:
+    def of(cls, target: PreTrainedModel) -> _Target:
         config, output = target.config.get_text_config(decoder=True), target.get_output_embeddings()
         return cls(
             config.num_hidden_layers, config.hidden_size, config.vocab_size, tuple(target.get_input_embeddings().weight.shape),

@@ -18,6 +18,7 @@ from itertools import chain
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -188,7 +189,7 @@ class _Rows:
     """int64 [R], slots that the last position of the chunk at hand may look at."""
 
     @classmethod
-    def at(cls, places, heads, positions: np.ndarray, device: torch.device) -> _Rows:
+    def at(cls, places: ArrayLike, heads: ArrayLike, positions: np.ndarray, device: torch.device) -> _Rows:
         places, heads = np.asarray(places), None if heads is None else np.asarray(heads)
         which = None if heads is None else to_device(heads, device)
         return cls(places, heads, positions, to_device(places, device), which)
@@ -519,5 +520,7 @@ def _at(states: torch.Tensor, first: torch.Tensor, count: int = 1) -> torch.Tens
     return states[..., rows, positions.clamp(max=states.shape[-2] - 1), :]
 
 
-def _attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None):
+def _attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ from hedgespec.ops.evaluate import evaluate
 from hedgespec.ops.gumbel import gumbel, key_of, perturb
 from hedgespec.ops.sampling import Sampling
 from hedgespec.zoo.replay import Text, read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hedgespec.records import Evaluation
 
 ARRAYS = ("tokens", "prompt_prob", "prob", "ratio", "drafted")
 """Fields of `Trace` that are stored as arrays."""
@@ -105,9 +111,20 @@ def _smallest(values: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def record(
-    target, drafters: Sequence[Drafter], prompt_ids: torch.Tensor, *, domain: str, number: int, seed: int, mode: str,
-    temperature: float, max_new_tokens: int, depth: int, warm_start: int = 64, writer: Drafter | None = None,
-) -> Trace:  # fmt: skip
+    target: PreTrainedModel,
+    drafters: Sequence[Drafter],
+    prompt_ids: torch.Tensor,
+    *,
+    domain: str,
+    number: int,
+    seed: int,
+    mode: str,
+    temperature: float,
+    max_new_tokens: int,
+    depth: int,
+    warm_start: int = 64,
+    writer: Drafter | None = None,
+) -> Trace:
     """Decodes one text and records what would have been accepted of each drafter at each position.
 
     Args:
@@ -184,7 +201,9 @@ class _Scores:
         scores = self._evaluate(drafter, self.target_logits[rows], logits, tokens, self.rule).scores[:, 0, 0]
         return scores[:2] if self.mode == "sampled" else scores[2:4]
 
-    def _evaluate(self, drafter: Drafter, target_logits: torch.Tensor, logits: torch.Tensor, tokens: slice, rule: Sampling):
+    def _evaluate(
+        self, drafter: Drafter, target_logits: torch.Tensor, logits: torch.Tensor, tokens: slice, rule: Sampling
+    ) -> Evaluation:
         mapping = drafter.draft_to_target
         return evaluate(
             target_logits[None], logits[None, None], self.tokens[None, tokens],

@@ -114,7 +114,7 @@ def _quick() -> Callable:
     return backends.resolve("linear", "auto", "cpu", torch.float32)
 
 
-def is_compiled(module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """Returns whether the module is what `torch.compile(module)` returns."""
     return isinstance(module, nn.Module) and isinstance(module._modules.get("_orig_mod"), nn.Module)
 

@@ -65,7 +65,7 @@ class CudaGraphs:
         self._held: dict[Hashable, list[torch.Tensor]] = {}
         self._kept: dict[Hashable, tuple[Any, list[torch.Tensor], Sequence[torch.Tensor]]] = {}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return CudaGraphs, ()  # a copy, pickled or deep, begins anew
 
     def held(self, bucket: Hashable, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -103,7 +103,7 @@ class CudaGraphs:
         graph.replay()
         return outputs
 
-    def _capture(self, function, inputs):
+    def _capture(self, function: Callable[..., Any], inputs: Any) -> Any:
         cuda = self._cuda
         # Outside inference mode, or what is kept could be written to in that mode only. Streams are the current device's.
         with _CAPTURING, cuda.device(inputs[0].device), torch.inference_mode(False), torch.no_grad():
@@ -154,7 +154,9 @@ class CompiledLayers:
             weights = [*layer.parameters(), *layer.buffers()]
             vars(layer)["forward"] = partial(self._forward, place, layer.forward, weights, {})
 
-    def _forward(self, place: int, plain: Callable, weights: list[torch.Tensor], programs: dict, *args, **kwargs):
+    def _forward(
+        self, place: int, plain: Callable, weights: list[torch.Tensor], programs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
         if self.bucket is None:
             return plain(*args, **kwargs)
         inputs = [*_tensors(args), *_tensors(kwargs.values()), *self._state(place), *weights]
@@ -167,7 +169,7 @@ class CompiledLayers:
     def _program(self, call: Callable, inputs: list[torch.Tensor]) -> _Program:
         result, spec = [], None
 
-        def read(*_):  # the inputs are the very tensors that the layer knows, so that tracing finds them there
+        def read(*_: Any) -> Any:  # the inputs are the very tensors that the layer knows, so that tracing finds them there
             nonlocal result, spec
             leaves, spec = pytree.tree_flatten(call())
             result = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
@@ -273,11 +275,11 @@ def _settings(module: nn.Module) -> list:
     return settings
 
 
-def _flat(value) -> Iterator[Any]:
+def _flat(value: Any) -> Iterator[Any]:
     return chain(value.keys(), value.values()) if isinstance(value, dict) else iter(value)
 
 
-def _is_plain(value) -> bool:
+def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 

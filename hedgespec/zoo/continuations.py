@@ -6,13 +6,18 @@ greedily, the others sampled at temperature 1. The hidden states are kept as the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from hedgespec.utils.paths import cache_dir
 from hedgespec.zoo.corpora import DOMAINS, Domain, prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH = 64
 GREEDY_IN_FIVE = 3
@@ -24,7 +29,9 @@ def aux_layers(num_hidden_layers: int) -> tuple[int, int, int]:
 
 
 @torch.inference_mode()
-def continue_prompts(model, prompt_ids: torch.Tensor, new_tokens: int, *, seed: int) -> dict[str, torch.Tensor]:
+def continue_prompts(
+    model: PreTrainedModel, prompt_ids: torch.Tensor, new_tokens: int, *, seed: int
+) -> dict[str, torch.Tensor]:
     """Continues `prompt_ids` [B, P] by `new_tokens` and returns what training needs, L = P + new_tokens:
 
     tokens int32 [B, L]; length int32 [B] (tokens up to and with the end of the text); aux bfloat16 [B, L-1, 3*H], the
@@ -63,7 +70,7 @@ def continue_prompts(model, prompt_ids: torch.Tensor, new_tokens: int, *, seed: 
     return made | {"tokens": tokens.int().cpu(), "length": length.int().cpu()}
 
 
-def prompt_batches(tokenizer, domain: Domain, count: int) -> list[torch.Tensor]:
+def prompt_batches(tokenizer: PreTrainedTokenizerBase, domain: Domain, count: int) -> list[torch.Tensor]:
     """About `count` training prompts as rectangular batches of token ids; chat prompts are grouped by their length."""
     if domain.chat:
         by_length: dict[int, list[list[int]]] = {}
@@ -87,7 +94,13 @@ def shards(name: str) -> list[Path]:
 
 
 def collect(
-    model, tokenizer, *, prompts_per_domain: int = 448, new_tokens: int = 128, domains=tuple(DOMAINS), report=print
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompts_per_domain: int = 448,
+    new_tokens: int = 128,
+    domains: Sequence[str] = tuple(DOMAINS),
+    report: Callable[[str], None] = print,
 ) -> None:
     """Writes every missing shard, a batch of each domain in turn, so that an interrupted run leaves all domains alike."""
     folder = cache_dir() / "continuations"

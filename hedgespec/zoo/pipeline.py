@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -13,6 +14,9 @@ from hedgespec.utils.paths import cache_dir
 from hedgespec.zoo import EXPERTS, NAMES, STAGES, continuations, corpora, matrix, stores, train
 from hedgespec.zoo.storage import load_head
 from hedgespec.zoo.target import load_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_OUT_PROMPTS = 40
 HELD_OUT_CHARACTERS = 250
@@ -67,7 +71,7 @@ def write_prompts(path: Path) -> None:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def _matrix(target, tokenizer, folder: Path, console: Console) -> None:
+def _matrix(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, console: Console) -> None:
     """Writes the acceptance matrix, with what the compact storage costs where the uncompressed heads are still there."""
     heads = [load_head(folder / f"{name}.safetensors", target) for name in NAMES]
     texts = matrix.held_out_texts(target, tokenizer, cache_dir() / "held-out.json", report=console.print)

@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,9 @@ from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError
 from hedgespec.utils.files import replacing, write_tensors
 from hedgespec.utils.scalars import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = "hedgespec-zoo-1"
 SHARED = ("lm_head.weight",)
@@ -55,7 +59,7 @@ def save_head(head: EagleHead, path: Path, **description: str) -> None:
         write_tensors(save_file, tensors, fresh, metadata)
 
 
-def load_head(path: str | Path, target) -> EagleHead:
+def load_head(path: str | Path, target: PreTrainedModel) -> EagleHead:
     """Reads a head for `target` (a transformers causal LM), in the target's dtype and on its device.
 
     Raises: CheckpointError if the file is missing, corrupt, a pickle, of another format, or made for another target.
