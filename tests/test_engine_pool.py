@@ -64,7 +64,7 @@ def test_what_is_left_out():
         ({"drafters": [LOOKUP], "lerner": "ucb"}, "expected keys among .*, got lerner"),
         ({"drafters": [LOOKUP], "learner": "magic"}, "normal_hedge.*got 'magic'"),
         ({"drafters": [LOOKUP], "learner_options": {"magic": 1}}, "magic"),
-        ({"drafters": [LOOKUP], "learner": "ucb", "objective": "throughput"}, "learner: expected one that hears of all"),
+        ({"drafters": [LOOKUP], "learner": "ucb", "objective": "throughput"}, "learner: expected one with full feedback"),
         ({"drafters": [LOOKUP], "prior": [0.5, 0.5]}, "prior: expected shape"),
         ({"drafters": [LOOKUP], "log_every": -1}, "log_every: expected a number of at least 0, got -1"),
         ({"drafters": [LOOKUP], "seed": 0.5}, "seed: expected a number of at least 0, got 0.5"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.learners import ArgmaxNormalHedge, ScoredFixedLearner
+from helpers.learners import ArgmaxEXP3, ArgmaxNormalHedge, ScoredFixedLearner
 
 from hedgespec.config import DecodeConfig
 from hedgespec.errors import EngineError, PoolError
@@ -142,7 +142,7 @@ def test_the_recording_holds_what_it_is_for():
 
 
 @pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("options", [{}, {"learner": "exp3"}, {"evaluate_every": 4}, {"evaluate_every": "adaptive"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"learner": ArgmaxEXP3}, {"evaluate_every": 4}, {"evaluate_every": "adaptive"}])
 def test_a_request_among_others_is_drafted_for_as_if_alone(named, options):
     def pool():
         return [Oracle(3), Oracle(8), NGrams(name="lookup")]

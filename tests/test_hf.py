@@ -19,6 +19,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from helpers.learners import ScoredUniform
 from test_decoder import Broken
 from torch import nn
 from transformers import (
@@ -524,7 +525,7 @@ def test_what_is_accepted_of_a_draft_cut_short_counts_as_accepted(model):
     with torch.no_grad():
         opposite.lm_head.weight.neg_()
     drafters = [CausalLMDrafter(model, model, name="right"), CausalLMDrafter(opposite, model, name="wrong")]
-    decoder = Decoder(model, drafters, DecodeConfig(draft_length=3, learner="exp3"))
+    decoder = Decoder(model, drafters, DecodeConfig(draft_length=3, learner=ScoredUniform))
     asked = prompts(4) | dict(max_new_tokens=30, do_sample=False, custom_generate=decoder, return_dict_in_generate=True)
     out = model.generate(**asked, logits_processor=[Recording()])
     cut_short = 0

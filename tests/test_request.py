@@ -286,7 +286,6 @@ def test_constructors_keep_plain_ints(target, kind, tmp_path):  # noqa: F811
         *((lambda wrong, name=name: make(name, wrong), "num_drafters") for name in NAMES),
         (lambda wrong: make("fixed", 3, drafter=wrong), "drafter"),
         (lambda wrong: make("exp3", 3).update([0.1, 0.2, 0.3], chosen=wrong), "chosen"),
-        (lambda wrong: make("hedge", 3).catch_up(wrong, [0.5], [0.5]), "drafter"),
         (lambda wrong: hedgespec.DelayQueue(wrong, 2), "num_drafters"),
         (lambda wrong: hedgespec.DelayQueue(2, wrong), "draft_length"),
     ],

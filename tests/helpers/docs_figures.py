@@ -133,8 +133,8 @@ def _stack_and_kernels() -> Iterator[tuple[str, str]]:
 def _trees() -> Iterator[tuple[str, str]]:
     names = {"argmax": "chain of most likely tokens", "sampled:4,2,1,1,1": "4,2,1,1,1, samples", "chain": "chain, sampled"}
     for name, temperature in (("trees", 0), ("trees-sampled", 1)):
-        for each in load(f"decoder/{name}")["shapes"]:
-            shape = names.get(each["shape"], each["shape"]) if temperature else each["shape"]
+        for each in load(f"decoder/{name}")["rows"]:
+            shape = names.get(each["value"], each["value"]) if temperature else each["value"]
             figures = [float(each[key]) for key in ("mat", "predicted", "realised", "times_first")]
             yield BENCHMARKS, row(temperature, shape, *figures)
 

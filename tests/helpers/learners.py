@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from hedgespec.learners import FixedLearner, NormalHedge, Uniform
+from hedgespec.learners import EXP3Spec, FixedLearner, NormalHedge, Uniform
 
 
-class ArgmaxNormalHedge(NormalHedge):
-    """NormalHedge that always picks the drafter of the largest weight, the first of equal ones."""
+class _Argmax:
+    """Always picks the drafter of the largest weight, the first of equal ones, so that no draw is random."""
 
     def weights(self) -> np.ndarray:
         return np.eye(self.num_drafters)[self._weights.argmax()]
+
+
+class ArgmaxNormalHedge(_Argmax, NormalHedge):
+    """NormalHedge without draws."""
+
+
+class ArgmaxEXP3(_Argmax, EXP3Spec):
+    """EXP3Spec without draws."""
 
 
 class ScoredFixedLearner(FixedLearner):

@@ -1,1 +1,1 @@
-"""HedgeSpec inside other engines: `vllm.py` is the one there is. Nothing here is imported unless an engine asks for it."""
+"""HedgeSpec inside other engines: vLLM is the only one. Nothing here is imported unless the engine asks for it."""

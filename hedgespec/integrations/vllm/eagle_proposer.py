@@ -8,7 +8,7 @@ The pool's drafters are of type "eagle3", each with the `model` folder of a head
 worker is a subclass of the platform's, and gives its model runner a subclass of vLLM's proposer and of its samplers, before
 weights are loaded. vLLM's own code loads the heads, gives their layers pages of its KV cache, and verifies what is drafted.
 
-What the host sees: a step's words (see `heads.py`) come to it in one copy, learners pick, and the drafts follow in another.
+What the host sees: a step's words (see `head_pool.py`) come to it in one copy, learners pick, and the drafts follow in another.
 With `disable_padded_drafter_batch` vLLM has the step's tokens there already, and leaves async scheduling off.
 
 Sizes: B rows of a step, A of them with new tokens, T such tokens, N heads, H their width, V the target's vocabulary, K tokens

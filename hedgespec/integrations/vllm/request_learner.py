@@ -134,7 +134,6 @@ class RequestLearner:
 
     def close(self) -> None:
         """The request has ended."""
-        self.selector.close()
         regret = self.selector.stats.regret
         self.tally.requests += 1
         self.tally.regret += float(regret[-1]) if len(regret) else 0.0
