@@ -123,7 +123,7 @@ class Decoder:
             raise ValueError(f"drafters: expected distinct names, got {names}")
         self._lock = threading.Lock()
         """Threads take turns with `_stacks`."""
-        self._stacks = stacks_of(self.drafters)
+        self._stacks: list[tuple[list[int], HeadStack]] | None = stacks_of(self.drafters)
         throughput = self.config.objective == "throughput"
         self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
         self.captures = Captures(self.config.max_drafted + 1) if self.config.compile else None

@@ -118,7 +118,7 @@ class _Plan:
         self.files, self.target = files, target
         self.assumed: list[str] = []
         self.faults: list[str] = []
-        self.version = _version_of(files)
+        self.version: Any = _version_of(files)
         if self.version is None:
             shown = ", ".join(sorted(files.tensors)[:5]) or "none"
             raise CheckpointError(
@@ -246,7 +246,7 @@ class _Plan:
             biases=biases, norm_before_residual=before, feeds_back_norm=back, rope_scaling=scaling,
         )  # fmt: skip
 
-    def _integer(self, name: str, default: int | None, why: str = "") -> int:
+    def _integer(self, name: str, default: int | None, why: str = "") -> Any:
         """A size; without one nothing else can be said."""
         found = self.settings.get(name) if default is None else self._setting(name, default, why)
         if found is None or found < 1:
@@ -435,7 +435,10 @@ class _Plan:
             for one, rows in zip(names, split.get(stem, shape[:1])):
                 expected[one] = (rows, *shape[1:])
         if "embed_tokens.weight" in self.there:
-            expected["embed_tokens.weight"] = (self.vocab_size or self._shape("embed_tokens.weight")[0], config.hidden_size)
+            expected["embed_tokens.weight"] = (
+                self.vocab_size or self.there["embed_tokens.weight"].shape[0],
+                config.hidden_size,
+            )
         said = {name: self.origin.get(name, name.replace("layer.", self._layer_prefix())) for name in expected}
         for name, shape in expected.items():
             found = self.there.get(name)

@@ -98,6 +98,8 @@ def load_drafter(
         embedding = nn.Embedding.from_pretrained(own, freeze=True)
     rows = None if output is None else output.weight.detach()
     if "lm_head.weight" not in weights:
+        if rows is None:
+            raise CheckpointError(f"{path}: expected an lm_head.weight, since the target has no output matrix, found none")
         if rows.is_meta:
             raise CheckpointError(f"{path}: expected an lm_head.weight, since the target's is not in memory, found none")
         weights["lm_head.weight"] = rows if vocabulary is None else rows[vocabulary.to(rows.device)]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -78,14 +78,16 @@ class Trace:
     def of(self, drafters: Sequence[int]) -> Trace:
         """Returns the trace of the same text with a pool of some of the drafters, in the order given."""
         chosen = list(drafters)
-        arrays = {name: getattr(self, name)[chosen] for name in ("prompt_prob", "prob", "ratio", "drafted")}
-        names = {name: tuple(getattr(self, name)[index] for index in chosen) for name in ("drafters", "own_features")}
+        arrays: dict[str, Any] = {name: getattr(self, name)[chosen] for name in ("prompt_prob", "prob", "ratio", "drafted")}
+        names: dict[str, Any] = {
+            name: tuple(getattr(self, name)[index] for index in chosen) for name in ("drafters", "own_features")
+        }
         return replace(self, **arrays, **names)
 
     def save(self, path: Path) -> None:
         """Writes one .npz file. The file appears under its name only when it is complete."""
         head = {name: value for name, value in vars(self).items() if name not in ARRAYS}
-        arrays = {name: _smallest(getattr(self, name)) for name in ARRAYS}
+        arrays: dict[str, Any] = {name: _smallest(getattr(self, name)) for name in ARRAYS}
         path.parent.mkdir(parents=True, exist_ok=True)
         with (scratch := path.with_suffix(".part")).open("wb") as file:
             np.savez_compressed(file, head=np.array(json.dumps(head)), **arrays)
@@ -96,8 +98,9 @@ class Trace:
         """Reads a file that `save` wrote; every value is restored exactly."""
         with np.load(path) as file:
             head = json.loads(str(file["head"]))
-            arrays = {name: file[name].astype(np.int64 if name == "tokens" else np.float64) for name in ARRAYS}
-        return Trace(**{name: tuple(value) if isinstance(value, list) else value for name, value in head.items()}, **arrays)
+            arrays: dict[str, Any] = {name: file[name].astype(np.int64 if name == "tokens" else np.float64) for name in ARRAYS}
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in head.items()}
+        return Trace(**fields, **arrays)
 
 
 def _smallest(values: np.ndarray) -> np.ndarray:
@@ -144,7 +147,7 @@ def record(
 
     Returns: the trace.
     """
-    decoder = Decoder(target, [writer or drafters[0]], DecodeConfig(proposal=mode, learner="fixed", warm_start=0))
+    decoder = Decoder(target, [writer or drafters[0]], DecodeConfig(proposal=cast(Any, mode), learner="fixed", warm_start=0))
     out = decoder.generate(prompt_ids, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens)
     tokens, length = out.sequences[0], len(prompt_ids)
     first = max(length + 1 - warm_start, 2)  # EAGLE heads predict no token before the third

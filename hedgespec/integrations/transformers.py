@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MethodType
@@ -193,7 +193,7 @@ class _Accelerated:
 # One call
 
 
-def custom_generate(decoder: Decoder, *, streamer: BaseStreamer | None = None) -> Callable:
+def custom_generate(decoder: Decoder | Callable, *, streamer: BaseStreamer | None = None) -> Callable:
     """Returns a decoding loop for `model.generate(..., custom_generate=...)`: the decoder, with a streamer.
 
     `generate` does not pass its own argument `streamer` to a custom loop. It only shows that streamer the prompt, then neither
@@ -312,6 +312,7 @@ def decode(decoder: Decoder, model: PreTrainedModel, input_ids: torch.Tensor, lo
         ))  # fmt: skip
 
     def show(_: int, tokens: list[int]) -> None:
+        assert streamer is not None
         for token in tokens:  # one by one, as plain decoding does
             streamer.put(torch.tensor([token]))
 
@@ -319,8 +320,8 @@ def decode(decoder: Decoder, model: PreTrainedModel, input_ids: torch.Tensor, lo
     if streamer is not None:
         streamer.end()
     sequences = stack([row.sequence for row in rows], pad).to(input_ids.device)
-    for row, recorder in zip(rows, recorders):
-        recorder.cut(row.stats.emitted_tokens)
+    for done, recorder in zip(rows, recorders):
+        recorder.cut(done.stats.emitted_tokens)
     if keep_cache:
         _store(cache, rows)
     if not records:
@@ -501,7 +502,7 @@ def _process_drafts(processors: list) -> Callable[[torch.Tensor, torch.Tensor], 
     return (lambda tokens, logits: _through(pure, tokens, logits.to(torch.float32, copy=True))) if pure else None
 
 
-def _through(processors: list, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def _through(processors: Iterable[Any], tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Does what a `LogitsProcessorList` does, without looking up each processor's signature each time.
 
     Raises: ValueError for a processor that changes the shape of its logits.
@@ -555,7 +556,7 @@ class _Steps:
         places = torch.tensor([row.index for row in rows], device=together.device)
         together[places] = torch.cat(list(logits)).float()
         given = together.clone()
-        processed = _through(self._processors, self._tokens[:, : self._count], together)
+        processed = _through(self._processors or (), self._tokens[:, : self._count], together)
         for row in rows:
             own = slice(row.index, row.index + 1)
             self._recorders[row.index].record(given[own], processed[own])

@@ -9,7 +9,7 @@ the length that plain decoding would have had in the forward that read this toke
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def table_size(model: PreTrainedModel) -> int | None:
     return min(sizes, default=None)
 
 
-def length_dependent(model: nn.Module) -> dict[str, nn.Module]:
+def length_dependent(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Returns the rotary embeddings whose factors follow the text's length, by their names in the model.
 
     Raises: ValueError if the configuration asks for such factors and no embedding of a known form has them.
@@ -170,19 +170,22 @@ def _where(chosen: torch.Tensor, found: Any, other: Any) -> Any:
 def boundary_of(rotary: nn.Module, layer_type: str | None = None) -> tuple[int | None, bool]:
     """Returns the greatest length up to which factors are constant (None: always) and whether they change at every length past
     it, as of type "dynamic", or only once, as of type "longrope"."""
-    rope_type, config = rotary.rope_type, rotary.config
+    module: Any = rotary
+    rope_type, config = module.rope_type, module.config
     parameters = getattr(config, "rope_parameters", None) or {}
     if isinstance(rope_type, dict):
         rope_type, parameters = rope_type.get(layer_type), parameters.get(layer_type) or {}
     if not _follows(rope_type):
         return None, False
     if rope_type == "longrope":
-        own = parameters.get("original_max_position_embeddings")
-        return int(getattr(config, "original_max_position_embeddings", None) if own is None else own), False
-    return int(rotary.original_max_seq_len), True
+        own: Any = parameters.get("original_max_position_embeddings")
+        if own is None:
+            own = getattr(config, "original_max_position_embeddings", None)
+        return int(own), False
+    return int(module.original_max_seq_len), True
 
 
-def boundaries(rotaries: Iterator[nn.Module] | Sequence[nn.Module]) -> list[tuple[int, bool]]:
+def boundaries(rotaries: Iterable[nn.Module]) -> list[tuple[int, bool]]:
     """Returns `boundary_of` for every type of layers of these rotary embeddings, those without a boundary left out."""
     found = []
     for rotary in rotaries:
@@ -205,11 +208,12 @@ def follow(view: nn.Module) -> Lengths:
     for name in length_dependent(view):
         parent, _, child = name.rpartition(".")
         holder = view.get_submodule(parent)
-        holder._modules[child] = FollowedRotary(holder._modules[child], lengths)
+        followed = FollowedRotary(holder.get_submodule(child), lengths)
+        holder._modules[child] = followed
         path = name.split(".")
         for depth in range(len(path)):
             _rebind(view.get_submodule(".".join(path[:depth])))
-        _rebind(holder._modules[child].rotary)
+        _rebind(followed.rotary)
     return lengths
 
 

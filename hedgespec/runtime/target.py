@@ -317,7 +317,7 @@ class TargetSession:
             ends = [(length + offset, own) for length, offset, own in zip(lengths, self.offsets, reach)]
             self.lengths.least = min(max(floor, end + 1) for floor, (end, _) in zip(self.floors, ends))
             self.lengths.most = max(max(floor, end + own) for floor, (end, own) in zip(self.floors, ends))
-        arguments = {}
+        arguments: dict[str, Any] = {}
         if "position_ids" in self._arguments:
             arguments["position_ids"] = places
         if "logits_to_keep" in self._arguments:
@@ -413,7 +413,7 @@ class TargetSession:
             paths: where that was a tree: of each row the places among its tokens to keep, ascending, at least `counts[b]`.
                 Their keys and values move together.
         """
-        places = [slice(count) for count in counts]
+        places: list[Any] = [slice(count) for count in counts]
         if paths is not None:
             paths = [list(path[:count]) for path, count in zip(paths, counts)]
             self.cache.gather(paths)

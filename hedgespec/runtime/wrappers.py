@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -39,7 +39,7 @@ def unwrap(model: Any, name: str = "target") -> Any:
             model = model.module
         elif _is_peft(model):
             _check_adapters(model, name)
-            model = model.get_base_model()
+            model = cast(Any, model).get_base_model()
         else:
             break
     return model

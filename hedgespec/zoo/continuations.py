@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,8 +49,9 @@ def continue_prompts(
     layers = aux_layers(model.config.num_hidden_layers)
     ends = torch.tensor(sorted({0, model.config.eos_token_id}), device=device)  # 0 is <|endoftext|>, between documents
     cache = DynamicCache(config=model.config)
-    with_cache = {cache_argument(model.model.forward): cache, "use_cache": True}
-    tokens, kept = prompt_ids, {name: [] for name in ("aux", "last", "log_normalizer", "best")}
+    with_cache: dict[Any, Any] = {cache_argument(model.model.forward): cache, "use_cache": True}
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("aux", "last", "log_normalizer", "best")}
+    tokens = prompt_ids
     fresh = prompt_ids
     for _ in range(new_tokens):
         hidden = model.model(fresh, **with_cache, output_hidden_states=True).hidden_states
