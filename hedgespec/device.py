@@ -63,6 +63,7 @@ class Kept:
         if self._stream is not None:
             stream = current_stream(self._tensor.device)
             if stream != self._stream:
+                assert stream is not None  # as there is one for the tensor's device
                 self._tensor.record_stream(stream)
         return self._tensor
 

@@ -44,7 +44,7 @@ def _number(kind: type, low: float, high: float = math.inf, *, above: bool = Fal
     words += f" > {low}" if above else f" >= {low}"
     words += f" and <= {high}" if high < math.inf else ""
 
-    def parse(text: str):
+    def parse(text: str) -> int | float:
         try:
             value = kind(text)
         except ValueError:

@@ -9,6 +9,7 @@ import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.markup import escape
@@ -166,7 +167,7 @@ def zoo_list(options: argparse.Namespace) -> None:
     files = [(NAME, "target", cache_dir() / NAME / "model.safetensors")]
     files += [(name, _role(name), zoo.head_path(name)) for name in zoo.NAMES]
     files += [(name, f"{STORE}: {'all' if name == zoo.GENERALIST else name}", store_path(name)) for name in zoo.NAMES]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "role": role,

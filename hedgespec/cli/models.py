@@ -8,11 +8,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hedgespec.cli.arguments import UsageError
 from hedgespec.cli.output import _Console
 from hedgespec.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hedgespec.drafters import Drafter
 
 
 def _load(target_folder: Path | None, specs: Sequence[str] | None, allow_pickle: bool) -> tuple[Any, Any, list]:
@@ -39,7 +45,7 @@ def _load(target_folder: Path | None, specs: Sequence[str] | None, allow_pickle:
         return target, tokenizer, [_load_drafter(spec, target, tokenizer, allow_pickle) for spec in specs]
 
 
-def _load_drafter(spec: str, target, tokenizer, allow_pickle: bool):
+def _load_drafter(spec: str, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, allow_pickle: bool) -> Drafter:
     from hedgespec import zoo
     from hedgespec.drafters.causal_lm import CausalLMDrafter
     from hedgespec.drafters.checkpoint_files import PICKLES, WEIGHTS
@@ -70,7 +76,7 @@ def _load_drafter(spec: str, target, tokenizer, allow_pickle: bool):
     return load_head(zoo.head_path(spec) if spec in zoo.NAMES else spec, target)
 
 
-def _load_model(folder: Path, dtype):
+def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """A causal LM from a local folder of safetensors: never the network, never a pickle, never weights made up."""
     from transformers import AutoModelForCausalLM
 
@@ -83,14 +89,14 @@ def _load_model(folder: Path, dtype):
     return model.eval()
 
 
-def _load_tokenizer(folder: Path):
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _reading(folder, "a folder with a tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _find_tokenizer(spec: str):
+def _find_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder, or by the name of a repository of the hub."""
     from hedgespec.drafters.checkpoint_files import REPOSITORY
 
@@ -149,7 +155,7 @@ def _reading(folder: Path, expected: str) -> Iterator[None]:
         raise CheckpointError(f"expected {expected}, got {folder} ({error})") from error
 
 
-def _encode(tokenizer, prompt: str, chat: bool) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
     if not chat:
         return tokenizer(prompt).input_ids
     if not tokenizer.chat_template:

@@ -12,10 +12,16 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hedgespec.stats import DecodeStats
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of the system for which there is no room for what is to be written."""
@@ -34,7 +40,7 @@ class TextStream:
         prompt_ids: the text goes on from here: some tokenizers write a word differently at the start of a text.
     """
 
-    def __init__(self, tokenizer, prompt_ids: Sequence[int] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._tokens = list(prompt_ids[-8:])
         self._said = len(self._tokens)
@@ -66,7 +72,7 @@ class TextStream:
         return after[len(before) :]
 
 
-def _stats(stats) -> Group:
+def _stats(stats: DecodeStats) -> Group:
     table = Table("drafter", box=None)
     for column in ("picks", "final weight"):
         table.add_column(column, justify="right")
@@ -110,7 +116,7 @@ def _to_json(value: object, *, ascii_only: bool = False) -> str:
     return json.dumps(_without_nan(value), ensure_ascii=ascii_only, indent=2, allow_nan=False)
 
 
-def _without_nan(value):
+def _without_nan(value: Any) -> Any:
     """NaN and infinity, which JSON has no words for, as null."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}

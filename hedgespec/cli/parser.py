@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hedgespec {hedgespec.__version__}")
     commands = parser.add_subparsers(required=True)
 
-    def command(name: str, run: Callable, words: str, among=commands) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, words: str, among: Any = commands) -> argparse.ArgumentParser:
         added = among.add_parser(name, help=words, description=words, allow_abbrev=False)
         added.set_defaults(run=run)
         return added

@@ -14,9 +14,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder.batch import Batch
@@ -48,6 +49,9 @@ from hedgespec.selection.costs import Costs
 from hedgespec.selection.selector import new_learner
 from hedgespec.stats import DecodeStats
 from hedgespec.utils.scalars import integer, shown, text
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 __all__ = [
     "DecodeOutput",
@@ -100,18 +104,18 @@ class Decoder:
     holds no request: any number of threads may use one, and several may share a target.
     """
 
-    def __init__(self, target, drafters: Sequence[Drafter], config: DecodeConfig | None = None):
-        target = unwrap(target)
-        check_target(target)
+    def __init__(self, target: nn.Module, drafters: Sequence[Drafter], config: DecodeConfig | None = None):
+        model: PreTrainedModel = unwrap(target)
+        check_target(model)
         if config is not None and not isinstance(config, DecodeConfig):
             raise TypeError(f"config: expected a DecodeConfig or None, got {shown(config)}")
         if isinstance(drafters, (str, bytes)) or not isinstance(drafters, Iterable):
             raise TypeError(f"drafters: expected a sequence of drafters, got {shown(drafters)}")
-        self.target, self.drafters, self.config = target, tuple(drafters), config or DecodeConfig()
+        self.target, self.drafters, self.config = model, tuple(drafters), config or DecodeConfig()
         if not self.drafters:
             raise ValueError("drafters: expected at least 1, got 0")
-        layers = target.config.get_text_config(decoder=True).num_hidden_layers
-        self.vocabulary = vocabulary_of(target)
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.vocabulary = vocabulary_of(model)
         for place, drafter in enumerate(self.drafters):
             check_drafter(drafter, place, self.vocabulary, layers)
         names = tuple(drafter.name for drafter in self.drafters)
@@ -119,25 +123,25 @@ class Decoder:
             raise ValueError(f"drafters: expected distinct names, got {names}")
         self._lock = threading.Lock()
         """Threads take turns with `_stacks`."""
-        self._stacks = stacks_of(self.drafters)
+        self._stacks: list[tuple[list[int], HeadStack]] | None = stacks_of(self.drafters)
         throughput = self.config.objective == "throughput"
         self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
         self.captures = Captures(self.config.max_drafted + 1) if self.config.compile else None
-        check_inputs(target)
-        self.reread_at = reread_boundary(target)
+        check_inputs(model)
+        self.reread_at = reread_boundary(model)
         """Number of tokens, padding included, at which the target reads its whole text again; None: it never does."""
-        self._may_be_ragged = may_be_ragged(target)
-        self.table, self.follows_length = table_size(target), bool(length_dependent(target))
+        self._may_be_ragged = may_be_ragged(model)
+        self.table, self.follows_length = table_size(model), bool(length_dependent(model))
         """Positions in the target's table, if it has one, and whether its rotary factors follow the text's length."""
         if self.captures is not None:
             self.captures.together = self._may_be_ragged
         if self.config.tree is not None and not self.together:
             raise ValueError(
                 "tree: expected a target that takes positions and a mask of its own for every row (attn_implementation sdpa or "
-                f"eager, no layers that mask by slot), got {type(target).__name__} with "
-                f"{target.config.get_text_config(decoder=True)._attn_implementation}"
+                f"eager, no layers that mask by slot), got {type(model).__name__} with "
+                f"{model.config.get_text_config(decoder=True)._attn_implementation}"
             )
-        self.overlaps = device_of(target).type != "cpu"
+        self.overlaps = device_of(model).type != "cpu"
         """Whether the drafters are scored beside the next round. The learner then receives the losses one round later, which
         its delay queue allows. A CPU gains nothing by it."""
         self.new_learner()  # an unknown learner is refused here, not at the first request
@@ -173,8 +177,15 @@ class Decoder:
         return new_learner(self.config, len(self.drafters))
 
     def __call__(
-        self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=None, **model_kwargs
-    ):
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        learner_state: dict | Sequence[dict] | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
         """The decoding loop of `model.generate(..., custom_generate=self)`, with what that call has prepared.
 
         `generate` does not pass a `streamer` to a custom loop; with one use `hedgespec.custom_generate`.
@@ -252,7 +263,7 @@ class Decoder:
         rows = self.decode(requests, sampling, on_tokens=on_tokens)
         return DecodeOutput(stack([row.sequence for row in rows], padding_id), [row.stats for row in rows])
 
-    def decode(self, requests: Sequence[Request], sampling: Sampling, *, past=None,
+    def decode(self, requests: Sequence[Request], sampling: Sampling, *, past: DynamicCache | None = None,
                on_tokens: Callable[[int, list[int]], None] | None = None,
                together: Together | None = None) -> list[Row]:  # fmt: skip
         """Decodes requests and returns their rows, finished, in order; the caller disables gradients.
@@ -300,7 +311,7 @@ class Decoder:
         return rows
 
     @staticmethod
-    def _decode_together(batches: list[Batch], past, together: Together) -> list[Row]:
+    def _decode_together(batches: list[Batch], past: DynamicCache | None, together: Together) -> list[Row]:
         """Decodes rows that end together: where they are in batches of their own, the shortest one takes the next round."""
         rows = [row for batch in batches for row in batch.all_rows]
         for batch in batches:

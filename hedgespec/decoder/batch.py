@@ -162,7 +162,7 @@ class Batch:
         """Runs the target over the drafts, emits tokens, and adds them to the rows' backlogs."""
         began = self._now() if self.costs is not None else 0.0
         logits, noise = self._forward(choices, drafts, noise)
-        verdicts = self.verifier.verify(self.rows, logits, drafts, choices, uniforms, noise)
+        verdicts = self.verifier.verify(self.rows, logits, drafts, choices, list(uniforms), noise)
         self.plain.check_inputs(self.rows)
         paths = None if self.config.tree is None else [verdict.path for verdict in verdicts]
         self.target.keep([len(verdict.emitted) for verdict in verdicts], paths)
@@ -179,8 +179,8 @@ class Batch:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the target's logits [B, T, V] at each row's last verified token and at its draft, and the noise of the token
         that each position scores."""
-        tokens = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens]) for row, draft in zip(self.rows, drafts)]
-        tokens = stack(tokens, 0)
+        read = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens]) for row, draft in zip(self.rows, drafts)]
+        tokens = stack(read, 0)
         # Nodes that do not exist may lie deeper than the deepest node of the row's own tree.
         reach = [1 + min(choice.draft_length, len(draft.tokens)) for choice, draft in zip(choices, drafts)]
         if self.config.tree is None:

@@ -60,14 +60,14 @@ def draft_chains(group: DrafterGroup, rows: Sequence[Row], choices: Sequence[Cho
         best, likeliest = given.max(-1)
         finite[index_of(drafting, rows, device), position] = best.isfinite()
         if process is not None:
-            given = [
+            processed = [
                 process(rows[row], choices[row].drafter, given[place, None], tokens[row]) for place, row in enumerate(drafting)
             ]
             # The draft ends where no token that the drafter can propose is allowed.
-            answers = [place for place in answers if given[place].amax().isfinite()]
+            answers = [place for place in answers if processed[place].amax().isfinite()]
             if not answers:
                 break
-            given = torch.cat([given[place] for place in answers])
+            given = torch.cat([processed[place] for place in answers])
             drafting, likeliest = [drafting[place] for place in answers], given.argmax(-1)
         own = index_of(drafting, rows, device)
         if noise is not None:

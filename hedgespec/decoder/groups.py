@@ -17,6 +17,7 @@ import torch
 from hedgespec.decoder.row import Row, draft_width
 from hedgespec.device import to_device
 from hedgespec.drafters import Drafter, DrafterSession
+from hedgespec.drafters.eagle import EagleHead
 from hedgespec.drafters.stack import HeadStack, is_plain, kind_of
 
 NON_FINITE_LOGITS = "expected logits with a finite maximum, got NaN, +inf or -inf throughout"
@@ -240,8 +241,8 @@ DrafterGroup = StackedHeads | UnstackedDrafters
 
 def stacks_of(drafters: Sequence[Drafter]) -> list[tuple[list[int], HeadStack]]:
     """Stacks the EAGLE heads among the drafters, one stack for each shape. Returns their indices and the stacks."""
-    kinds: dict[tuple, list[int]] = {}
+    kinds: dict[tuple, dict[int, EagleHead]] = {}
     for index, drafter in enumerate(drafters):
         if is_plain(drafter):
-            kinds.setdefault(kind_of(drafter), []).append(index)
-    return [(members, HeadStack([drafters[index] for index in members])) for members in kinds.values()]
+            kinds.setdefault(kind_of(drafter), {})[index] = drafter
+    return [(list(heads), HeadStack(list(heads.values()))) for heads in kinds.values()]

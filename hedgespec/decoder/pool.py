@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from hedgespec.drafters import Drafter
 from hedgespec.drafters.stack import HeadStack
 from hedgespec.ops.sampling import Sampling
 from hedgespec.records import Choice, Draft
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -95,7 +98,7 @@ class Pool:
             rows, chosen = [self.rows[place] for place in places], [choices[place] for place in places]
             arguments = rows, chosen, uniforms[at], None if noise is None else noise[at]
             began = clock() if clock else 0.0
-            found = self._or_unstacked(number, lambda group, arguments=arguments: self._draft_with(group, *arguments))
+            found = self._or_unstacked(number, self._draft_with, *arguments)
             if clock:
                 each = (clock() - began) / max(1, *(draft.tokens.shape[0] for draft in found))
                 found = [replace(draft, seconds_per_token=each) for draft in found]
@@ -113,10 +116,10 @@ class Pool:
             noise,
         )  # fmt: skip
 
-    def _or_unstacked(self, number: int, call: Callable[[DrafterGroup], object]):
+    def _or_unstacked(self, number: int, call: Callable[..., T], *arguments: Any) -> T:
         """Calls a group. If a stack fails, its heads run one by one from then on, and those that fail are dropped."""
         try:
-            return call(self.groups[number])
+            return call(self.groups[number], *arguments)
         except Exception as error:
             members = self.groups[number].members
             if isinstance(self.groups[number], UnstackedDrafters):
@@ -124,4 +127,4 @@ class Pool:
             warnings.warn(f"stacked heads run one by one from now on: {type(error).__name__}: {error}", stacklevel=1)
         self.groups[number] = None  # frees its memory, which may be what is missing
         self.groups[number] = UnstackedDrafters(members, [self.drafters[index] for index in members], self.rows)
-        return call(self.groups[number])
+        return call(self.groups[number], *arguments)

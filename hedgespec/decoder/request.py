@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ import torch
 from hedgespec.errors import ContextError
 from hedgespec.runtime.target import device_of
 from hedgespec.utils.scalars import integer, integers, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens int64 [1, L], logits [n, V] for the token after them) -> processed logits [n, V]."""
@@ -87,7 +90,7 @@ def generator(seed: int | None, row: int) -> np.random.Generator:
     return np.random.default_rng(seed if seed is None or row == 0 else [seed, row])
 
 
-def eos_of(target, eos_token_id: int | Sequence[int] | torch.Tensor | None = None) -> frozenset[int]:
+def eos_of(target: PreTrainedModel, eos_token_id: int | Sequence[int] | torch.Tensor | None = None) -> frozenset[int]:
     """Returns the ids that end a sequence: those given, or else those of the target's generation config.
 
     An id that the target cannot emit is refused where it is given as an argument. In a generation config it is left as it is:
@@ -103,7 +106,7 @@ def eos_of(target, eos_token_id: int | Sequence[int] | torch.Tensor | None = Non
     return frozenset() if found is None else frozenset(integers("generation_config.eos_token_id", found))
 
 
-def padding_of(target, pad_token_id: int | torch.Tensor | None = None) -> int:
+def padding_of(target: PreTrainedModel, pad_token_id: int | torch.Tensor | None = None) -> int:
     """Returns the id that fills up rows: the one given, or else that of the target's generation config, or else 0.
 
     Raises: TypeError for anything but an integer.
@@ -135,12 +138,14 @@ def states_of(learner_state: Mapping[str, Any] | Sequence[Mapping[str, Any] | No
     return learner_state
 
 
-def vocabulary_of(target) -> int:
+def vocabulary_of(target: PreTrainedModel) -> int:
     """Returns V, the number of token ids that the target's config names."""
     return target.config.get_text_config(decoder=True).vocab_size
 
 
-def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, target) -> list[tuple[torch.Tensor, int]]:
+def rows_of(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, target: PreTrainedModel
+) -> list[tuple[torch.Tensor, int]]:
     """Returns the rows of a batch of prompts, each int64 [padding + P] on the target's device, and the length of its padding.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ class Scorer:
             logits, maps = self._processed(verified, one.group.members, logits), None
         if verified.noise is not None:
             logits = self.noise.perturb(logits, verified.noise, None if maps is None else maps[:, None, None])
-        options = {
+        options: dict[str, Any] = {
             "lengths": verified.lengths,
             "draft_to_target": maps,
             "target_temperature": sampling.temperature,
@@ -157,7 +158,8 @@ class Scorer:
         if self.one_hot:
             scores = evaluate(*inputs, top_k=tree.widest, **options).scores[4:]
         else:
-            scores = multi_draft_acceptance(*inputs, tree.widest, **options)
+            target_logits, logits, tokens = inputs
+            scores = multi_draft_acceptance(target_logits, logits, tokens, tree.widest, **options)
         # One pair for each number of children, and in front one for no children. Where only the first child has children, the
         # path must lead to the first child.
         scores = functional.pad(scores, (0, 0) * 3 + (2, 0))
@@ -185,8 +187,8 @@ class Scorer:
         verified = evaluation.verified
         scores: dict[int, np.ndarray] = {}
         for members, wait in evaluation.parts:
-            *found, finite = wait()
-            found = np.stack(found)  # [C, n, R, T]
+            *parts, finite = wait()
+            found = np.stack(parts)  # [C, n, R, T]
             for member, drafter in enumerate(members):
                 scores[drafter] = found[:, member]
                 for place, row in enumerate(verified.rows):

@@ -69,6 +69,7 @@ class _Trees:
 
     def draft(self) -> set[int]:
         """Drafts all depths. Returns the rows that have a draft."""
+        self.drafting: Sequence[int]
         self.drafting, given = self.group.begin_draft(self.rows, self.members)
         begun, depths = set(self.drafting), max(choice.draft_length for choice in self.choices)
         if not begun:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,8 +116,9 @@ class Verifier:
             is_tree = drafts[places[0]].parents is not None
             verify_stacked = self._verify_trees if is_tree else self._verify_chains
             own = logits if len(places) == len(rows) else logits[to_device(places, self.device)]
-            some = [[each[place] for place in places] for each in (rows, drafts, uniforms)]
-            for place, found in zip(places, verify_stacked(own, *some)):
+            own_rows, own_drafts = [rows[place] for place in places], [drafts[place] for place in places]
+            own_uniforms = [uniforms[place] for place in places]
+            for place, found in zip(places, verify_stacked(own, own_rows, own_drafts, own_uniforms)):
                 row = rows[place]
                 self._drop_unusable(row, choices[place], drafts[place], found.usable)
                 emitted = row.emit(found.tokens[: found.sound])
@@ -271,22 +273,22 @@ class Verifier:
                      lengths: torch.Tensor | None = None) -> Verdict:  # fmt: skip
         mode = "sampled" if self.config.proposal == "sampled" else "argmax"
         options = self._options(target_logits, draft_logits, mapping)
-        uniforms = to_device(uniforms, self.device)
-        return verify(target_logits, draft_tokens, draft_logits, uniforms, mode=mode, lengths=lengths, **options)
+        draws = to_device(uniforms, self.device)
+        return verify(target_logits, draft_tokens, draft_logits, draws, mode=mode, lengths=lengths, **options)
 
     def _call_verify_tree(self, target_logits: torch.Tensor, draft_tokens: torch.Tensor, parents: torch.Tensor,
                           draft_logits: torch.Tensor | None, origins: torch.Tensor | None, mapping: torch.Tensor | None,
                           uniforms: np.ndarray, depth: int | None = None) -> Verdict:  # fmt: skip
         mode = "argmax" if draft_logits is None else "sampled"
         options = self._options(target_logits, draft_logits, mapping)
-        uniforms, depth = to_device(uniforms, self.device), depth or self.config.draft_length
+        draws, depth = to_device(uniforms, self.device), depth or self.config.draft_length
         return verify_tree(
-            target_logits, draft_tokens, parents, draft_logits, uniforms, depth=depth, mode=mode, origins=origins, **options
+            target_logits, draft_tokens, parents, draft_logits, draws, depth=depth, mode=mode, origins=origins, **options
         )  # fmt: skip
 
     def _options(
         self, target_logits: torch.Tensor, draft_logits: torch.Tensor | None, mapping: torch.Tensor | None
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """Returns the arguments that `verify` and `verify_tree` share."""
         return {
             "draft_to_target": mapping,

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,9 @@ def _tensors_in(file: Path) -> dict[str, _Tensor]:
         if not found or not all(isinstance(one, torch.Tensor) for one in found.values()):
             raise CheckpointError(f"{file}: expected a pickle of tensors by name, got something else")
         return {
-            key: _Tensor(tuple(one.shape), str(one.dtype).removeprefix("torch."), one.is_floating_point(), lambda one=one: one)
+            key: _Tensor(
+                tuple(one.shape), str(one.dtype).removeprefix("torch."), one.is_floating_point(), partial(_itself, one)
+            )
             for key, one in found.items()
         }
     try:
@@ -157,9 +160,13 @@ def _tensors_in(file: Path) -> dict[str, _Tensor]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: expected a readable safetensors file ({error})") from error
     return {
-        key: _Tensor(shape, DTYPES.get(kind, kind), kind != "BOOL" and kind[0] in "FB", lambda key=key: _read(file, key))
+        key: _Tensor(shape, DTYPES.get(kind, kind), kind != "BOOL" and kind[0] in "FB", partial(_read, file, key))
         for key, (shape, kind) in about.items()
     }
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _read(file: Path, key: str) -> torch.Tensor:

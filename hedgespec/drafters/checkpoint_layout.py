@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from hedgespec.drafters.checkpoint_files import _Files, _Tensor
 from hedgespec.drafters.checkpoint_schema import read_config
 from hedgespec.drafters.eagle import EagleConfig
 from hedgespec.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SCALINGS = ("linear", "llama3", "yarn")
 """Of positions, those that do not depend on the length."""
@@ -70,7 +73,7 @@ class _Target:
     output: tuple[int, ...]
 
     @classmethod
-    def of(cls, target) -> _Target:
+    def of(cls, target: PreTrainedModel) -> _Target:
         config, output = target.config.get_text_config(decoder=True), target.get_output_embeddings()
         return cls(
             config.num_hidden_layers, config.hidden_size, config.vocab_size, tuple(target.get_input_embeddings().weight.shape),
@@ -115,7 +118,7 @@ class _Plan:
         self.files, self.target = files, target
         self.assumed: list[str] = []
         self.faults: list[str] = []
-        self.version = _version_of(files)
+        self.version: Any = _version_of(files)
         if self.version is None:
             shown = ", ".join(sorted(files.tensors)[:5]) or "none"
             raise CheckpointError(
@@ -243,7 +246,7 @@ class _Plan:
             biases=biases, norm_before_residual=before, feeds_back_norm=back, rope_scaling=scaling,
         )  # fmt: skip
 
-    def _integer(self, name: str, default: int | None, why: str = "") -> int:
+    def _integer(self, name: str, default: int | None, why: str = "") -> Any:
         """A size; without one nothing else can be said."""
         found = self.settings.get(name) if default is None else self._setting(name, default, why)
         if found is None or found < 1:
@@ -432,7 +435,10 @@ class _Plan:
             for one, rows in zip(names, split.get(stem, shape[:1])):
                 expected[one] = (rows, *shape[1:])
         if "embed_tokens.weight" in self.there:
-            expected["embed_tokens.weight"] = (self.vocab_size or self._shape("embed_tokens.weight")[0], config.hidden_size)
+            expected["embed_tokens.weight"] = (
+                self.vocab_size or self.there["embed_tokens.weight"].shape[0],
+                config.hidden_size,
+            )
         said = {name: self.origin.get(name, name.replace("layer.", self._layer_prefix())) for name in expected}
         for name, shape in expected.items():
             found = self.there.get(name)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +24,9 @@ from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError
 from hedgespec.utils.files import replacing, write_tensors
 from hedgespec.utils.scalars import integers, shown, text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LAYOUTS = ("eagle3", "eagle", "speculators")
 
@@ -53,7 +56,7 @@ class Inspection:
 
 def load_drafter(
     path: str | Path,
-    target,
+    target: PreTrainedModel,
     *,
     name: str | None = None,
     aux_layers: Sequence[int] | None = None,
@@ -95,6 +98,8 @@ def load_drafter(
         embedding = nn.Embedding.from_pretrained(own, freeze=True)
     rows = None if output is None else output.weight.detach()
     if "lm_head.weight" not in weights:
+        if rows is None:
+            raise CheckpointError(f"{path}: expected an lm_head.weight, since the target has no output matrix, found none")
         if rows.is_meta:
             raise CheckpointError(f"{path}: expected an lm_head.weight, since the target's is not in memory, found none")
         weights["lm_head.weight"] = rows if vocabulary is None else rows[vocabulary.to(rows.device)]
@@ -120,9 +125,13 @@ def _equal(own: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def inspect_drafter(
-    path: str | Path, target=None, *, aux_layers: Sequence[int] | None = None, allow_pickle: bool = False,
+    path: str | Path,
+    target: PreTrainedModel | None = None,
+    *,
+    aux_layers: Sequence[int] | None = None,
+    allow_pickle: bool = False,
     revision: str | None = None,
-) -> Inspection:  # fmt: skip
+) -> Inspection:
     """What `load_drafter` finds and assumes, without a target as far as that goes. Arguments as there.
 
     Raises: CheckpointError where there is no EAGLE head that could be described.
@@ -149,9 +158,14 @@ def is_head(path: str | Path, *, allow_pickle: bool = False) -> bool:
 
 
 def save_drafter(
-    head: EagleHead, folder: str | Path, layout: str | None = None, *, target=None, verifier: str | None = None,
+    head: EagleHead,
+    folder: str | Path,
+    layout: str | None = None,
+    *,
+    target: PreTrainedModel | None = None,
+    verifier: str | None = None,
     dtype: torch.dtype | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Writes `config.json` and `model.safetensors` in a layout of other projects and returns the folder. Both files are
     written whole or not at all.
 
@@ -247,7 +261,7 @@ def _tensors_of(head: EagleHead, layout: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _config_of(config: EagleConfig, layout: str, target, verifier: str | None, dtype: str) -> dict[str, Any]:
+def _config_of(config: EagleConfig, layout: str, target: PreTrainedModel, verifier: str | None, dtype: str) -> dict[str, Any]:
     """`config.json`, with all that vLLM 0.32, SGLang and we ourselves would otherwise have to assume."""
     about = None if target is None else target.config.get_text_config(decoder=True)
     kind = "qwen3" if "q_norm" in config.norms else "llama"

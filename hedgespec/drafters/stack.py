@@ -14,10 +14,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -124,7 +126,7 @@ class StackLayer(EagleLayer):
         return swiglu(gate_up)
 
 
-def is_plain(drafter: object) -> bool:
+def is_plain(drafter: object) -> TypeGuard[EagleHead]:
     """Whether a drafter is an EAGLE head and nothing else: no class of its own, no hooks, no layer wrapped or replaced, and
     every weight, and the draft vocabulary, of the size that its configuration names."""
     if type(drafter) is not EagleHead:
@@ -188,7 +190,7 @@ class _Rows:
     """int64 [R], slots that the last position of the chunk at hand may look at."""
 
     @classmethod
-    def at(cls, places, heads, positions: np.ndarray, device: torch.device) -> _Rows:
+    def at(cls, places: ArrayLike, heads: ArrayLike, positions: np.ndarray, device: torch.device) -> _Rows:
         places, heads = np.asarray(places), None if heads is None else np.asarray(heads)
         which = None if heads is None else to_device(heads, device)
         return cls(places, heads, positions, to_device(places, device), which)
@@ -340,13 +342,13 @@ class StackSession:
         starts = now.positions - self.base[now.places]
         self._make_room(int(starts.max()) + known - 1 + count)
         # A row of its own for each token: then the kernels that write a chain's keys and values write a tree's.
-        first, which, index = to_device(starts, tokens.device), now.which, now.index
+        first = to_device(starts, tokens.device)
         slots = (first[:, None] + torch.arange(known - 1, known - 1 + count, device=tokens.device)).flatten()
         positions = to_device(now.positions + depth, tokens.device)
+        rows_of, positions_of, which = (one.repeat_interleave(count) for one in (now.index, positions, now.which))
         hidden, logits = self._layer(
-            tokens.reshape(-1, 1), features.reshape(-1, 1, states.shape[2]),
-            *(one.repeat_interleave(count) for one in (index, positions)), slots,
-            which=which.repeat_interleave(count), fused=True,
+            tokens.reshape(-1, 1), features.reshape(-1, 1, states.shape[2]), rows_of, positions_of, slots, which=which,
+            fused=True,
             attend=lambda queries, *_: self._attend_tree(queries, now, starts, first, new),
         )  # fmt: skip
         hidden = hidden.view(rows, count, -1)
@@ -360,13 +362,13 @@ class StackSession:
         rows, count, known = lines.shape
         queries = queries.unflatten(0, (rows, count))[..., 0, :].transpose(1, 2)
         if queries.is_cpu or rows == 1:  # views, where a launch costs little
-            attended = []
+            apart = []
             places = now.heads.tolist(), now.places.tolist(), starts.tolist()
             for query, line, head, row, start in zip(queries, lines, *places):
                 mask = F.pad(line[:, 1:], (start, 0), value=True)
                 keys, values = (one[head, row, None, :, : start + known - 1] for one in (self.keys, self.values))
-                attended.append(_attention(query[None], keys, values, mask))
-            attended = torch.cat(attended)
+                apart.append(_attention(query[None], keys, values, mask))
+            attended = torch.cat(apart)
         else:
             end = int(starts.max()) + known - 1
             keys, values = (one[now.which, now.index, :, :end] for one in (self.keys, self.values))
@@ -385,10 +387,10 @@ class StackSession:
             wanted = zip(now.places.tolist(), now.positions.tolist(), map(len, tokens))
             skipped = np.maximum(skipped, [self._forget(*one, asked is not None) for one in wanted])
         now.positions = now.positions + skipped - 1
-        tokens, features = ([one[skip:] for one, skip in zip(each, skipped)] for each in (tokens, features))
-        some = None if asked is None else (np.array([len(one) for one in tokens]) - asked, int(asked.max()))
-        tokens, features = pad_sequence(tokens, batch_first=True), pad_sequence(features, batch_first=True)
-        return self._forward(now, tokens, features, some, fused=False)
+        new_tokens, new_features = ([one[skip:] for one, skip in zip(each, skipped)] for each in (tokens, features))
+        some = None if asked is None else (np.array([len(one) for one in new_tokens]) - asked, int(asked.max()))
+        padded = pad_sequence(new_tokens, batch_first=True), pad_sequence(new_features, batch_first=True)
+        return self._forward(now, *padded, some, fused=False)
 
     def _forward(self, now: _Rows, tokens: torch.Tensor, features: torch.Tensor, some: tuple[np.ndarray, int] | None, *,
                  fused: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -411,7 +413,8 @@ class StackSession:
         names = [name for name, one in optional.items() if one is not None]
 
         def run(*inputs: torch.Tensor, now: _Rows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-            return self._layer(*inputs[:5], **dict(zip(names, inputs[5:])), asked=asked, fused=fused, now=now)
+            given: dict[str, Any] = dict(zip(names, inputs[5:]))
+            return self._layer(*inputs[:5], **given, asked=asked, fused=fused, now=now)
 
         inputs += [optional[name] for name in names]
         if captured:
@@ -419,8 +422,9 @@ class StackSession:
             bucket = self.keys.shape[1], self.keys.shape[3]
             self.keys, self.values = self.graphs.held(bucket, (self.keys, self.values))
             try:
-                states = self.graphs((*bucket, fused, *names, *inputs[0].shape), run, *inputs)
-                return tuple(one[..., :count, :].clone() for one in states)  # the next run may write where they are
+                hidden, logits = self.graphs((*bucket, fused, *names, *inputs[0].shape), run, *inputs)
+                # Copies: the next run may write where they are.
+                return hidden[..., :count, :].clone(), logits[..., :count, :].clone()
             except NotCapturable as error:
                 warnings.warn(f"the heads run as they are, not captured: {error}", stacklevel=1)
                 inputs[:2], self.graphs = (tokens, features), None
@@ -453,7 +457,7 @@ class StackSession:
             queries = wanted.unflatten(-1, queries.shape[-3::2]).transpose(-3, -2)
             residual = _at(residual.unflatten(-2, shape), first, asked).flatten(-3, -2)
             each = None if which is None else which.repeat_interleave(asked)
-            slots, layer, shape = slots + first, stack.at(each), (shape[0], asked)
+            slots, layer, shape = slots + first, stack.at(each), torch.Size((shape[0], asked))
         attended = (attend or self._attend)(queries, rows, slots, which, now).transpose(-3, -2).flatten(-2).flatten(-3, -2)
         own, logits = layer.answer(layer.leave(residual, attended))
         return own.unflatten(-2, shape), logits.unflatten(-2, shape)
@@ -519,5 +523,7 @@ def _at(states: torch.Tensor, first: torch.Tensor, count: int = 1) -> torch.Tens
     return states[..., rows, positions.clamp(max=states.shape[-2] - 1), :]
 
 
-def _attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None):
+def _attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)

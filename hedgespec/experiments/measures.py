@@ -166,7 +166,7 @@ def tokens_behind(weights: NDArray[np.float64], losses: NDArray[np.float64], dra
     return expected_regret(weights, losses) / len(losses) * (draft_length + 1)
 
 
-def tokens_until_held(stats: DecodeStats, best: Sequence[int]) -> int:
+def tokens_until_held(stats: DecodeStats, best: ArrayLike) -> int:
     """Returns the tokens emitted before the best drafters hold the text, or all of its tokens if they never do.
 
     They hold it from the first round on from which at least `HELD_SHARE` of the rounds are drafted by one of them. Rounds

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ from hedgespec.ops.evaluate import evaluate
 from hedgespec.ops.gumbel import gumbel, key_of, perturb
 from hedgespec.ops.sampling import Sampling
 from hedgespec.zoo.replay import Text, read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hedgespec.records import Evaluation
 
 ARRAYS = ("tokens", "prompt_prob", "prob", "ratio", "drafted")
 """Fields of `Trace` that are stored as arrays."""
@@ -72,14 +78,16 @@ class Trace:
     def of(self, drafters: Sequence[int]) -> Trace:
         """Returns the trace of the same text with a pool of some of the drafters, in the order given."""
         chosen = list(drafters)
-        arrays = {name: getattr(self, name)[chosen] for name in ("prompt_prob", "prob", "ratio", "drafted")}
-        names = {name: tuple(getattr(self, name)[index] for index in chosen) for name in ("drafters", "own_features")}
+        arrays: dict[str, Any] = {name: getattr(self, name)[chosen] for name in ("prompt_prob", "prob", "ratio", "drafted")}
+        names: dict[str, Any] = {
+            name: tuple(getattr(self, name)[index] for index in chosen) for name in ("drafters", "own_features")
+        }
         return replace(self, **arrays, **names)
 
     def save(self, path: Path) -> None:
         """Writes one .npz file. The file appears under its name only when it is complete."""
         head = {name: value for name, value in vars(self).items() if name not in ARRAYS}
-        arrays = {name: _smallest(getattr(self, name)) for name in ARRAYS}
+        arrays: dict[str, Any] = {name: _smallest(getattr(self, name)) for name in ARRAYS}
         path.parent.mkdir(parents=True, exist_ok=True)
         with (scratch := path.with_suffix(".part")).open("wb") as file:
             np.savez_compressed(file, head=np.array(json.dumps(head)), **arrays)
@@ -90,8 +98,9 @@ class Trace:
         """Reads a file that `save` wrote; every value is restored exactly."""
         with np.load(path) as file:
             head = json.loads(str(file["head"]))
-            arrays = {name: file[name].astype(np.int64 if name == "tokens" else np.float64) for name in ARRAYS}
-        return Trace(**{name: tuple(value) if isinstance(value, list) else value for name, value in head.items()}, **arrays)
+            arrays: dict[str, Any] = {name: file[name].astype(np.int64 if name == "tokens" else np.float64) for name in ARRAYS}
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in head.items()}
+        return Trace(**fields, **arrays)
 
 
 def _smallest(values: np.ndarray) -> np.ndarray:
@@ -105,9 +114,20 @@ def _smallest(values: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def record(
-    target, drafters: Sequence[Drafter], prompt_ids: torch.Tensor, *, domain: str, number: int, seed: int, mode: str,
-    temperature: float, max_new_tokens: int, depth: int, warm_start: int = 64, writer: Drafter | None = None,
-) -> Trace:  # fmt: skip
+    target: PreTrainedModel,
+    drafters: Sequence[Drafter],
+    prompt_ids: torch.Tensor,
+    *,
+    domain: str,
+    number: int,
+    seed: int,
+    mode: str,
+    temperature: float,
+    max_new_tokens: int,
+    depth: int,
+    warm_start: int = 64,
+    writer: Drafter | None = None,
+) -> Trace:
     """Decodes one text and records what would have been accepted of each drafter at each position.
 
     Args:
@@ -127,7 +147,7 @@ def record(
 
     Returns: the trace.
     """
-    decoder = Decoder(target, [writer or drafters[0]], DecodeConfig(proposal=mode, learner="fixed", warm_start=0))
+    decoder = Decoder(target, [writer or drafters[0]], DecodeConfig(proposal=cast(Any, mode), learner="fixed", warm_start=0))
     out = decoder.generate(prompt_ids, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens)
     tokens, length = out.sequences[0], len(prompt_ids)
     first = max(length + 1 - warm_start, 2)  # EAGLE heads predict no token before the third
@@ -184,7 +204,9 @@ class _Scores:
         scores = self._evaluate(drafter, self.target_logits[rows], logits, tokens, self.rule).scores[:, 0, 0]
         return scores[:2] if self.mode == "sampled" else scores[2:4]
 
-    def _evaluate(self, drafter: Drafter, target_logits: torch.Tensor, logits: torch.Tensor, tokens: slice, rule: Sampling):
+    def _evaluate(
+        self, drafter: Drafter, target_logits: torch.Tensor, logits: torch.Tensor, tokens: slice, rule: Sampling
+    ) -> Evaluation:
         mapping = drafter.draft_to_target
         return evaluate(
             target_logits[None], logits[None, None], self.tokens[None, tokens],

@@ -8,7 +8,7 @@ tokens are accepted: the distribution is the decoder's.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,5 +136,5 @@ def alone(trace: Trace, drafter: int, draft_length: int, seed: int | None = None
         draft_length: K.
         seed: seed of the draws; None is the trace's. It matters for sampled proposals only.
     """
-    config = DecodeConfig(draft_length=draft_length, proposal=trace.mode, learner="fixed", warm_start=0)
+    config = DecodeConfig(draft_length=draft_length, proposal=cast(Any, trace.mode), learner="fixed", warm_start=0)
     return replay(trace.of([drafter]), config, seed=seed).emitted_by_round

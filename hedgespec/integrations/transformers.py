@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -58,6 +59,10 @@ from hedgespec.runtime.positions import length_dependent
 from hedgespec.runtime.wrappers import unwrap
 from hedgespec.stats import DecodeStats
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound=nn.Module)
 STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 """Processors of transformers that remember their calls."""
 WARPERS = {
@@ -93,7 +98,7 @@ class HedgeSpecOutput(GenerateDecoderOnlyOutput):
 # Every call
 
 
-def accelerate(model, drafters: Sequence[Drafter] | Decoder, config: DecodeConfig | None = None):
+def accelerate(model: Model, drafters: Sequence[Drafter] | Decoder, config: DecodeConfig | None = None) -> Model:
     """Makes `model.generate` decode with drafters, until `restore(model)`. Only this instance is changed.
 
     Args:
@@ -120,7 +125,7 @@ def accelerate(model, drafters: Sequence[Drafter] | Decoder, config: DecodeConfi
     return model
 
 
-def restore(model):
+def restore(model: Model) -> Model:
     """Gives the model its own `generate` back, and returns it. Raises ValueError if it is not accelerated."""
     holder = _holder(model)
     if not isinstance(vars(holder).get("generate"), _Accelerated):
@@ -129,7 +134,7 @@ def restore(model):
     return model
 
 
-def _holder(model):
+def _holder(model: Any) -> Any:
     """Returns the module on which `model.generate = ...` puts the attribute: what `torch.compile` returns passes it on."""
     while is_compiled(model):
         model = model._orig_mod
@@ -153,7 +158,7 @@ class _Accelerated:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._plain)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs).arguments
         arguments = {name: value for name, value in bound.items() if name != "kwargs"} | bound.get("kwargs", {})
         if (loop := arguments.get("custom_generate")) is not None:
@@ -188,7 +193,7 @@ class _Accelerated:
 # One call
 
 
-def custom_generate(decoder: Decoder, *, streamer: BaseStreamer | None = None) -> Callable:
+def custom_generate(decoder: Decoder | Callable, *, streamer: BaseStreamer | None = None) -> Callable:
     """Returns a decoding loop for `model.generate(..., custom_generate=...)`: the decoder, with a streamer.
 
     `generate` does not pass its own argument `streamer` to a custom loop. It only shows that streamer the prompt, then neither
@@ -229,18 +234,26 @@ class _Loop:
     streamer: BaseStreamer | None
     view: Any = None
 
-    def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=None,
-                 **model_kwargs):  # fmt: skip
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        learner_state: dict | Sequence[dict] | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
         return decode(
             self.decoder, self.decoder.target if model is self.view else model, input_ids, logits_processor, stopping_criteria,
             generation_config, streamer=self.streamer, learner_state=learner_state, **model_kwargs,
         )  # fmt: skip
 
 
-def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: LogitsProcessorList,
+def decode(decoder: Decoder, model: PreTrainedModel, input_ids: torch.Tensor, logits_processor: LogitsProcessorList,
            stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, *,
            streamer: BaseStreamer | None = None, learner_state: dict | Sequence[dict] | None = None,
-           **model_kwargs):  # fmt: skip
+           **model_kwargs: Any) -> Any:  # fmt: skip
     """The decoding loop of `generate`: arguments and results are those of `GenerationMixin._sample`.
 
     Args:
@@ -299,6 +312,7 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
         ))  # fmt: skip
 
     def show(_: int, tokens: list[int]) -> None:
+        assert streamer is not None
         for token in tokens:  # one by one, as plain decoding does
             streamer.put(torch.tensor([token]))
 
@@ -306,8 +320,8 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
     if streamer is not None:
         streamer.end()
     sequences = stack([row.sequence for row in rows], pad).to(input_ids.device)
-    for row, recorder in zip(rows, recorders):
-        recorder.cut(row.stats.emitted_tokens)
+    for done, recorder in zip(rows, recorders):
+        recorder.cut(done.stats.emitted_tokens)
     if keep_cache:
         _store(cache, rows)
     if not records:
@@ -321,7 +335,14 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
     )
 
 
-def _refuse(decoder: Decoder, model, config: GenerationConfig, streamer, batch: int, model_kwargs: dict) -> None:
+def _refuse(
+    decoder: Decoder,
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    batch: int,
+    model_kwargs: dict,
+) -> None:
     if not any(module is model for module in decoder.target.modules()):
         raise ValueError("custom_generate: expected a decoder whose target is this model, got another's")
     if model_kwargs.get("inputs_embeds") is not None:
@@ -359,7 +380,7 @@ def _refuse(decoder: Decoder, model, config: GenerationConfig, streamer, batch: 
 SYNCED = "synced_gpus: expected False, because processes would not take the same number of rounds"
 
 
-def _is_synced(model) -> bool:
+def _is_synced(model: PreTrainedModel) -> bool:
     """Returns whether `generate` would set `synced_gpus`, which it does not pass to a custom loop: whether several processes
     share the model's weights, by DeepSpeed ZeRO-3 or by FSDP."""
     distributed = torch.distributed
@@ -401,7 +422,7 @@ def _check_whole(
         )
 
 
-def _past(cache, config: GenerationConfig) -> tuple[DynamicCache | None, DynamicCache | None]:
+def _past(cache: Any, config: GenerationConfig) -> tuple[DynamicCache | None, DynamicCache | None]:
     """The cache to fill in the end, and what one that came in holds already."""
     if cache is None:
         return None, None
@@ -429,11 +450,11 @@ def _split(processors: list) -> tuple[list, Sampling]:
     return rest, Sampling(**{"temperature": 1.0} | found)
 
 
-def _is_plain(warper) -> bool:
+def _is_plain(warper: object) -> bool:
     return getattr(warper, "filter_value", -torch.inf) == -torch.inf and getattr(warper, "min_tokens_to_keep", 1) == 1
 
 
-def _is_stateless(processor) -> bool:
+def _is_stateless(processor: object) -> bool:
     own = type(processor).__module__ == "transformers.generation.logits_process" and not isinstance(processor, STATEFUL)
     return own or bool(getattr(processor, "stateless", False))
 
@@ -448,12 +469,12 @@ def _limits(criteria: StoppingCriteriaList, prompt_length: int) -> tuple[int, fr
     return room, frozenset(chain.from_iterable(eos))
 
 
-def _by_row(processor) -> list[str]:
+def _by_row(processor: object) -> list[str]:
     """Returns the attributes in which a processor of transformers holds something for each row."""
     return [name for name in BY_ROW if hasattr(getattr(processor, name, None), "__len__")]
 
 
-def _is_separable(processor, batch: int) -> bool:
+def _is_separable(processor: object, batch: int) -> bool:
     """Returns whether the rows of a batch may be processed one by one: whether nothing is kept from call to call, and what is
     kept for rows is there for each of them. With `num_return_sequences` it is there for each prompt."""
     return _is_stateless(processor) and all(len(getattr(processor, name)) == batch for name in _by_row(processor))
@@ -481,7 +502,7 @@ def _process_drafts(processors: list) -> Callable[[torch.Tensor, torch.Tensor], 
     return (lambda tokens, logits: _through(pure, tokens, logits.to(torch.float32, copy=True))) if pure else None
 
 
-def _through(processors: list, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def _through(processors: Iterable[Any], tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Does what a `LogitsProcessorList` does, without looking up each processor's signature each time.
 
     Raises: ValueError for a processor that changes the shape of its logits.
@@ -535,7 +556,7 @@ class _Steps:
         places = torch.tensor([row.index for row in rows], device=together.device)
         together[places] = torch.cat(list(logits)).float()
         given = together.clone()
-        processed = _through(self._processors, self._tokens[:, : self._count], together)
+        processed = _through(self._processors or (), self._tokens[:, : self._count], together)
         for row in rows:
             own = slice(row.index, row.index + 1)
             self._recorders[row.index].record(given[own], processed[own])

@@ -199,9 +199,9 @@ def _resolve_named(operation: str, backend: str, device: str, dtype: torch.dtype
         raise BackendUnavailableError(
             f"the {backend} backend of {operation} cannot run here ({found}); to get it: {_HOW_TO_GET[backend]}"
         ) from found
-    if not entry.serves(device, None):
+    if entry.devices is not None and not entry.serves(device, None):
         raise ValueError(f"backend: {backend!r} takes tensors on {' or '.join(sorted(entry.devices))}, got tensors on {device}")
-    if not entry.serves(device, dtype):
+    if entry.dtypes is not None and not entry.serves(device, dtype):
         expected = " or ".join(sorted(str(each).removeprefix("torch.") for each in entry.dtypes))
         raise TypeError(f"backend: {backend!r} takes {expected} logits, got {str(dtype).removeprefix('torch.')}")
     return found
@@ -227,9 +227,9 @@ def _resolve_auto(operation: str, device: torch.device, dtype: torch.dtype | Non
                     f"cannot run: this graph keeps another backend. Call {operation} once before the capture"
                 )
                 continue
-            failed = next((each for each, test in tests.items() if not test.passed), None)
+            failed = next(((each, test.reason) for each, test in tests.items() if test is not None and not test.passed), None)
             if failed is not None:
-                reason, name = tests[failed].reason, str(failed).removeprefix("torch.")
+                reason, name = failed[1], str(failed[0]).removeprefix("torch.")
                 passed_over.append(f"; {backend} failed its self-test: {reason}")
                 _warn_once(
                     f"the {backend} kernel of {operation} is not used on {device} for {name}: it failed its self-test: "
@@ -253,6 +253,7 @@ def _self_test(operation: str, backend: str, device: torch.device, dtype: torch.
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     implementation, reference = _load(operation, backend), _load(operation, "reference")
+    assert callable(implementation) and callable(reference)
     return self_test.result(operation, backend, device, dtype, implementation, reference, _cases[operation])
 
 

@@ -42,7 +42,7 @@ def check_tensor(
     tensor: Tensor | None,
     dtypes: tuple[torch.dtype, ...],
     shape: tuple[int, ...],
-    device,
+    device: torch.device,
     *,
     like: str = "the target's logits",
 ) -> None:
@@ -85,7 +85,7 @@ def check_uniforms(name: str, uniforms: Tensor) -> None:
             raise wrong(name, "values in [0, 1)", value)
 
 
-def check_temperature(name: str, temperature: float | Tensor, shape: tuple[int, ...], device) -> float | Tensor:
+def check_temperature(name: str, temperature: float | Tensor, shape: tuple[int, ...], device: torch.device) -> float | Tensor:
     """A finite number >= 0 or a tensor of them; as a number where the rows are seen to share one, for that is quicker."""
     if type(temperature) is float and 0 <= temperature < math.inf:
         return temperature
@@ -107,7 +107,9 @@ def check_temperature(name: str, temperature: float | Tensor, shape: tuple[int, 
 _checked_maps = WeakTensorKeyDictionary()
 
 
-def check_map(name: str, ids: Tensor, shape: tuple[int, ...], device, vocabulary: int, *, distinct: bool) -> Tensor:
+def check_map(
+    name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device, vocabulary: int, *, distinct: bool
+) -> Tensor:
     """A map [..., Vd] from draft ids to target ids in 0..vocabulary-1, and its contiguous int32 copy for kernels.
 
     The values of a map are looked at, on any device, when it is first seen and again after torch wrote to it: maps are few

@@ -483,7 +483,9 @@ def _check_count(name: str, count: int, most: int | None = None) -> None:
 def _self_test_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Small calls of `evaluate_reference` that contain what a kernel may get wrong; scores are probabilities."""
 
-    def case(name: str, target: torch.Tensor, drafters: torch.Tensor, target_dtype: torch.dtype = dtype, **options) -> Case:
+    def case(
+        name: str, target: torch.Tensor, drafters: torch.Tensor, target_dtype: torch.dtype = dtype, **options: Any
+    ) -> Case:
         vocabulary = target.shape[-1]
         tokens = (scattered(*target.shape[:2], seed=5, low=0, high=vocabulary)).long()
         tokens[0, 0], tokens[-1, -1] = vocabulary - 1, 0

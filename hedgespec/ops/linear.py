@@ -114,7 +114,7 @@ def _quick() -> Callable:
     return backends.resolve("linear", "auto", "cpu", torch.float32)
 
 
-def is_compiled(module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """Returns whether the module is what `torch.compile(module)` returns."""
     return isinstance(module, nn.Module) and isinstance(module._modules.get("_orig_mod"), nn.Module)
 
@@ -127,7 +127,9 @@ def few_row_view(model: nn.Module) -> nn.Module:
     around modules, or in place of their forward, is left out: it would run the original modules.
     """
     if is_compiled(model):
-        model = model._orig_mod
+        inside = model._orig_mod
+        assert isinstance(inside, nn.Module)
+        model = inside
     view = object.__new__(type(model))
     # Hooks, buffers, parameters: what is added to one must not show in the other.
     vars(view).update((name, value.copy() if isinstance(value, dict) else value) for name, value in vars(model).items())

@@ -435,7 +435,8 @@ def build_of(backend: str) -> str:
             return "none"
         return f"native {_hash_of_files((_native.__file__,))}"
     if backend == "triton":
-        folders = importlib.util.find_spec("hedgespec.triton_kernels").submodule_search_locations
+        spec = importlib.util.find_spec("hedgespec.triton_kernels")
+        folders = (spec.submodule_search_locations if spec is not None else None) or ()
 
         files = sorted(str(file) for folder in folders for file in Path(folder).glob("*.py"))
         interpreted = " interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else ""

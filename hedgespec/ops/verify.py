@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -535,8 +536,14 @@ def _self_test_cases(dtype: torch.dtype) -> Iterator[Case]:
     (a test moves the uniforms to see that)."""
 
     def case(
-        name: str, target: Tensor, tokens: Tensor, draft: Tensor | None, seed: int, target_dtype: torch.dtype = dtype, **options
-    ) -> Case:  # fmt: skip
+        name: str,
+        target: Tensor,
+        tokens: Tensor,
+        draft: Tensor | None,
+        seed: int,
+        target_dtype: torch.dtype = dtype,
+        **options: Any,
+    ) -> Case:
         uniforms = scattered(*target.shape[:2], seed=seed, low=0.0).to(options.pop("uniforms_dtype", torch.float32))
         arguments = target.to(target_dtype), tokens, None if draft is None else draft.to(dtype), uniforms
         return Case(name, arguments, options)

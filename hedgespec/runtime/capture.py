@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,9 +23,12 @@ from torch.utils import _pytree as pytree
 
 from hedgespec.utils.paths import cache_dir
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WARM_UPS = 3
 """Runs before a capture, in which libraries set themselves up and allocate what they keep."""
-INDUCTOR = {"cpp.threads": 1}
+INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.threads": 1}
 """What is left between the products is small, and waking threads would cost more than it saves."""
 _TRACING = threading.Lock()
 """A tracer replaces methods of `nn.Module` while it works: another one must not find them so."""
@@ -61,11 +64,13 @@ class CudaGraphs:
     """
 
     def __init__(self, cuda: Any = torch.cuda):
-        self._cuda, self._pool, self._stream = cuda, None, None
+        self._cuda = cuda
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._held: dict[Hashable, list[torch.Tensor]] = {}
         self._kept: dict[Hashable, tuple[Any, list[torch.Tensor], Sequence[torch.Tensor]]] = {}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return CudaGraphs, ()  # a copy, pickled or deep, begins anew
 
     def held(self, bucket: Hashable, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -103,7 +108,7 @@ class CudaGraphs:
         graph.replay()
         return outputs
 
-    def _capture(self, function, inputs):
+    def _capture(self, function: Callable[..., Any], inputs: Any) -> Any:
         cuda = self._cuda
         # Outside inference mode, or what is kept could be written to in that mode only. Streams are the current device's.
         with _CAPTURING, cuda.device(inputs[0].device), torch.inference_mode(False), torch.no_grad():
@@ -154,7 +159,9 @@ class CompiledLayers:
             weights = [*layer.parameters(), *layer.buffers()]
             vars(layer)["forward"] = partial(self._forward, place, layer.forward, weights, {})
 
-    def _forward(self, place: int, plain: Callable, weights: list[torch.Tensor], programs: dict, *args, **kwargs):
+    def _forward(
+        self, place: int, plain: Callable, weights: list[torch.Tensor], programs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
         if self.bucket is None:
             return plain(*args, **kwargs)
         inputs = [*_tensors(args), *_tensors(kwargs.values()), *self._state(place), *weights]
@@ -165,9 +172,10 @@ class CompiledLayers:
         return pytree.tree_unflatten([next(found) if one is None else one[0] for one in program.result], program.spec)
 
     def _program(self, call: Callable, inputs: list[torch.Tensor]) -> _Program:
-        result, spec = [], None
+        result: list[Any] = []
+        spec: Any = None
 
-        def read(*_):  # the inputs are the very tensors that the layer knows, so that tracing finds them there
+        def read(*_: Any) -> Any:  # the inputs are the very tensors that the layer knows, so that tracing finds them there
             nonlocal result, spec
             leaves, spec = pytree.tree_flatten(call())
             result = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
@@ -222,7 +230,7 @@ def check_fixed(graph: GraphModule) -> None:
             raise NotCapturable(f"its layers decide by values what they compute: {node.target}")
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers, each its own module. Raises NotCapturable."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     for module in model.modules():
@@ -273,11 +281,11 @@ def _settings(module: nn.Module) -> list:
     return settings
 
 
-def _flat(value) -> Iterator[Any]:
+def _flat(value: Any) -> Iterator[Any]:
     return chain(value.keys(), value.values()) if isinstance(value, dict) else iter(value)
 
 
-def _is_plain(value) -> bool:
+def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 

@@ -8,12 +8,16 @@ models are compared once; any other override is asked, as plain decoding would a
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 
 from hedgespec.runtime.compat import CACHE_NAME, CACHE_NAMES
 from hedgespec.runtime.positions import boundaries, length_dependent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREPARES, UPDATES = "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"
 PLACES = "_prepare_position_ids_for_generation"
@@ -31,18 +35,18 @@ class _DifferentInputs(ValueError):
 class _Cache(DynamicCache):
     """A cache that says how many tokens it holds, and holds none."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.held = 0
 
     def __bool__(self) -> bool:
         return True
 
-    def get_seq_length(self, *args, **kwargs) -> int:
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return self.held
 
 
-def prepares_by_itself(model, name: str = "target") -> bool:
+def prepares_by_itself(model: PreTrainedModel, name: str = "target") -> bool:
     """Returns whether code from outside transformers prepares the inputs of the model's forward, see `PlainInputs`.
 
     Raises: ValueError for a model with a decoding loop of its own.
@@ -56,7 +60,7 @@ def prepares_by_itself(model, name: str = "target") -> bool:
     return not all(_origin(model, method).startswith("transformers.") for method in (PREPARES, UPDATES, PLACES))
 
 
-def check_inputs(model, name: str = "target") -> None:
+def check_inputs(model: PreTrainedModel, name: str = "target") -> None:
     """Refuses a model that prepares other inputs for its forward than tokens, positions and masks: tried with a short text.
 
     Raises: ValueError that names the method.
@@ -77,7 +81,7 @@ def check_inputs(model, name: str = "target") -> None:
             raise ValueError(f"{name}: expected {PREPARES} to take what generate gives it, got {error!r}") from error
 
 
-def _origin(model, method: str) -> str:
+def _origin(model: PreTrainedModel, method: str) -> str:
     """Returns the module that defines a model's method; empty if that is not known."""
     found = getattr(model, method, None)
     if found is None:
@@ -97,7 +101,14 @@ class PlainInputs:
         reread_at: number of tokens, padding included, at which the model is known to read the whole text again.
     """
 
-    def __init__(self, model, prompt: torch.Tensor, mask: torch.Tensor, name: str = "target", reread_at: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompt: torch.Tensor,
+        mask: torch.Tensor,
+        name: str = "target",
+        reread_at: int | None = None,
+    ):
         self.model, self.name, self.reread_at = model, name, reread_at
         self.cache, self.mask, self.first = _Cache(), mask, True
         self.width = prompt.shape[1]
@@ -139,7 +150,7 @@ class PlainInputs:
             )
         self.first, self.cache.held, self.width = False, width, width + 1
 
-    def _difference(self, inputs, fresh: torch.Tensor, width: int) -> str | None:
+    def _difference(self, inputs: Any, fresh: torch.Tensor, width: int) -> str | None:
         """Returns what is different, in words; None if nothing is."""
         if inputs.get("inputs_embeds") is not None:
             return "inputs_embeds"
@@ -174,7 +185,7 @@ class PlainInputs:
 class _Outputs(dict):
     """Outputs of a forward as `generate` reads them: by key and by attribute."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
@@ -186,7 +197,7 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def reread_boundary(model) -> int | None:
+def reread_boundary(model: PreTrainedModel) -> int | None:
     """Returns the number of tokens, padding included, at which the model drops its cache and reads the whole text again.
 
     Models of the Phi-3 family do so where their rotary factors change. None: the model never does.

@@ -9,13 +9,17 @@ the length that plain decoding would have had in the forward that read this toke
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hedgespec.device import to_device
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 TABLES = (
     "wpe", "embed_positions", "position_embedding", "position_embeddings", "positions_embed", "pos_embed", "pos_encoding",
@@ -26,14 +30,14 @@ CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequenc
 """Names by which configurations tell how many positions a model was made for."""
 
 
-def context_of(model) -> int | None:
+def context_of(model: PreTrainedModel) -> int | None:
     """Returns how many positions the model was made for; None if its configuration does not say."""
     config = model.config.get_text_config(decoder=True)
     found = (getattr(config, name, None) for name in CONTEXT)
     return next((one for one in found if isinstance(one, int) and not isinstance(one, bool)), None)
 
 
-def table_size(model) -> int | None:
+def table_size(model: PreTrainedModel) -> int | None:
     """Returns the number of positions for which the model has an entry in a table; None if it has no such table.
 
     Plain decoding fails at the first token past the table. Rotary and ALiBi positions have no end.
@@ -52,7 +56,7 @@ def table_size(model) -> int | None:
     return min(sizes, default=None)
 
 
-def length_dependent(model: nn.Module) -> dict[str, nn.Module]:
+def length_dependent(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Returns the rotary embeddings whose factors follow the text's length, by their names in the model.
 
     Raises: ValueError if the configuration asks for such factors and no embedding of a known form has them.
@@ -67,7 +71,7 @@ def length_dependent(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _follows(rope_type) -> bool:
+def _follows(rope_type: object) -> bool:
     return isinstance(rope_type, str) and (rope_type == "longrope" or "dynamic" in rope_type)
 
 
@@ -76,7 +80,7 @@ def _rope_types(module: nn.Module) -> list:
     return list(rope_type.values()) if isinstance(rope_type, dict) else [rope_type]
 
 
-def _declared(config) -> list:
+def _declared(config: PretrainedConfig) -> list:
     """Returns the rope types that a configuration asks for, one for each type of layers."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(parameters, dict):
@@ -88,7 +92,7 @@ def _declared(config) -> list:
 class Lengths:
     """For every token of the forward under way, the length of the text in the plain forward that would read it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.values: torch.Tensor | None = None
         """int64 [B, T]; None: the embeddings do what they do by themselves."""
         self.least = self.most = 0
@@ -115,13 +119,13 @@ class FollowedRotary(nn.Module):
             rotary._buffers[name] = None if buffer is None else buffer.clone()
         self.training = rotary.training
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("rotary"), name)
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args, **kwargs):
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         layer_type = kwargs.get("layer_type", args[0] if args else None)
         boundary, steps = boundary_of(self.rotary, layer_type)
         lengths = self.lengths
@@ -142,7 +146,7 @@ class FollowedRotary(nn.Module):
         return result
 
     def _at(self, length: int, most: int | None, x: torch.Tensor, position_ids: torch.Tensor, args: tuple, kwargs: dict,
-            resets: bool):  # fmt: skip
+            resets: bool) -> Any:  # fmt: skip
         """Returns what the embedding returns where `length` is the length of the text, for positions up to `most`."""
         if resets and getattr(self.rotary, "max_seq_len_cached", length) != length:
             self.rotary(x, torch.zeros_like(position_ids[..., :1]), *args, **kwargs)  # it forgets greater lengths
@@ -155,7 +159,7 @@ class FollowedRotary(nn.Module):
         return tuple(one[..., :-1, :] for one in found)
 
 
-def _where(chosen: torch.Tensor, found, other):
+def _where(chosen: torch.Tensor, found: Any, other: Any) -> Any:
     """Returns `found` for the chosen tokens, bool [B, T], and `other` for the rest: tensors [.., B, T, D] or [B, 1, T, D]."""
     if not isinstance(found, torch.Tensor):
         return tuple(_where(chosen, one, rest) for one, rest in zip(found, other))
@@ -166,19 +170,22 @@ def _where(chosen: torch.Tensor, found, other):
 def boundary_of(rotary: nn.Module, layer_type: str | None = None) -> tuple[int | None, bool]:
     """Returns the greatest length up to which factors are constant (None: always) and whether they change at every length past
     it, as of type "dynamic", or only once, as of type "longrope"."""
-    rope_type, config = rotary.rope_type, rotary.config
+    module: Any = rotary
+    rope_type, config = module.rope_type, module.config
     parameters = getattr(config, "rope_parameters", None) or {}
     if isinstance(rope_type, dict):
         rope_type, parameters = rope_type.get(layer_type), parameters.get(layer_type) or {}
     if not _follows(rope_type):
         return None, False
     if rope_type == "longrope":
-        own = parameters.get("original_max_position_embeddings")
-        return int(getattr(config, "original_max_position_embeddings", None) if own is None else own), False
-    return int(rotary.original_max_seq_len), True
+        own: Any = parameters.get("original_max_position_embeddings")
+        if own is None:
+            own = getattr(config, "original_max_position_embeddings", None)
+        return int(own), False
+    return int(module.original_max_seq_len), True
 
 
-def boundaries(rotaries: Iterator[nn.Module] | Sequence[nn.Module]) -> list[tuple[int, bool]]:
+def boundaries(rotaries: Iterable[nn.Module]) -> list[tuple[int, bool]]:
     """Returns `boundary_of` for every type of layers of these rotary embeddings, those without a boundary left out."""
     found = []
     for rotary in rotaries:
@@ -201,11 +208,12 @@ def follow(view: nn.Module) -> Lengths:
     for name in length_dependent(view):
         parent, _, child = name.rpartition(".")
         holder = view.get_submodule(parent)
-        holder._modules[child] = FollowedRotary(holder._modules[child], lengths)
+        followed = FollowedRotary(holder.get_submodule(child), lengths)
+        holder._modules[child] = followed
         path = name.split(".")
         for depth in range(len(path)):
             _rebind(view.get_submodule(".".join(path[:depth])))
-        _rebind(holder._modules[child].rotary)
+        _rebind(followed.rotary)
     return lengths
 
 

@@ -8,6 +8,7 @@ draft trees. It costs about ten forwards, of at most 48 tokens, when the first d
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from hedgespec.ops.linear import few_row_view
 from hedgespec.ops.tree_mask import ancestry
 from hedgespec.runtime.positions import context_of, table_size
 from hedgespec.runtime.target import TargetSession, device_of, rows_may_differ
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KNOWN = {"torch", "transformers", "hedgespec", "accelerate", "bitsandbytes", "torchao", "gptqmodel", "auto_gptq", "awq", "hqq",
          "compressed_tensors", "optimum", "quanto", "eetq", "aqlm", "kernels", "liger_kernel"}  # fmt: skip
@@ -27,7 +31,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, bool]] = weakref.WeakKeyDictionary()
 
 
-def may_be_ragged(model) -> bool:
+def may_be_ragged(model: PreTrainedModel) -> bool:
     """Returns whether rows of different lengths, and draft trees, may go through one forward of the model.
 
     Raises: ValueError if several tokens in one forward do not give what one after another gives.
@@ -53,7 +57,7 @@ def _is_foreign(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _try(model) -> bool:
+def _try(model: PreTrainedModel) -> bool:
     ends = [end for end in (context_of(model), table_size(model)) if end is not None]
     long = min(LONG, *(end - NEXT for end in ends)) if ends else LONG
     short = min(SHORT, long - 1)

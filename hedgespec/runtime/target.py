@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -18,13 +19,16 @@ from hedgespec.runtime.cache import RaggedCache, RowBuffer
 from hedgespec.runtime.compat import CACHE_NAMES, cache_argument, names_cache
 from hedgespec.runtime.positions import context_of, plain_lengths
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 """Layer types whose state is keys and values, and so can be rolled back."""
 MASKABLE = ("sdpa", "eager")
 """Attention implementations that take a mask of their own for every row."""
 
 
-def check_target(model, name: str = "target") -> None:
+def check_target(model: PreTrainedModel, name: str = "target") -> None:
     """Refuses what cannot be decoded speculatively: an encoder-decoder, a recurrent state, a cache of the model's own kind.
 
     Raises: ValueError about `name`.
@@ -43,7 +47,7 @@ def check_target(model, name: str = "target") -> None:
         raise ValueError(f"{name}: expected a model that takes {' or '.join(CACHE_NAMES)}, got {type(model).__name__}")
 
 
-def device_of(model) -> torch.device:
+def device_of(model: PreTrainedModel) -> torch.device:
     """Where the model reads its tokens, which `model.device` cannot tell while accelerate keeps the embeddings elsewhere."""
     if model.device.type != "meta":
         return model.device
@@ -53,7 +57,7 @@ def device_of(model) -> torch.device:
     return torch.device(hook.execution_device)
 
 
-def rows_may_differ(model) -> bool:
+def rows_may_differ(model: PreTrainedModel) -> bool:
     """Returns whether one forward can serve rows of different lengths: it takes a position and a mask for each.
 
     Biases of ALiBi come from the slots' own numbers, or from a mask of another shape than ours, and some layers mask by the
@@ -65,7 +69,7 @@ def rows_may_differ(model) -> bool:
     return known and not windows_by_slot(model)
 
 
-def windows_by_slot(model) -> bool:
+def windows_by_slot(model: PreTrainedModel) -> bool:
     """Returns whether some layer holds a mask of its own, by slots instead of positions, that hides earlier tokens (GPT-Neo).
 
     The token at position t must then lie in slot t of a cache as long as the text, which is so for one row without a tree.
@@ -81,7 +85,7 @@ def windows_by_slot(model) -> bool:
 
 
 def row_masks(
-    model, positions: torch.Tensor, end: int, tree: tuple[torch.Tensor, torch.Tensor] | None = None
+    model: PreTrainedModel, positions: torch.Tensor, end: int, tree: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """Who may look at which of the slots 0..end-1, as the model would make it if all rows were at one position.
 
@@ -129,7 +133,7 @@ def row_masks(
     return mask("full_attention")
 
 
-def _within(kind: str, config, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | bool:
+def _within(kind: str, config: PretrainedConfig, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | bool:
     """Whether a layer of this kind lets a position look at another that precedes it."""
     if kind == "sliding_attention":
         return keys > queries - config.sliding_window
@@ -138,7 +142,7 @@ def _within(kind: str, config, queries: torch.Tensor, keys: torch.Tensor) -> tor
     return True
 
 
-def captures_graphs(model) -> bool:
+def captures_graphs(model: PreTrainedModel) -> bool:
     """Whether its forwards are captured as CUDA graphs, or else compiled."""
     return device_of(model).type == "cuda"
 
@@ -153,7 +157,7 @@ class CapturedTarget:
     Raises: NotCapturable.
     """
 
-    def __init__(self, model, compilations: dict):
+    def __init__(self, model: PreTrainedModel, compilations: dict):
         capture.check_plain(model)
         self.model, self.cache = few_row_view(model), RaggedCache(0)
         self.lengths = positions.follow(self.model) if positions.length_dependent(model) else None
@@ -166,7 +170,9 @@ class CapturedTarget:
     def _state(self, layer: int) -> list[torch.Tensor]:
         return [self.cache.layers[layer].keys, self.cache.layers[layer].values, self.cache.fixed]
 
-    def __call__(self, function, aux_layers: tuple, cache: RaggedCache, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+    def __call__(
+        self, function: Callable[..., Any], aux_layers: tuple, cache: RaggedCache, *inputs: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
         """function(*inputs), which reads `self.model`, writes into `cache` and returns the states of `aux_layers`; the first
         input is the tokens [B, T]."""
         tokens = inputs[0]
@@ -204,10 +210,10 @@ class Captures:
         self.together = True
         """Whether the model takes rows of different lengths in one forward, as far as its configuration does not tell."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Captures, (self.count,)  # a copy, pickled or deep, begins anew
 
-    def lend(self, model, borrower) -> CapturedTarget | None:
+    def lend(self, model: PreTrainedModel, borrower: object) -> CapturedTarget | None:
         """For as long as `borrower` lives; None, with a warning the first time, where the model cannot be captured."""
         try:
             if not (self.together and rows_may_differ(model)):
@@ -242,9 +248,18 @@ class TargetSession:
         floor: length of the batch's longest prompt.
     """
 
-    def __init__(self, model, aux_layers: Iterable[tuple[int, ...]], batch: int = 1, *, captures: Captures | None = None,
-                 context: int | None = None, follows: bool | None = None, offsets: Sequence[int] | None = None,
-                 floor: int = 0):  # fmt: skip
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        aux_layers: Iterable[tuple[int, ...]],
+        batch: int = 1,
+        *,
+        captures: Captures | None = None,
+        context: int | None = None,
+        follows: bool | None = None,
+        offsets: Sequence[int] | None = None,
+        floor: int = 0,
+    ):
         self.captures, self.captured = captures, None if captures is None else captures.lend(model, self)
         self.lengths: positions.Lengths | None = None
         """Where the model's rotary factors follow the text's length: what they follow."""
@@ -302,7 +317,7 @@ class TargetSession:
             ends = [(length + offset, own) for length, offset, own in zip(lengths, self.offsets, reach)]
             self.lengths.least = min(max(floor, end + 1) for floor, (end, _) in zip(self.floors, ends))
             self.lengths.most = max(max(floor, end + own) for floor, (end, own) in zip(self.floors, ends))
-        arguments = {}
+        arguments: dict[str, Any] = {}
         if "position_ids" in self._arguments:
             arguments["position_ids"] = places
         if "logits_to_keep" in self._arguments:
@@ -398,7 +413,7 @@ class TargetSession:
             paths: where that was a tree: of each row the places among its tokens to keep, ascending, at least `counts[b]`.
                 Their keys and values move together.
         """
-        places = [slice(count) for count in counts]
+        places: list[Any] = [slice(count) for count in counts]
         if paths is not None:
             paths = [list(path[:count]) for path, count in zip(paths, counts)]
             self.cache.gather(paths)

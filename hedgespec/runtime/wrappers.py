@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any, cast
 
 from torch import nn
 
@@ -18,7 +19,7 @@ PEFT_REFUSED = {
 """Kinds of PEFT adapters whose forward is more than the base model's with other layers, and why."""
 
 
-def unwrap(model, name: str = "target"):
+def unwrap(model: Any, name: str = "target") -> Any:
     """Returns the transformers model inside wrappers that leave its text unchanged.
 
     `torch.compile(model)` is taken for the model itself, which then runs as it is. A `PeftModel` is taken for its base model,
@@ -38,13 +39,13 @@ def unwrap(model, name: str = "target"):
             model = model.module
         elif _is_peft(model):
             _check_adapters(model, name)
-            model = model.get_base_model()
+            model = cast(Any, model).get_base_model()
         else:
             break
     return model
 
 
-def check_rows(model, rows: int) -> None:
+def check_rows(model: Any, rows: int) -> None:
     """Refuses what PEFT's `generate` tells adapters about the rows of its batch, which leave the batch as they end.
 
     Raises: ValueError.
@@ -65,7 +66,7 @@ def _is_peft(model: nn.Module) -> bool:
     return peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel))
 
 
-def _check_adapters(model, name: str) -> None:
+def _check_adapters(model: Any, name: str) -> None:
     active = getattr(model, "active_adapters", None) or [model.active_adapter]
     active = [active] if isinstance(active, str) else active
     for adapter in active:

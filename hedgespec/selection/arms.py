@@ -111,7 +111,8 @@ class DraftersAndLengths(Drafters):
     def by_drafter(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return weights[:-1].reshape(-1, self.draft_length).sum(axis=1)
 
-    def losses(self, feedback: Feedback, seconds: Seconds) -> NDArray[np.float64]:
+    def losses(self, feedback: Feedback, seconds: Seconds | None) -> NDArray[np.float64]:
+        assert seconds is not None  # `needs_seconds`
         draft, verify = seconds
         drafted = np.arange(1, self.draft_length + 1)
         costs = np.append((draft[:, None] * drafted + verify[1:]).ravel(), verify[0])  # C_a
@@ -127,6 +128,7 @@ class DraftersAndLengths(Drafters):
     @staticmethod
     def _lengths(feedback: Feedback) -> NDArray[np.float64]:
         """Expected tokens of a round of each arm from the position, [A]."""
+        assert feedback.lengths is not None  # the queue is made with `lengths`
         return np.append(feedback.lengths.T.ravel(), 1.0)
 
     def of_prompt(self, acceptance_prob: NDArray[np.float64], position: int) -> Feedback:

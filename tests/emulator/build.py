@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -93,13 +94,11 @@ def build(sanitize: str = "", threads: int | None = SMALL) -> Path:
 
 def _linked(base: Path, name: str, sources: list[Path], sanitize: str, flags: list[str], shared: bytes) -> Path:
     """The module's path, compiled and linked as far as the cache lacks it."""
-    objects = [_compiled(base, path.name, path.read_bytes(), flags, shared) for path in sources]
     present = {path.stem for path in sources if path.suffix == ".cu"}
-    objects += [
-        _compiled(base, f"{operation}_stub.cpp", text.encode(), flags, shared)
-        for operation, text in _STUBS.items()
-        if operation not in present
-    ]
+    texts = [(path.name, path.read_bytes()) for path in sources]
+    texts += [(f"{operation}_stub.cpp", text.encode()) for operation, text in _STUBS.items() if operation not in present]
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        objects = list(workers.map(lambda text: _compiled(base, *text, flags, shared), texts))
     digest = hashlib.sha256("\0".join(path.stem for path in objects).encode()).hexdigest()[:16]
     folder = base / digest
     result = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"

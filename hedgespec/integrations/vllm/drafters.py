@@ -13,7 +13,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -232,7 +232,7 @@ class CausalLMs(_ByKey[_Text]):
         self.device = device_of(model)
         if self.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
             model = copy.deepcopy(model).float()
-        self.model: Any = few_row_view(model)
+        self.model = cast(Any, few_row_view(model))
         self.together = rows_may_differ(model)
         self.cache = RowCache()
         self._with_cache: dict[Any, Any] = {cache_argument(self.model.forward): self.cache, "use_cache": True}
@@ -246,7 +246,7 @@ class CausalLMs(_ByKey[_Text]):
         self._calls = 0
         self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
         # The output matrix is the largest: it is read for the positions asked for, and no logits of a whole prompt are made.
-        head: torch.nn.Module | None = self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
         if head is None:
             raise ValueError(f"drafter {name}: expected a model with an output matrix, got {type(model).__name__} without one")
         head.register_forward_pre_hook(self._pick)

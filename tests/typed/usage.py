@@ -58,7 +58,7 @@ def drafters_are_drafters(head: EagleHead, store: Datastore) -> list[Drafter]:
 
 
 def decode(target: PreTrainedModel, drafters: list[Drafter], prompt: torch.Tensor) -> None:
-    config = hedgespec.DecodeConfig(draft_length=5, tree=hedgespec.Tree(2), mode="argmax")
+    config = hedgespec.DecodeConfig(draft_length=5, tree=hedgespec.Tree(2), proposal="argmax")
     decoder = hedgespec.Decoder(target, drafters, config)
     assert_type(decoder, hedgespec.Decoder)
     out = decoder.generate(prompt, max_new_tokens=8, temperature=0.0, seed=0)
