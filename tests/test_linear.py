@@ -73,6 +73,13 @@ def test_the_layer_keeps_gradients_and_long_inputs():
         torch.testing.assert_close(layer.double()(long.double()), functional.linear(long.double(), layer.weight))
 
 
+def test_dynamo_traces_the_layer():
+    layer, x = FewRowLinear(6, 5, bias=False), torch.randn(3, 6)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), functional.linear(x, layer.weight), atol=1e-5, rtol=1e-5)
+
+
 def test_a_view_shares_weights_and_leaves_the_model_alone():
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,

@@ -95,9 +95,11 @@ def test_the_matrix_measures_what_drafters_agree_on(small, tmp_path):
     text = target.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=13, do_sample=False, eos_token_id=None
     )
-    texts = [matrix.HeldOut(domain, kind, 5, text[0].tolist()) for domain in EXPERTS for kind in ("greedy", "sampled")]
+    other = torch.cat([prompt, torch.randint(50, (1, 13), generator=torch.Generator().manual_seed(0))], 1)
+    kinds = {"greedy": text[0].tolist(), "sampled": other[0].tolist()}
+    texts = [matrix.HeldOut(domain, kind, 5, tokens) for domain in EXPERTS for kind, tokens in kinds.items()]
     result = matrix.measure(target, drafters, texts, draft_length=3)
-    probs = target(text).logits[0, 5:-1].softmax(-1)  # after the first token of the continuation
+    probs = target(other).logits[0, 5:-1].softmax(-1)  # after the first token of the continuation
     best = probs.argmax(-1, keepdim=True)
     overlap = 1 - (probs.gather(1, best) - probs.gather(1, (best + 1) % 50)).mean().item()
     for domain in EXPERTS:

@@ -104,7 +104,7 @@ class FewRowLinear(nn.Linear):
             and not torch.is_grad_enabled()
             and x.device.type == "cpu"
         ):
-            traced = torch._C._len_torch_dispatch_stack() > 0
+            traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
             return torch.ops.hedgespec.few_row_linear(x, weight) if traced else _quick()(x, weight)
         return functional.linear(x, weight)
 

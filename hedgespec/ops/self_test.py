@@ -228,7 +228,7 @@ def forget() -> None:
 
 
 def wanted() -> str | None:
-    """ "0" to skip self-tests, "1" to run them whatever is cached, None for once a device and build.
+    """Returns the setting: "0" to skip self-tests, "1" to run them whatever is cached, None for once a device and build.
 
     Raises: ValueError for anything else in `HEDGESPEC_SELF_TEST`.
     """
