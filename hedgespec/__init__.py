@@ -17,6 +17,7 @@ _HOMES = {
     "Decoder": "hedgespec.decoder",
     "DecodeOutput": "hedgespec.decoder",
     "accelerate": "hedgespec.hf",
+    "custom_generate": "hedgespec.hf",
     "restore": "hedgespec.hf",
     "DecodeConfig": "hedgespec.config",
     "Tree": "hedgespec.config",

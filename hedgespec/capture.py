@@ -244,6 +244,10 @@ def check_plain(model: nn.Module) -> None:
         raise NotCapturable("some of its weights are not in memory")
 
 
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""Attributes that every module has: its weights, submodules and hooks, which are looked at one by one."""
+
+
 def fingerprint(model: nn.Module) -> tuple:
     """What a capture depends on, by identity: equal for a model and views of it, until its modules, weights or hooks change."""
     found = []
@@ -251,8 +255,30 @@ def fingerprint(model: nn.Module) -> tuple:
         weights = [one for one in chain(module._parameters.values(), module._buffers.values()) if one is not None]
         wrapped = "forward" in vars(module) or hasattr(module, "_hf_hook")
         hooks = [id(hook) for hook in _hooks(module)]
-        found.append((type(module), module.training, wrapped, *hooks, *((id(one), one.data_ptr()) for one in weights)))
+        places = [(id(one), one.data_ptr()) for one in weights]
+        settings = [] if type(module).__module__.startswith("torch.") else _settings(module)
+        found.append((type(module), module.training, wrapped, *settings, *hooks, *places))
     return tuple(found)
+
+
+def _settings(module: nn.Module) -> list:
+    """Returns the numbers, strings and short collections of them among a module's attributes, which its forward may read:
+    whether an adapter is on, and by how much it is scaled."""
+    settings = []
+    for name, value in vars(module).items():
+        if isinstance(value, bool | int | float | str):
+            settings.append((name, value))
+        elif isinstance(value, list | tuple | dict | set) and 0 < len(value) <= 8 and name not in _OF_MODULES:
+            settings.append((name, str(value)) if all(map(_is_plain, _flat(value))) else (name, len(value)))
+    return settings
+
+
+def _flat(value) -> Iterator[Any]:
+    return chain(value.keys(), value.values()) if isinstance(value, dict) else iter(value)
+
+
+def _is_plain(value) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _hooks(module: nn.Module) -> list[Callable]:

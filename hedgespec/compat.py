@@ -11,12 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the cache, the newest first."""
 CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
 """The name that the installed transformers uses in outputs and in `generate`."""
+
+VERSION = Version(transformers.__version__)
+"""Of the installed transformers."""
 
 
 def cache_argument(function: Callable) -> str | None:
@@ -44,3 +49,9 @@ def names_cache(function: Callable) -> bool:
 def cache_in(arguments: Mapping[str, Any]) -> Any:
     """Returns the cache among keyword arguments, by whichever name it has there; None if there is none."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def is_callers_cache(cache: Any) -> bool:
+    """Returns whether the cache that `generate` passes to a custom loop may be one that its caller holds, so that it must be
+    filled. transformers 5.16 does not say which caches are: there the answer is always True."""
+    return getattr(cache, "_is_user_defined", Version("5.17") > VERSION)

@@ -13,6 +13,10 @@ class CheckpointError(HedgeSpecError, ValueError):
     """Weights that are missing, corrupt, of the wrong shape, or in a format that is not safe to load."""
 
 
+class ContextError(HedgeSpecError, ValueError, IndexError):
+    """A text that goes past the table of positions of a model, where plain decoding fails with an IndexError."""
+
+
 class EngineError(HedgeSpecError, RuntimeError):
     """An engine of a version, or in a configuration, in which HedgeSpec cannot work."""
 
@@ -23,6 +27,10 @@ class LearnerStateError(HedgeSpecError, ValueError):
 
 class PoolError(HedgeSpecError, ValueError):
     """A pool of drafters, given to an engine, that cannot be read, or that the engine cannot run."""
+
+
+class TargetLogitsError(HedgeSpecError, RuntimeError, ValueError):
+    """Logits of the target from which no token can be taken: NaN, +inf, or -inf throughout."""
 
 
 class VocabularyMismatchError(HedgeSpecError, ValueError):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from hedgespec import backends
+from hedgespec.wrappers import is_compiled
 
 MOST_ROWS = 24
 """Rows up to which the CPU kernel pays: a round of four requests with five drafts each. Beyond, the vendor's library is at home
@@ -106,11 +107,18 @@ def few_row_view(model: nn.Module) -> nn.Module:
     """The same model, weights shared, with its bias-free linear layers as `FewRowLinear`.
 
     Modules are copied shallowly with their own dictionaries, so the original is not touched: neither its classes, nor its
-    submodules, nor its hooks. Layers of other types (quantised, adapted) stay what they are.
+    submodules, nor its hooks. Layers of other types (quantised, adapted) stay what they are. What `torch.compile` has put
+    around modules, or in place of their forward, is left out: it would run the original modules.
     """
+    if is_compiled(model):
+        model = model._orig_mod
     view = object.__new__(type(model))
     # Hooks, buffers, parameters: what is added to one must not show in the other.
     vars(view).update((name, value.copy() if isinstance(value, dict) else value) for name, value in vars(model).items())
+    vars(view).pop("_compiled_call_impl", None)
+    compiled = getattr(vars(view).get("forward"), "_torchdynamo_orig_callable", None)
+    if getattr(compiled, "__func__", None) is type(model).forward:
+        del vars(view)["forward"]
     for name, child in view._modules.items():
         view._modules[name] = None if child is None else few_row_view(child)
     if type(view) is nn.Linear and view.bias is None:

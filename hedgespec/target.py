@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -10,10 +11,11 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from hedgespec import capture
+from hedgespec import capture, positions
 from hedgespec.cache import RaggedCache, RowBuffer
 from hedgespec.compat import CACHE_NAMES, cache_argument, names_cache
 from hedgespec.linear import few_row_view
+from hedgespec.positions import context_of, plain_lengths
 from hedgespec.transfer import to_device
 
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
@@ -41,11 +43,6 @@ def check_target(model, name: str = "target") -> None:
         raise ValueError(f"{name}: expected a model that takes {' or '.join(CACHE_NAMES)}, got {type(model).__name__}")
 
 
-def context_of(model) -> int | None:
-    """Positions that the model knows; None where it does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def device_of(model) -> torch.device:
     """Where the model reads its tokens, which `model.device` cannot tell while accelerate keeps the embeddings elsewhere."""
     if model.device.type != "meta":
@@ -57,13 +54,30 @@ def device_of(model) -> torch.device:
 
 
 def rows_may_differ(model) -> bool:
-    """Whether one forward can serve rows of different lengths: it takes a position and a mask for each.
+    """Returns whether one forward can serve rows of different lengths: it takes a position and a mask for each.
 
-    Biases of ALiBi come from the slots' own numbers, or from a mask of another shape than ours.
+    Biases of ALiBi come from the slots' own numbers, or from a mask of another shape than ours, and some layers mask by the
+    slots' numbers themselves.
     """
     config = model.config.get_text_config(decoder=True)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    return config._attn_implementation in MASKABLE and takes_positions and not getattr(config, "alibi", False)
+    known = config._attn_implementation in MASKABLE and takes_positions and not getattr(config, "alibi", False)
+    return known and not windows_by_slot(model)
+
+
+def windows_by_slot(model) -> bool:
+    """Returns whether some layer holds a mask of its own, by slots instead of positions, that hides earlier tokens (GPT-Neo).
+
+    The token at position t must then lie in slot t of a cache as long as the text, which is so for one row without a tree.
+    """
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or buffer.ndim < 2 or buffer.shape[-1] != buffer.shape[-2] or buffer.shape[-1] < 2:
+                continue
+            is_mask = buffer.dtype == torch.bool or (buffer.dtype == torch.uint8 and ("bias" in name or "mask" in name))
+            if is_mask and buffer.numel() == buffer.shape[-1] ** 2 and not bool(buffer[..., -1, :].all()):
+                return True
+    return False
 
 
 def row_masks(
@@ -142,6 +156,7 @@ class CapturedTarget:
     def __init__(self, model, compilations: dict):
         capture.check_plain(model)
         self.model, self.cache = few_row_view(model), RaggedCache(0)
+        self.lengths = positions.follow(self.model) if positions.length_dependent(model) else None
         self.graphs = self.layers = None
         if captures_graphs(model):
             self.graphs = capture.CudaGraphs()
@@ -186,6 +201,8 @@ class Captures:
         self._idle: list[CapturedTarget] = []
         self._fingerprint: tuple = ()
         self._warned = False
+        self.together = True
+        """Whether the model takes rows of different lengths in one forward, as far as its configuration does not tell."""
 
     def __reduce__(self):
         return Captures, (self.count,)  # a copy, pickled or deep, begins anew
@@ -193,7 +210,7 @@ class Captures:
     def lend(self, model, borrower) -> CapturedTarget | None:
         """For as long as `borrower` lives; None, with a warning the first time, where the model cannot be captured."""
         try:
-            if not rows_may_differ(model):
+            if not (self.together and rows_may_differ(model)):
                 raise capture.NotCapturable("it takes no positions and mask of its own for each row")
             if (found := capture.fingerprint(model)) != self._fingerprint:
                 self._fingerprint, self._idle = found, []
@@ -217,11 +234,30 @@ class TargetSession:
         aux_layers: the `Drafter.aux_layers` of every drafter; empty ones are ignored.
         batch: B, rows; 1 unless `rows_may_differ`.
         captures: where forwards over a round's tokens are captured; None runs them all as they are.
+        context: positions that every forward may use; None: what the model was made for. Forwards past them are not captured,
+            and no filling lies there.
+        follows: whether rotary factors follow the text's length; None: the session looks for itself.
+        offsets: by how much each row's text is shorter than the batch's longest, [B]. Read where the model's rotary factors
+            follow the text's length, as is `floor`. None: all are equally long.
+        floor: length of the batch's longest prompt.
     """
 
-    def __init__(self, model, aux_layers: Iterable[tuple[int, ...]], batch: int = 1, *, captures: Captures | None = None):
+    def __init__(self, model, aux_layers: Iterable[tuple[int, ...]], batch: int = 1, *, captures: Captures | None = None,
+                 context: int | None = None, follows: bool | None = None, offsets: Sequence[int] | None = None,
+                 floor: int = 0):  # fmt: skip
         self.captures, self.captured = captures, None if captures is None else captures.lend(model, self)
-        self.model = model if self.captured is None else self.captured.model
+        self.lengths: positions.Lengths | None = None
+        """Where the model's rotary factors follow the text's length: what they follow."""
+        if self.captured is not None:
+            self.model, self.lengths = self.captured.model, self.captured.lengths
+        elif positions.length_dependent(model) if follows is None else follows:
+            self.model = few_row_view(model)
+            self.lengths = positions.follow(self.model)
+        else:
+            self.model = model
+        self.offsets = [0] * batch if offsets is None else list(offsets)
+        self.floors = [floor] * batch
+        self.context = context_of(model) if context is None else context
         self.cache = RaggedCache(batch)
         self.aux_layers = [layers for layers in dict.fromkeys(aux_layers) if layers]
         self.features = [{layers: RowBuffer() for layers in self.aux_layers} for _ in range(batch)]
@@ -232,12 +268,18 @@ class TargetSession:
         self._with_cache = {cache_argument(model.forward): self.cache, "use_cache": True}
 
     def forward(
-        self, tokens: torch.Tensor, logits_to_keep: int, tree: tuple[torch.Tensor, torch.Tensor] | None = None
+        self,
+        tokens: torch.Tensor,
+        logits_to_keep: int,
+        tree: tuple[torch.Tensor, torch.Tensor] | None = None,
+        reach: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Reads `tokens` int64 [B, T] behind what is cached of each row; `keep` then says which of them count.
 
         Args:
             tree: where the tokens are no chain, their depths and lines of descent, as `hedgespec.tree.ancestry` has them.
+            reach: how many positions each row's own tokens take behind its length, [B], 0..T; tokens further on are filling,
+                whose positions are moved to where the model knows them. None: all T.
         Returns: logits [B, logits_to_keep, V] of the last positions.
         """
         lengths, count = self.cache.lengths, tokens.shape[1]
@@ -247,19 +289,28 @@ class TargetSession:
             except capture.NotCapturable as error:  # nothing is lost: it wrote behind the rows' lengths
                 self.captures.warn(error)
                 self.captured = None
-        positions = self.cache.slots(count, tokens.device)
-        first = positions[:, :1]
+        reach = [count] * len(lengths) if reach is None else reach
+        places = self.cache.slots(count, tokens.device)
+        first = places[:, :1]
         if tree is not None:
-            positions = first + tree[0]
+            places = first + tree[0]
+        if min(reach) < count and (self.lengths is not None or max(lengths) + count > (self.context or math.inf)):
+            last = [max(length + own - 1, 0) for length, own in zip(lengths, reach)]
+            places = torch.minimum(places, to_device(last, tokens.device)[:, None])
+        if self.lengths is not None:
+            self.lengths.fixed, self.lengths.values = False, plain_lengths(places, self.offsets, self.floors)
+            ends = [(length + offset, own) for length, offset, own in zip(lengths, self.offsets, reach)]
+            self.lengths.least = min(max(floor, end + 1) for floor, (end, _) in zip(self.floors, ends))
+            self.lengths.most = max(max(floor, end + own) for floor, (end, own) in zip(self.floors, ends))
         arguments = {}
         if "position_ids" in self._arguments:
-            arguments["position_ids"] = self._known(positions)
+            arguments["position_ids"] = places
         if "logits_to_keep" in self._arguments:
             arguments["logits_to_keep"] = logits_to_keep
         if tree is not None:
-            arguments["attention_mask"] = row_masks(self.model, positions, max(lengths) + count, (first, tree[1]))
+            arguments["attention_mask"] = row_masks(self.model, places, max(lengths) + count, (first, tree[1]))
         elif min(lengths) != max(lengths):
-            arguments["attention_mask"] = row_masks(self.model, positions, max(lengths) + count)
+            arguments["attention_mask"] = row_masks(self.model, places, max(lengths) + count)
         out = self.model(tokens, **self._with_cache, output_hidden_states=bool(self.aux_layers), **arguments)
         if self.cache.layers and self.cache.written != count:
             raise ValueError(
@@ -271,12 +322,33 @@ class TargetSession:
             self._chunk[layers] = torch.cat(states, -1)
         return out.logits[:, -logits_to_keep:].to(tokens.device)
 
+    def reread(self, texts: Sequence[torch.Tensor | None], floor: int) -> None:
+        """Computes rows' keys and values once more from their tokens; their hidden states stay what they were.
+
+        Args:
+            texts: by row its tokens int64 [length], all that are cached of it; None leaves a row as it is.
+            floor: length of the batch's longest text at the point of plain decoding where it reads its texts again.
+        """
+        held = list(self.cache.lengths)
+        longest = max(len(text) for text in texts if text is not None)
+        tokens = torch.zeros(len(held), longest, dtype=torch.int64, device=device_of(self.model))
+        for row, text in enumerate(texts):
+            if text is not None:
+                tokens[row, : len(text)], self.cache.lengths[row], self.floors[row] = text, 0, floor
+        self.forward(tokens, 1, reach=[0 if text is None else len(text) for text in texts])
+        self.cache.lengths[:] = held
+
     def _fits(self, count: int) -> bool:
         """Whether a captured forward can read them: behind a prompt, and within the positions that the model knows."""
         if self.captured is None or count > self.captures.count or not self.cache.layers:
             return False
-        most = context_of(self.model)
-        return most is None or max(self.cache.lengths) + self.captures.count <= most
+        ends = [length + self.captures.count for length in self.cache.lengths]
+        if self.lengths is not None:  # past the length from which factors change at every step nothing is of fixed shapes
+            rotaries = (module.rotary for module in self.model.modules() if isinstance(module, positions.FollowedRotary))
+            limit = min((boundary for boundary, steps in positions.boundaries(rotaries) if steps), default=math.inf)
+            if max(max(floor, end + offset) for floor, end, offset in zip(self.floors, ends, self.offsets)) > limit:
+                return False
+        return self.context is None or max(ends) <= self.context
 
     def _forward_fixed(self, tokens: torch.Tensor, tree: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """`forward` at fixed shapes: T tokens a row, the whole capacity of the cache, lengths on the device.
@@ -285,7 +357,8 @@ class TargetSession:
         """
         spare = self.captures.count - tokens.shape[1]
         self.cache.make_room(self.captures.count)
-        inputs = [functional.pad(tokens, (0, spare)), to_device(self.cache.lengths, tokens.device)]
+        rows = [self.cache.lengths] if self.lengths is None else [self.cache.lengths, self.offsets, self.floors]
+        inputs = [functional.pad(tokens, (0, spare)), to_device(rows, tokens.device)]
         if tree is not None:
             depths, lines = tree
             inputs += [functional.pad(depths, (0, spare)), functional.pad(lines, (0, spare, 0, spare))]
@@ -295,28 +368,28 @@ class TargetSession:
         return logits.clone()  # the next round's forward may write where these are
 
     def _read(
-        self, tokens: torch.Tensor, lengths: torch.Tensor, depths: torch.Tensor | None = None, lines: torch.Tensor | None = None
+        self, tokens: torch.Tensor, rows: torch.Tensor, depths: torch.Tensor | None = None, lines: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """Logits [B, T, V], then the hidden states of each of the aux layers. No value on the device decides what runs."""
-        first = lengths[:, None]
+        """Logits [B, T, V], then the hidden states of each of the aux layers. No value on the device decides what runs.
+
+        Args:
+            rows: int64 [1, B], the rows' lengths; [3, B] with their offsets and floors where rotary factors follow the length.
+        """
+        first = rows[0, :, None]
         slots = first + torch.arange(tokens.shape[1], device=tokens.device)
-        positions, tree = (slots, None) if depths is None else (first + depths, (first, lines))
-        mask = row_masks(self.model, positions, self.cache.capacity, tree)
+        places, tree = (slots, None) if depths is None else (first + depths, (first, lines))
+        mask = row_masks(self.model, places, self.cache.capacity, tree)
+        if self.lengths is not None:
+            self.lengths.fixed, self.lengths.values = True, torch.maximum(places + rows[1, :, None] + 1, rows[2, :, None])
         self.cache.fixed = slots
         try:
             out = self.model(
-                tokens, position_ids=self._known(positions), attention_mask=mask, **self._with_cache,
+                tokens, position_ids=places, attention_mask=mask, **self._with_cache,
                 output_hidden_states=bool(self.aux_layers),
             )  # fmt: skip
         finally:
             self.cache.fixed = None
         return [out.logits, *(torch.cat([out.hidden_states[layer] for layer in layers], -1) for layers in self.aux_layers)]
-
-    def _known(self, positions: torch.Tensor) -> torch.Tensor:
-        """Positions within the target's context. What fills up a row to the longest may lie past it, and a table of positions
-        has no entry there."""
-        most = context_of(self.model)
-        return positions if most is None else positions.clamp(max=most - 1)
 
     def keep(self, counts: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
         """Keeps the first `counts[b]` tokens of row b's last forward and forgets the others.
@@ -342,3 +415,4 @@ class TargetSession:
         """Goes on with these rows only."""
         self.cache.select(rows)
         self.features = [self.features[row] for row in rows]
+        self.offsets, self.floors = [self.offsets[row] for row in rows], [self.floors[row] for row in rows]

@@ -159,8 +159,6 @@ if hasattr(GenerationConfig(), "presence_penalty"):
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_greedy_text_scores_and_logits_are_generates_own(model, decoder, option, rows):
-    if option == "guidance" and rows > 1:
-        pytest.skip("refused: see test_refused")
     asked = dict(do_sample=False, return_dict_in_generate=True, max_new_tokens=14) | OPTIONS[option]
     expected = model.generate(**prompts(rows), output_scores=True, output_logits=True, **asked)
     out = model.generate(**prompts(rows), output_scores=True, output_logits=True, custom_generate=decoder, **asked)
@@ -376,10 +374,10 @@ def test_sampled_scores_are_those_of_the_sampled_text(model, decoder):
 
 
 class Recording(LogitsProcessor):
-    """Notes the texts it sees; `calls` belongs to the class, so copies for rows write to the same list."""
+    """Notes the texts it sees."""
 
-    def __init__(self, calls: list):
-        type(self).calls = calls
+    def __init__(self):
+        self.calls = []
 
     def __call__(self, input_ids, scores):
         self.calls.append(input_ids.tolist())
@@ -387,23 +385,15 @@ class Recording(LogitsProcessor):
 
 
 def test_a_processor_sees_every_position_once_and_in_order(model, decoder):
-    class Noting(Recording):
-        pass
-
     for rows in (1, 4):
-        asked = dict(do_sample=False, max_new_tokens=12, eos_token_id=[7, 11, 20])
-        theirs = Noting([])
+        asked = dict(do_sample=False, max_new_tokens=12)
+        ends = model.generate(**prompts(rows), **asked)[:, PROMPT + 3].unique().tolist()[:2]
+        asked["eos_token_id"] = ends
+        theirs, ours = Recording(), Recording()
         text = model.generate(**prompts(rows), logits_processor=[theirs], **asked)
-        calls = theirs.calls
-        ours = Noting([])
-        assert (
-            model.generate(**prompts(rows), logits_processor=[ours], custom_generate=decoder, **asked).tolist() == text.tolist()
-        )
-        emitted = lengths_of(text, {7, 11, 20})
-        for row in range(rows):
-            expected = [call[row] for call in calls][: emitted[row]]
-            assert [call[0] for call in ours.calls if call[0] in expected] == expected
-        assert len(ours.calls) == sum(emitted) and all(len(call) == 1 for call in ours.calls)
+        out = model.generate(**prompts(rows), logits_processor=[ours], custom_generate=decoder, **asked)
+        assert out.tolist() == text.tolist() and ours.calls == theirs.calls
+        assert min(lengths_of(text, set(ends))) < max(lengths_of(text, set(ends))) or rows == 1  # rows that end are padded
 
 
 class Counting(LogitsProcessor):
@@ -427,7 +417,7 @@ def test_a_processor_may_keep_state(model, decoder, rows, in_place):
     expected = model.generate(**prompts(rows), logits_processor=[plain], **asked)
     out = model.generate(**prompts(rows), logits_processor=LogitsProcessorList([own]), custom_generate=decoder, **asked)
     assert out.tolist() == expected.tolist()
-    assert own.count == (plain.count if rows == 1 else 0)  # rows of a batch have copies
+    assert own.count == plain.count
 
 
 class Shifting(LogitsProcessor):
@@ -437,7 +427,7 @@ class Shifting(LogitsProcessor):
         vars(self).update(attributes)
 
     def __call__(self, input_ids, scores):
-        return scores.roll(int(input_ids[0, -1]) % 3 + 1, -1)
+        return torch.stack([one.roll(int(last) % 3 + 1, -1) for one, last in zip(scores, input_ids[:, -1])])
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -453,25 +443,115 @@ def test_a_stateless_processor_shapes_the_drafts_too(model, rows, sampling):
         assert told.hedgespec[row].rounds == 5 < 10 < untold.hedgespec[row].rounds
     if not sampling["do_sample"]:
         assert told.sequences.tolist() == untold.sequences.tolist()
-        plain = model.generate(**prompts(1), logits_processor=[Shifting()], max_new_tokens=20, do_sample=False)
-        assert told.sequences[:1].tolist() == plain.tolist()
+        plain = model.generate(**prompts(rows), logits_processor=[Shifting()], max_new_tokens=20, do_sample=False)
+        assert told.sequences.tolist() == plain.tolist()
 
 
-class Uncopyable(LogitsProcessor):
+class Uncopyable(LogitsProcessor, StoppingCriteria):
+    """Holds something like a lock or a compiled grammar."""
+
     def __call__(self, input_ids, scores):
-        return scores
+        return torch.zeros(len(input_ids), dtype=torch.bool) if scores is None else scores
 
     def __deepcopy__(self, memo):
         raise TypeError("there is only one of me")
 
 
-def test_what_cannot_be_copied_is_refused_for_a_batch_alone(model, decoder):
-    asked = dict(max_new_tokens=3, custom_generate=decoder, do_sample=False)
-    model.generate(**prompts(1), logits_processor=[Uncopyable()], **asked)
-    with pytest.raises(
-        ValueError, match="logits_processor: expected .* copied for each row of a batch, got Uncopyable: there is"
-    ):
-        model.generate(**prompts(4), logits_processor=[Uncopyable()], **asked)
+@pytest.mark.parametrize("place", ["logits_processor", "stopping_criteria"])
+def test_what_cannot_be_copied_sees_a_batch_all_the_same(model, decoder, place):
+    asked = prompts(4) | {"max_new_tokens": 3, "do_sample": False, place: [Uncopyable()]}
+    assert model.generate(**asked, custom_generate=decoder).tolist() == model.generate(**asked).tolist()
+
+
+class Alternating(LogitsProcessor):
+    """Keeps a flag for every row of the batch, a table of what each may not say, and mixes neighbouring rows."""
+
+    def __init__(self, rows: int, share: float):
+        self.share, self.flags = share, [False] * rows
+        self.banned = [[3 * row, 3 * row + 1, 40 + row] for row in range(rows)]
+
+    def __call__(self, input_ids, scores):
+        scores = scores + self.share * scores.roll(1, 0)
+        for row, banned in enumerate(self.banned):
+            self.flags[row] ^= int(input_ids[row, -1]) % 2 == 0
+            if self.flags[row]:
+                scores[row, banned] = -math.inf
+            else:
+                scores[row] = scores[row].roll(row)
+        return scores
+
+
+@pytest.mark.parametrize("options", [{}, dict(eos_token_id=[7, 11]), dict(output_scores=True, output_logits=True)])
+def test_a_processor_may_keep_something_for_every_row(model, decoder, options):
+    asked = prompts(4) | dict(max_new_tokens=20, do_sample=False, return_dict_in_generate=True) | options
+    # What plain decoding computes for a row that has ended is not known: neighbours of such rows may not be mixed with them.
+    kind = functools.partial(Alternating, 4, 0.0 if "eos_token_id" in options else 0.3)
+    expected = model.generate(**asked, logits_processor=[kind()])
+    out = model.generate(**asked, logits_processor=[kind()], custom_generate=decoder)
+    assert out.sequences.tolist() == expected.sequences.tolist()
+    for name in ("scores", "logits"):
+        if options.get(f"output_{name}"):
+            for own, wanted in zip(out[name], expected[name], strict=True):
+                torch.testing.assert_close(own, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [
+    dict(draft_length=3), dict(draft_length=3, tree=hedgespec.Tree(2)), dict(draft_length=3, learner="exp3"),
+])  # fmt: skip
+@pytest.mark.parametrize("sampling", [dict(do_sample=False), dict(do_sample=True, temperature=0.7)])
+def test_rows_in_step_are_drafted_and_learned_from_as_ever(model, config, sampling):
+    decoder = Decoder(model, [CausalLMDrafter(model, model)], DecodeConfig(**config))
+    asked = prompts(4) | dict(max_new_tokens=20, eos_token_id=[7], **sampling)
+    out = model.generate(**asked, logits_processor=[Recording()], custom_generate=decoder, return_dict_in_generate=True)
+    if not sampling["do_sample"]:
+        assert out.sequences.tolist() == model.generate(**asked).tolist()
+    for stats in out.hedgespec:
+        assert not stats.failures and sum(stats.emitted_by_round) == stats.emitted_tokens - 1
+        if sampling["do_sample"]:
+            assert max(stats.emitted_by_round) > 1
+        else:  # every draft is right; none is held back by a row that has ended
+            assert set(stats.emitted_by_round[:-1]) <= {4}
+
+
+def test_what_is_accepted_of_a_draft_cut_short_counts_as_accepted(model):
+    """One drafter is always right and the other never. Only rounds of the latter have a rejected token, however early the other
+    rows' drafts end."""
+    opposite = tiny()
+    with torch.no_grad():
+        opposite.lm_head.weight.neg_()
+    drafters = [CausalLMDrafter(model, model, name="right"), CausalLMDrafter(opposite, model, name="wrong")]
+    decoder = Decoder(model, drafters, DecodeConfig(draft_length=3, learner="exp3", track_regret=True))
+    asked = prompts(4) | dict(max_new_tokens=30, do_sample=False, custom_generate=decoder, return_dict_in_generate=True)
+    out = model.generate(**asked, logits_processor=[Recording()])
+    cut_short = 0
+    for stats in out.hedgespec:
+        right, wrong = stats.choices.count(0), stats.choices.count(1)
+        assert stats.reached_by_depth[0] == right + wrong and stats.accepted_by_depth[0] == right > 0 < wrong
+        assert (stats.accepted_by_depth[1:] == stats.reached_by_depth[1:]).all()
+        cut_short += sum(count < 4 for choice, count in zip(stats.choices, stats.emitted_by_round) if choice == 0)
+    assert cut_short
+
+
+def test_a_processor_that_changes_the_shape_is_named(model, decoder):
+    class Wide(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.repeat(2, 1)
+
+    for rows in (1, 4):
+        with pytest.raises(ValueError, match=rf"logits_processor: expected scores of shape \({rows}, 53\) from Wide, got"):
+            model.generate(**prompts(rows), logits_processor=[Wide()], max_new_tokens=3, custom_generate=decoder)
+
+
+def test_rows_decoded_in_turns_are_not_processed_together():
+    model = tiny(kind=transformers.BloomConfig, n_layer=2, n_head=4).float()
+    decoder = Decoder(model, [NGramDrafter(VOCABULARY)])
+    asked = dict(max_new_tokens=8, do_sample=False)
+    for rows, processor in ((1, Counting()), (4, Shifting(stateless=True))):
+        plain = model.generate(**prompts(rows), logits_processor=[copy.deepcopy(processor)], **asked)
+        out = model.generate(**prompts(rows), logits_processor=[processor], custom_generate=decoder, **asked)
+        assert out.tolist() == plain.tolist()
+    with pytest.raises(ValueError, match="logits_processor: expected a true attribute `stateless` in a batch of 4, .*Counting"):
+        model.generate(**prompts(4), logits_processor=[Counting()], custom_generate=decoder, **asked)
 
 
 def test_a_processor_that_holds_the_model_does_not_copy_it(model, decoder):
@@ -512,19 +592,72 @@ def test_a_criterion_is_asked_after_every_token(model, decoder):
     assert out.shape[1] < PROMPT + 40
 
 
-def test_rows_have_criteria_of_their_own(model, decoder):
-    """A row of a batch ends where it would alone, whatever the others do."""
-    asked = dict(max_new_tokens=25, do_sample=False, return_dict_in_generate=True, custom_generate=decoder)
-    batch = prompts(4)
-    together = model.generate(**batch, stopping_criteria=[StopAt()], **asked)
-    for row in range(4):
-        alone = model.generate(
-            **{name: one[row : row + 1] for name, one in batch.items()}, stopping_criteria=[StopAt()], **asked
-        )
-        end = alone.sequences.shape[1]
-        assert together.sequences[row, :end].tolist() == alone.sequences[0].tolist()
-        assert (together.sequences[row, end:] == PAD).all()
-        assert together.hedgespec[row].emitted_tokens == alone.hedgespec[0].emitted_tokens
+class DoneTracker(StoppingCriteria):
+    """As lm-evaluation-harness has it: a flag for every row, and one answer for the batch."""
+
+    def __init__(self, rows: int, token: int = 3):
+        self.done, self.token, self.asked = [False] * rows, token, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.asked.append(input_ids.tolist())
+        for row, done in enumerate(self.done):
+            if not done:
+                self.done[row] = int(input_ids[row, -1]) % self.token == 0
+        return self.answer()
+
+    def answer(self):
+        return all(self.done)
+
+
+class RowTracker(DoneTracker):
+    """The same with an answer for every row."""
+
+    def answer(self):
+        return torch.tensor(self.done)
+
+
+CRITERIA = {
+    "done_tracker": lambda: DoneTracker(4), "late": lambda: DoneTracker(4, 17), "rows": lambda: RowTracker(4, 5),
+    "first_row": StopAt,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("options", [{}, dict(eos_token_id=[7]), dict(repetition_penalty=1.3, eos_token_id=[7, 11])])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_criteria_see_a_batch_as_in_plain_decoding(family, options, criterion):
+    """Rows that have ended are padded if anything ends at an id, else written on in, as `generate` does."""
+    model = tiny() if family == "llama" else tiny(kind=transformers.BloomConfig, n_layer=2, n_head=4).float()
+    decoder = Decoder(model, pool(model), DecodeConfig(draft_length=3))
+    asked = prompts(4) | dict(max_new_tokens=25, do_sample=False, return_dict_in_generate=True, output_scores=True, **options)
+    theirs, ours = CRITERIA[criterion](), CRITERIA[criterion]()
+    expected = model.generate(**asked, stopping_criteria=[theirs])
+    out = model.generate(**asked, stopping_criteria=[ours], custom_generate=decoder)
+    assert out.sequences.tolist() == expected.sequences.tolist() and ours.asked == theirs.asked
+    assert len(out.scores) == len(expected.scores)
+    close(out[CACHE_NAME], expected[CACHE_NAME], 4, out.hedgespec)
+    for stats in out.hedgespec:
+        assert sum(stats.emitted_by_round) == stats.emitted_tokens - 1
+
+
+def test_criteria_and_processors_take_turns(model, decoder):
+    """One object that is both is called in the order of plain decoding."""
+
+    class Both(LogitsProcessor, StoppingCriteria):
+        def __init__(self):
+            self.calls = []
+
+        def __call__(self, input_ids, scores):
+            self.calls.append((input_ids.tolist(), scores is None))
+            return scores if scores is not None else torch.tensor([len(self.calls) > 12 + 2 * row for row in range(4)])
+
+    texts, calls = [], []
+    for custom in (None, decoder):
+        both = Both()
+        asked = prompts(4) | dict(max_new_tokens=20, do_sample=False, logits_processor=[both], stopping_criteria=[both])
+        texts.append(model.generate(**asked, custom_generate=custom).tolist())
+        calls.append(both.calls)
+    assert texts[0] == texts[1] and calls[0] == calls[1] and len(texts[0][0]) < PROMPT + 20
 
 
 def test_a_criterion_may_read_the_scores(model, decoder):
@@ -576,12 +709,7 @@ def test_stop_strings(decoder, rows, place):
     expected = model.generate(**prompts(rows), **asked)
     hedgespec.accelerate(model, pool(model))
     out = model.generate(**prompts(rows), return_dict_in_generate=True, **asked)
-    assert out.sequences.shape == expected.shape
-    for row, stats in enumerate(out.hedgespec):  # without an eos id, generate writes on in a row that has ended
-        end = PROMPT + stats.emitted_tokens
-        assert out.sequences[row, :end].tolist() == expected[row, :end].tolist()
-        assert (out.sequences[row, end:] == PAD).all()
-    assert out.hedgespec[0].emitted_tokens <= 6
+    assert out.sequences.tolist() == expected.tolist() and out.sequences.shape[1] < PROMPT + 20
     for config in {"config": [asked.get("generation_config")], "models_own": [model.generation_config]}.get(place, []):
         assert config.stop_strings == strings
     for lost in ({"tokenizer": None}, {"custom_generate": decoder}):  # generate drops the tokenizer before a custom loop
@@ -610,7 +738,11 @@ def ours(request):
     decoder = Decoder(model, pool(model))
     if request.param == "accelerate":
         return hedgespec.accelerate(model, decoder).generate, twin.generate
-    return functools.partial(model.generate, custom_generate=decoder), twin.generate
+
+    def generate(*args, streamer=None, **asked):
+        return model.generate(*args, custom_generate=hedgespec.custom_generate(decoder, streamer=streamer), **asked)
+
+    return generate, twin.generate
 
 
 def test_a_streamer_gets_the_calls_it_gets_from_generate(ours):
@@ -650,8 +782,44 @@ def test_an_async_streamer(ours):
 
 
 def test_a_streamer_of_a_batch_is_refused(ours):
-    with pytest.raises(ValueError, match="streamer"):
-        ours[0](**prompts(4), streamer=Showing(), max_new_tokens=3)
+    streamer = Showing()
+    with pytest.raises(ValueError, match="streamer: expected a batch of 1"):
+        ours[0](**prompts(4), streamer=streamer, max_new_tokens=3)
+    assert not streamer.got
+
+
+def test_generate_does_not_pass_its_streamer_to_a_custom_loop(model, decoder):
+    """What docs/compatibility.md says of it. If a release of transformers does, `decode` takes it, and this test tells us."""
+    streamer = Showing()
+    out = model.generate(**prompts(), streamer=streamer, max_new_tokens=5, do_sample=False, custom_generate=decoder)
+    assert out.tolist() == model.generate(**prompts(), max_new_tokens=5, do_sample=False).tolist()
+    assert len(streamer.got) == 1  # the prompt: neither tokens nor an end
+
+
+def test_a_streamer_in_the_wrong_place_is_named_where_it_can_be_seen(model, decoder):
+    with pytest.raises(TypeError, match="decoder: expected a hedgespec.Decoder, got LlamaForCausalLM"):
+        hedgespec.custom_generate(model)
+    with pytest.raises(TypeError, match="streamer: expected put and end .* got list"):
+        hedgespec.custom_generate(decoder, streamer=[])
+    streamer = TextStreamer(tokenizer(), skip_prompt=True)
+    loop = hedgespec.custom_generate(decoder, streamer=streamer)
+    with pytest.raises(ValueError, match="streamer: expected it in hedgespec.custom_generate alone"):
+        model.generate(**prompts(), streamer=streamer, max_new_tokens=3, custom_generate=loop)
+    with pytest.raises(ValueError, match="custom_generate: expected a decoder whose target is this model"):
+        tiny().generate(**prompts(), max_new_tokens=3, custom_generate=hedgespec.custom_generate(decoder))
+
+
+def test_an_accelerated_model_passes_its_streamer_to_a_loop_of_ours():
+    model = tiny()
+    decoder = Decoder(model, pool(model))
+    hedgespec.accelerate(model, decoder)
+    asked = prompts() | dict(max_new_tokens=5, do_sample=False)
+    for loop in (decoder, hedgespec.custom_generate(decoder)):
+        streamer = Showing()
+        model.generate(**asked, streamer=streamer, custom_generate=loop)
+        assert len(streamer.got) == 1 + 5 + 1
+    with pytest.raises(ValueError, match="streamer: expected it in hedgespec.custom_generate alone"):
+        model.generate(**asked, streamer=Showing(), custom_generate=hedgespec.custom_generate(decoder, streamer=Showing()))
 
 
 # Caches
@@ -660,7 +828,7 @@ def test_a_streamer_of_a_batch_is_refused(ours):
 WINDOWED = dict(kind=MistralConfig, sliding_window=6)
 
 
-def close(own: DynamicCache, wanted: DynamicCache, rows: int) -> None:
+def close(own: DynamicCache, wanted: DynamicCache, rows: int, stats: list | None = None) -> None:
     assert own.get_seq_length() == wanted.get_seq_length() and len(own.layers) == len(wanted.layers)
     padding = prompts(rows)["attention_mask"].argmax(1).tolist()
     for one, other in zip(own.layers, wanted.layers):
@@ -668,7 +836,8 @@ def close(own: DynamicCache, wanted: DynamicCache, rows: int) -> None:
         gone = other.get_seq_length() - other.keys.shape[2]
         for row, count in enumerate(padding):  # what stands in the padding means nothing
             for name in ("keys", "values"):
-                held = slice(max(0, count - gone), None)
+                end = None if stats is None else PROMPT + stats[row].emitted_tokens - 1 - gone  # padding follows
+                held = slice(max(0, count - gone), end)
                 states = (getattr(layer, name)[row, :, held] for layer in (one, other))
                 torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
 
@@ -766,7 +935,8 @@ def test_other_caches_are_refused(model, decoder, make):
         (dict(attention_mask=torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1, 0]])), "attention_mask"),
         (dict(position_ids=torch.arange(5, 5 + PROMPT)[None]), "position_ids"),
         (dict(no_such_thing=3), "no_such_thing"),
-        (dict(guidance_scale=1.5, **prompts(4)), "guidance_scale"),
+        (dict(output_attentions=True), "output_attentions: expected False"),
+        (dict(output_hidden_states=True), "output_hidden_states: expected False"),
     ],
 )  # fmt: skip
 def test_refused(model, decoder, asked, message):
@@ -924,10 +1094,12 @@ def test_an_error_leaves_everything_as_it_was(decoder, error, place):
         hook = model.lm_head.register_forward_hook(lambda module, arguments, out: raising(out, out))
         where = {}
     else:
-        where = {place: raising if place == "streamer" else [raising]}
+        where = {place: [raising]}
+    if place == "streamer":
+        where = {"custom_generate": hedgespec.custom_generate(decoder, streamer=raising)}
     before = belongings(model)
     with pytest.raises(error):
-        model.generate(text, **{CACHE_NAME: cache}, max_new_tokens=30, custom_generate=decoder, **asked, **where)
+        model.generate(text, **{CACHE_NAME: cache}, max_new_tokens=30, **asked, **{"custom_generate": decoder} | where)
     assert belongings(model) == before
     for one, other in zip(cache.layers, held.layers, strict=True):
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)

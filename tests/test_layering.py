@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "hedgespec"
 STAGES = {"evaluate", "verify", "delay", "learners", "selection", "drafters"}
 FOUNDATIONS = {"records", "config", "errors", "checks", "backends", "cache", "launch", "native", "workspace", "compat"}
 FOUNDATIONS |= {"linear", "prefill", "transfer", "capture", "paths", "tree", "costs", "depth", "scalars", "files"}
+FOUNDATIONS |= {"positions", "wrappers"}
 """What every stage may know: data, names, and what the models of drafters and decoder are made of."""
 ENTRANCES = {"hf", "engines", "zoo", "cli", "experiments"}
 """Rooms above the decoder, which use the package as its users do."""

@@ -9,7 +9,9 @@ while the emitted tokens keep the target's distribution.
 
 from __future__ import annotations
 
+import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +20,18 @@ import torch
 
 from hedgespec.config import DecodeConfig
 from hedgespec.costs import Costs
-from hedgespec.decoder.batch import Batch, stack
+from hedgespec.decoder.batch import Batch, PlainBatch, stack
 from hedgespec.decoder.pool import stacks_of
-from hedgespec.decoder.request import Request, eos_of, generator, padding_of, rows_of, states_of, vocabulary_of
+from hedgespec.decoder.request import (
+    Request,
+    Together,
+    eos_of,
+    generator,
+    padding_of,
+    rows_of,
+    states_of,
+    vocabulary_of,
+)
 from hedgespec.decoder.row import Row
 from hedgespec.decoder.selector import RAREST, new_learner
 from hedgespec.drafters import Drafter
@@ -28,11 +39,27 @@ from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import Learner
 from hedgespec.metrics import DecodeStats
+from hedgespec.plain_inputs import check_inputs, prepares_by_itself, reread_boundary
+from hedgespec.positions import context_of, length_dependent, table_size
 from hedgespec.sampling import Sampling
 from hedgespec.scalars import integer, shown, text
+from hedgespec.self_check import may_be_ragged
 from hedgespec.target import Captures, check_target, rows_may_differ
+from hedgespec.wrappers import unwrap
 
-__all__ = ["RAREST", "DecodeOutput", "Decoder", "Request", "Row", "eos_of", "generator", "rows_of", "stack", "states_of"]
+__all__ = [
+    "RAREST",
+    "DecodeOutput",
+    "Decoder",
+    "Request",
+    "Row",
+    "Together",
+    "eos_of",
+    "generator",
+    "rows_of",
+    "stack",
+    "states_of",
+]
 
 
 @dataclass(frozen=True)
@@ -73,6 +100,7 @@ class Decoder:
     """
 
     def __init__(self, target, drafters: Sequence[Drafter], config: DecodeConfig | None = None):
+        target = unwrap(target)
         check_target(target)
         if config is not None and not isinstance(config, DecodeConfig):
             raise TypeError(f"config: expected a DecodeConfig or None, got {shown(config)}")
@@ -94,10 +122,19 @@ class Decoder:
         throughput = self.config.objective == "throughput"
         self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
         self.captures = Captures(self.config.most_drafted + 1) if self.config.compile else None
-        if self.config.tree is not None and not rows_may_differ(target):
+        check_inputs(target)
+        self.reread_at = reread_boundary(target)
+        """Number of tokens, padding included, at which the target reads its whole text again; None: it never does."""
+        self._may_be_ragged = may_be_ragged(target)
+        self.table, self.follows_length = table_size(target), bool(length_dependent(target))
+        """Positions in the target's table, if it has one, and whether its rotary factors follow the text's length."""
+        if self.captures is not None:
+            self.captures.together = self._may_be_ragged
+        if self.config.tree is not None and not self.together:
             raise ValueError(
-                "tree: expected a target that takes positions and a mask of its own (attn_implementation sdpa or eager), "
-                f"got {type(target).__name__} with {target.config.get_text_config(decoder=True)._attn_implementation}"
+                "tree: expected a target that takes positions and a mask of its own for every row (attn_implementation sdpa or "
+                f"eager, no layers that mask by slot), got {type(target).__name__} with "
+                f"{target.config.get_text_config(decoder=True)._attn_implementation}"
             )
         self.new_learner()  # a wrong name, prior or option is refused here, not at the first request
 
@@ -108,6 +145,16 @@ class Decoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._lock, self._stacks = threading.Lock(), None
+
+    @property
+    def together(self) -> bool:
+        """Whether rows of different lengths are decoded in one forward, or one after another."""
+        return self._may_be_ragged and rows_may_differ(self.target)
+
+    @property
+    def context(self) -> int | None:
+        """Positions up to which the target may be asked about tokens that nobody has emitted yet; None: any."""
+        return min((one for one in (context_of(self.target), self.table) if one is not None), default=None)
 
     def stacks(self) -> list[tuple[list[int], HeadStack]]:
         """Returns the pool's heads by kind: their indices and their weights, copied anew if a head has changed."""
@@ -124,12 +171,15 @@ class Decoder:
     def __call__(
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=None, **model_kwargs
     ):
-        """The decoding loop of `model.generate(..., custom_generate=self)`, with what that call has prepared."""
+        """The decoding loop of `model.generate(..., custom_generate=self)`, with what that call has prepared.
+
+        `generate` does not pass a `streamer` to a custom loop; with one use `hedgespec.custom_generate`.
+        """
         from hedgespec import hf  # which knows this module; only those who come this way need it
 
         return hf.decode(
-            self, model, input_ids, logits_processor, stopping_criteria, generation_config,
-            streamer=hf.callers_streamer(), learner_state=learner_state, **model_kwargs,
+            self, model, input_ids, logits_processor, stopping_criteria, generation_config, learner_state=learner_state,
+            **model_kwargs,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -149,7 +199,8 @@ class Decoder:
         learner_state: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         on_tokens: Callable[[int, list[int]], None] | None = None,
     ) -> DecodeOutput:
-        """Continues a batch of prompts. Every row is decoded as it would be alone.
+        """Continues a batch of prompts. Every row is decoded as it would be alone, except by a target whose rotary factors
+        follow the length of the batch's longest text ("longrope", "dynamic"): there as `generate` decodes it in this batch.
 
         Args:
             input_ids: the prompts, int64 (or int32) [B, P] or [P], each row with at least one token.
@@ -169,8 +220,10 @@ class Decoder:
 
         Raises:
             TypeError: an argument of another type, input_ids of another dtype.
-            ValueError: an empty prompt, one that does not fit the target's context, or an argument outside its range.
+            ValueError: an empty prompt, or an argument outside its range.
             VocabularyMismatchError: the target's vocabulary was resized after the decoder was made.
+            ContextError: a text that goes past the target's table of positions, if it has one; a ValueError and an IndexError.
+            TargetLogitsError: logits of the target from which no token can be taken; a RuntimeError.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p)
         if on_tokens is not None and not callable(on_tokens):
@@ -183,13 +236,19 @@ class Decoder:
             Request(prompt, padding, max_new_tokens, generator(seed, row), eos, states[row])
             for row, (prompt, padding) in enumerate(prompts)
         ]
-        for request in requests:
-            request.check_context(self.target)
+        context, room = context_of(self.target), requests[0].max_new_tokens
+        longest = max(len(one.prompt) - one.padding for one in requests) + room
+        if context is not None and longest > context and self.table is None:
+            warnings.warn(
+                f"max_new_tokens: the target was made for {context} positions, got a text of up to {longest} tokens",
+                stacklevel=3,
+            )
         rows = self.decode(requests, sampling, on_tokens=on_tokens)
         return DecodeOutput(stack([row.sequence for row in rows], padding_id), [row.stats for row in rows])
 
     def decode(self, requests: Sequence[Request], sampling: Sampling, *, past=None,
-               on_tokens: Callable[[int, list[int]], None] | None = None) -> list[Row]:  # fmt: skip
+               on_tokens: Callable[[int, list[int]], None] | None = None,
+               together: Together | None = None) -> list[Row]:  # fmt: skip
         """Decodes requests and returns their rows, finished, in order; the caller disables gradients.
 
         They are decoded together, or one after another where the target cannot take rows of different lengths.
@@ -198,7 +257,8 @@ class Decoder:
             requests: B >= 1, checked.
             sampling: of all rows.
             past: a transformers `DynamicCache` of the requests' padded prompts, or of their beginnings.
-            on_tokens: as in `generate`.
+            on_tokens: as in `generate`; None beside `together`, which may take tokens back.
+            together: callbacks that see all rows at once. With `processes` the target must take rows of different lengths.
 
         Raises: VocabularyMismatchError if the target's vocabulary was resized after the decoder was made.
         """
@@ -207,17 +267,45 @@ class Decoder:
                 f"target: expected the vocabulary of {self.vocabulary} tokens that it had when the decoder was made, got "
                 f"{vocabulary}: after resize_token_embeddings, make the drafters and the decoder anew"
             )
-        together = rows_may_differ(self.target)
-        rows: list[Row] = []
+        takes_positions = "position_ids" in inspect.signature(self.target.forward).parameters
+        if self.table is not None and not takes_positions and any(request.padding for request in requests):
+            raise ValueError(
+                f"attention_mask: expected no padding for {type(self.target).__name__}, which takes no positions and counts "
+                "padding as tokens"
+            )
+        for request in requests:
+            request.check_context(self.table, together is not None)
+        size = len(requests) if len(requests) > 1 and self.together else 1
         warned: set[str] = set()
-        for first in range(0, len(requests), len(requests) if together else 1):
-            some = requests[first:] if together else requests[first : first + 1]
-            batch = Batch(self, some, first, sampling, on_tokens, warned)
-            rows += batch.rows
+        plain = PlainBatch.of(requests, prepares_by_itself(self.target))
+        batches = (
+            Batch(self, requests[first : first + size], first, sampling, on_tokens, warned, plain, together)
+            for first in range(0, len(requests), size)
+        )
+        if together is not None:
+            return self._decode_together(list(batches), past, together)
+        rows: list[Row] = []
+        for batch in batches:
+            rows += batch.all_rows
             batch.begin(past)
             while batch.rows:
                 batch.round()
         return rows
+
+    @staticmethod
+    def _decode_together(batches: list[Batch], past, together: Together) -> list[Row]:
+        """Decodes rows that end together: where they are in batches of their own, the shortest one takes the next round."""
+        rows = [row for batch in batches for row in batch.all_rows]
+        for batch in batches:
+            batch.begin(past)
+        while True:
+            together.stop(rows)
+            for batch in batches:
+                batch.dismiss()
+            under_way = [batch for batch in batches if batch.rows]
+            if not under_way:
+                return rows
+            min(under_way, key=lambda batch: min(row.emitted for row in batch.rows)).round()
 
 
 def check_drafter(drafter: Drafter, place: int, vocabulary: int, layers: int) -> None:

@@ -6,9 +6,10 @@ kept at the position before their token, have a row for every token.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,11 +20,13 @@ from transformers import DynamicCache
 
 from hedgespec.coupled import gumbel, key_of, perturb
 from hedgespec.decoder.pool import MOST_MAPS, UNSOUND, Heads, Pool, Scored, Singles, no_draft
-from hedgespec.decoder.request import Request
+from hedgespec.decoder.request import Request, Together
 from hedgespec.decoder.row import Row, last
+from hedgespec.errors import ContextError, TargetLogitsError
 from hedgespec.evaluate import evaluate, multi_draft_acceptance
 from hedgespec.linear import few_row_view
 from hedgespec.metrics import timed
+from hedgespec.plain_inputs import PlainInputs
 from hedgespec.records import NOBODY, Choice, Draft, Verdict
 from hedgespec.sampling import Sampling
 from hedgespec.target import TargetSession, device_of
@@ -37,6 +40,22 @@ if TYPE_CHECKING:
 
 WARM = Sampling(temperature=1.0)
 """At which drafters are compared with the target over a prompt, whatever the request's."""
+
+
+@dataclass(frozen=True)
+class PlainBatch:
+    """What plain decoding of the same requests knows of all of them at once."""
+
+    width: int
+    """Length of the prompts, padding included."""
+    padding: int
+    """Padding of the longest prompt."""
+    audits: bool
+    """Whether the target's own code prepares the inputs of its forward and has to be asked about every token."""
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], audits: bool) -> PlainBatch:
+        return cls(max(len(request.prompt) for request in requests), min(request.padding for request in requests), audits)
 
 
 @dataclass
@@ -53,13 +72,29 @@ class _Scores:
     prompt the former alone, and last whether the drafter's logits of the row were sound, float64 [3, 2K + 1 or 2, n, R, T]."""
 
 
+@dataclass
+class _Walk:
+    """A draft that is verified token by token."""
+
+    steps: Generator[int, torch.Tensor, None] | None = None
+    """Yields the place, among the row's logits, of those for the next token; takes them processed, [1, V], and emits it."""
+    emitted: list[int] = field(default_factory=list)
+    verified: list[torch.Tensor] = field(default_factory=list)
+    """Processed logits [1, V] of every emitted token."""
+    path: list[int] = field(default_factory=list)
+    """Their places among the row's logits."""
+
+
 class Batch:
     """Rows that are decoded together until each is finished: arguments of `Decoder.decode`, which row is the first, and which
     drafters' failures the caller knows of."""
 
     def __init__(self, decoder: Decoder, requests: Sequence[Request], first: int, sampling: Sampling,
-                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str]):  # fmt: skip
+                 on_tokens: Callable[[int, list[int]], None] | None, warned: set[str], plain: PlainBatch,
+                 together: Together | None = None):  # fmt: skip
         drafters, self.config = decoder.drafters, decoder.config
+        self.plain, self.reread_at, self.table = plain, decoder.reread_at, decoder.table
+        self.target_name = type(decoder.target).__name__
         self.device, self.sampling, self.on_tokens = device_of(decoder.target), sampling, on_tokens
         self.coupled = self.config.mode == "coupled" and sampling.temperature > 0
         self.one_hot = self.config.mode != "sampled" or sampling.temperature == 0
@@ -68,11 +103,23 @@ class Batch:
         # A view of the target as it is now: adapters and hooks may have come and gone since the last request.
         view = few_row_view(decoder.target)
         layers = (drafter.aux_layers for drafter in drafters)
-        self.target = TargetSession(view, layers, len(requests), captures=decoder.captures)
+        self.target = TargetSession(
+            view, layers, len(requests), captures=decoder.captures, context=decoder.context, follows=decoder.follows_length,
+            offsets=[request.padding - plain.padding for request in requests], floor=plain.width - plain.padding,
+        )  # fmt: skip
         self.rows = [
             Row(index, request, drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)
             for index, (request, features) in enumerate(zip(requests, self.target.features, strict=True), start=first)
         ]
+        self.inputs: dict[int, PlainInputs] = {}
+        """By row, where the target's own code prepares inputs: what it is asked."""
+        if plain.audits:
+            for row in self.rows:
+                mask = (torch.arange(len(row.request.prompt), device=self.device) >= row.request.padding).long()[None]
+                given = row.request.prompt[None]
+                self.inputs[row.index] = PlainInputs(decoder.target, given, mask, reread_at=self.reread_at)
+        self.all_rows, self.together = list(self.rows), together
+        """Every row, those that are finished included, and who sees them at once."""
         if self.coupled:  # before the uniforms, of which there are as many as rounds
             for row in self.rows:
                 row.noise_key = key_of(row.uniforms(1)[0])
@@ -98,12 +145,13 @@ class Batch:
     def begin(self, past: DynamicCache | None) -> None:
         """Reads the prompts and emits every row's first token, the target's own: a head needs it before it can draft."""
         with timed([row.stats for row in self.rows], "prompt"):
-            if past is not None:
+            if past is not None and not self._drops(past):
                 self._load(past)
             logits = self._read_prompts()
             nothing = [no_draft(row) for row in self.rows]
             uniforms = [row.uniforms(1) for row in self.rows]
             emitted, _, _ = self._verify(logits, nothing, [NOBODY] * len(self.rows), uniforms, self._noise(1))
+            self._check_inputs()
             self._spend_noise(emitted)
             going_on = [row for row in self.rows if row.selector.scores_all and not row.finished]
             if going_on:
@@ -116,13 +164,18 @@ class Batch:
 
     def round(self) -> None:
         """One target forward and everything around it."""
+        self._check_table()
+        self._read_again()
         rows, stats = self.rows, [row.stats for row in self.rows]
         uniforms = np.stack([row.uniforms(1 + self.draws + self.tests) for row in rows])  # of a chain 1 + K + (K + 1)
         with timed(stats, "select"):
             weights = [row.selector.weights() for row in rows]
-            measure = self.costs and self.costs.to_measure(len(rows), max(row.room for row in rows) - 1)
+            rooms = [self._room(row) for row in rows]
+            measure = self.costs and self.costs.to_measure(len(rows), max(rooms) - 1)
             first = uniforms[:, 0].tolist()
-            choices = [row.selector.select(held, one, row.room, measure) for row, held, one in zip(rows, weights, first)]
+            choices = [
+                row.selector.select(held, one, room, measure) for row, held, one, room in zip(rows, weights, first, rooms)
+            ]
         with timed(stats, "draft"):
             to_draft = to_device(uniforms[:, 1 : 1 + self.draws], self.device)
             noise = self._noise(1 + max(choice.draft_length for choice in choices))
@@ -131,15 +184,18 @@ class Batch:
             began = self.costs and self._now()
             last = [torch.cat([row.tokens[row.length - 1 : row.length], draft.tokens[0]]) for row, draft in zip(rows, drafts)]
             tokens = stack(last, 0)
+            # Nodes of a tree that are none may lie deeper than the deepest of the row's own.
+            reach = [1 + min(choice.draft_length, draft.tokens.shape[1]) for choice, draft in zip(choices, drafts)]
             if self.config.tree is None:
-                logits = self.target.forward(tokens, tokens.shape[1])
+                logits = self.target.forward(tokens, tokens.shape[1], reach=reach)
             else:
                 parents = stack([draft.tokens[0] if draft.parents is None else draft.parents[0] for draft in drafts], -1)
                 shape = ancestry(parents, self.config.draft_length)
-                logits = self.target.forward(tokens.clamp(min=0), tokens.shape[1], shape)
+                logits = self.target.forward(tokens.clamp(min=0), tokens.shape[1], shape, reach)
                 if noise is not None:
                     noise = noise[torch.arange(len(rows), device=self.device)[:, None], shape[0]]
             emitted, verified, paths = self._verify(logits, drafts, choices, uniforms[:, 1 + self.draws :], noise)
+            self._check_inputs()
             self.target.keep([len(tokens) for tokens in emitted], paths if self.config.tree is not None else None)
             if self.costs:
                 self.costs.verified(len(rows), tokens.shape[1] - 1, self._now() - began)
@@ -163,7 +219,9 @@ class Batch:
                 drafted = draft.tokens.shape[1]
                 # Whether a token that ends the text within a draft was accepted or recovered is not known here.
                 tested = min(drafted, len(tokens) - row.finished)
-                row.selector.end_round(choice.drafter if drafted else None, held, len(tokens), drafted, tested)
+                row.selector.end_round(
+                    choice.drafter if drafted else None, held, len(tokens), drafted, tested, row.held_back and not row.finished
+                )
         self._hand_out(emitted)
 
     def _now(self) -> float:
@@ -171,6 +229,47 @@ class Batch:
         if self.device.type != "cpu":
             torch.accelerator.current_stream(self.device).synchronize()
         return self.costs.clock()
+
+    def _check_table(self) -> None:
+        """Refuses to read a token past the target's table of positions, where plain decoding fails. Raises ContextError."""
+        if self.table is not None and (longest := max(row.length for row in self.rows)) > self.table:
+            raise ContextError(
+                f"target: expected a text of at most {self.table} tokens to go on from, since {self.target_name} has as many "
+                f"positions, got {longest}"
+            )
+
+    def _room(self, row: Row) -> int:
+        """Returns how many tokens a round may emit for a row, the one that follows the draft included.
+
+        No draft reaches past the positions that the target was made for, since it may hold a table of as many that is not
+        known, nor past the point where it reads its text again.
+        """
+        room = row.room
+        if self.target.context is not None and row.length <= self.target.context:
+            room = min(room, self.target.context + 1 - row.length)
+        if self.reread_at is not None and (left := self.reread_at - row.request.padding - row.length) > 0:
+            room = min(room, left)
+        return room
+
+    def _drops(self, past: DynamicCache) -> bool:
+        """Returns whether plain decoding would read the prompts again instead of taking over what a cache holds of them."""
+        return self.reread_at is not None and past.get_seq_length() < self.reread_at <= self.plain.width
+
+    def _read_again(self) -> None:
+        """Computes the keys and values of rows anew where plain decoding does so, before their next token."""
+        if self.reread_at is None or self.plain.width >= self.reread_at:
+            return
+        due = [row.request.padding + row.length == self.reread_at for row in self.rows]
+        if any(due):
+            texts = [row.tokens[: row.length - 1] if now else None for row, now in zip(self.rows, due)]
+            self.target.reread(texts, self.reread_at - self.plain.padding)
+
+    def _check_inputs(self) -> None:
+        """Compares the inputs that the target's own code prepares for each emitted token with what its forward was given."""
+        for row in self.rows if self.inputs else ():
+            asked = self.inputs[row.index]
+            for width in range(asked.width, row.seen.shape[1]):
+                asked.check(row.seen[:, :width])
 
     def _place(self) -> None:
         for place, row in enumerate(self.rows):
@@ -222,14 +321,15 @@ class Batch:
         if min(counts) < max(counts):
             # The last tokens of all rows stand in few columns only when they are read by themselves.
             rest = [count - end for count, end in zip(counts, ends)]
-            self.target.forward(stack([tokens[:count] for tokens, count in zip(new, rest)], 0), 1)
+            self.target.forward(stack([tokens[:count] for tokens, count in zip(new, rest)], 0), 1, reach=rest)
             self.target.keep(rest)
             new, counts = [tokens[count:] for tokens, count in zip(new, rest)], ends
-        logits = self.target.forward(stack(new, 0), most)
+        logits = self.target.forward(stack(new, 0), most, reach=counts)
         self.target.keep(counts)
         for row, one, end, count in zip(self.rows, logits, ends, warm):
             if row.selector.scores_all:
-                row.to_be_scored(one[end - count : end])
+                of_prompt = one[end - count : end]  # nothing is emitted from these, and only drafters are compared with them
+                row.to_be_scored(of_prompt.masked_fill(~of_prompt.amax(-1, keepdim=True).isfinite(), 0) if count else of_prompt)
         return torch.stack([one[end - 1 : end] for one, end in zip(logits, ends)])
 
     def _verify(
@@ -253,42 +353,68 @@ class Batch:
         paths: list[list[int]] = [[]] * len(self.rows)
         together: dict[tuple | None, list[int]] = {}
         given = logits
-        if noise is not None and any(row.request.process is None for row in self.rows):
+        if noise is not None and not all(row.request.is_processed for row in self.rows):
             logits = self._perturb(given, noise[:, : given.shape[1]])
+        walks: dict[int, _Walk] = {}
         for place, (row, draft) in enumerate(zip(self.rows, drafts)):
-            if row.request.process is not None:
+            if row.request.is_processed:
                 usable = draft.tokens.shape[1] if draft.usable is None else int(draft.usable)
                 self._lose_the_unsound(row, choices[place], draft, usable)
-                walk = self._walk if draft.parents is None else self._walk_tree
-                emitted[place], verified[place], paths[place] = walk(
-                    row, given[place], draft, usable, uniforms[place], None if noise is None else noise[place]
-                )
+                walks[place] = walk = _Walk()
+                steps = self._walk if draft.parents is None else self._walk_tree
+                walk.steps = steps(walk, row, draft, usable, uniforms[place])
+                if row.request.process is not None:
+                    self._walk_alone(walk, row, given[place], None if noise is None else noise[place])
             else:
                 alike = (draft.parents is not None,)
                 if draft.logits is not None:
                     alike = *alike, draft.logits.shape[2], draft.logits.dtype, draft.draft_to_target is not None
                 together.setdefault(alike, []).append(place)
+        if walks and self.together is not None and self.together.processes:
+            self._walk_in_step(walks, given, noise)
+        for place, walk in walks.items():
+            emitted[place], verified[place], paths[place] = walk.emitted, torch.cat(walk.verified), walk.path
         for (branches, *_), places in together.items():
             if branches:
                 found = self._verify_trees(places, logits, drafts, uniforms)
             else:
-                found = ((*one, range(len(one[1]))) for one in self._verify_alike(places, logits, drafts, uniforms))
-            for place, (usable, tokens, path) in zip(places, found):
+                found = (
+                    (usable, tokens, range(len(tokens)), sound)
+                    for usable, tokens, sound in self._verify_alike(places, logits, drafts, uniforms)
+                )
+            for place, (usable, tokens, path, sound) in zip(places, found):
                 row = self.rows[place]
                 self._lose_the_unsound(row, choices[place], drafts[place], usable)
-                emitted[place] = row.emit(tokens)
+                emitted[place] = row.emit(tokens[:sound])
+                if not row.finished and (sound < len(tokens) or not tokens):
+                    raise self._unsound(row, logits[place, [*path, 0][sound]])
                 paths[place] = list(path)[: len(emitted[place])]
                 kept = to_device(paths[place], self.device) if branches else slice(len(emitted[place]))
                 verified[place] = logits[place, kept]
         return emitted, verified, paths
+
+    def _unsound(self, row: Row, logits: torch.Tensor) -> TargetLogitsError:
+        """Returns the error about the target's logits [V] for the next token of a row."""
+        if bool(logits.isnan().any()):
+            got = "NaN"
+        elif bool((logits == math.inf).any()):
+            got = "+inf"
+        else:
+            got = "-inf throughout: no token is allowed"
+        processed = "" if not row.request.is_processed else " (after the logits processors)"
+        return TargetLogitsError(
+            f"target: expected logits with a finite maximum for token {row.seen.shape[1]} of row {row.index}, counted from 0, "
+            f"from {self.target_name}{processed}, got {got}"
+        )
 
     def _lose_the_unsound(self, row: Row, choice: Choice, draft: Draft, usable: int) -> None:
         """Takes a drafter whose logits were not sound out of the request."""
         if draft.usable is not None and usable < self.config.draft_length:
             row.lose(choice.drafter, ValueError(UNSOUND))
 
-    def _verify_alike(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[tuple[int, list[int]]]:
-        """Rows whose draft logits stack, verified in one call: of each how much of its draft is usable, and what it emits."""
+    def _verify_alike(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[tuple[int, list[int], int]]:
+        """Rows whose draft logits stack, verified in one call: of each how much of its draft is usable, what it emits, and how
+        many of the target's logits in a row are sound."""
         counts = [drafts[place].tokens.shape[1] for place in places]
         most = max(counts)
         tests = np.zeros((len(places), most + 1))
@@ -307,12 +433,13 @@ class Batch:
         verdict = self._call_verify(
             target_logits, draft_tokens, draft_logits, mapping, tests, torch.minimum(lengths, usable) if most else None
         )
+        sound = target_logits.amax(-1).isfinite().cumprod(1).sum(1)
         # What the host needs of a round, in one transfer.
-        found = torch.cat([usable[:, None], verdict.tokens], 1).tolist()
-        return [(known, [token for token in tokens if token >= 0]) for known, *tokens in found]
+        found = torch.cat([usable[:, None], sound[:, None], verdict.tokens], 1).tolist()
+        return [(known, [token for token in tokens if token >= 0], number) for known, number, *tokens in found]
 
     def _verify_trees(self, places: list[int], logits: torch.Tensor, drafts, uniforms) -> list[tuple]:
-        """`_verify_alike` of trees: of each also the places of what it emits among the row's logits."""
+        """`_verify_alike` of trees: of each also, before the last, the places of what it emits among the row's logits."""
         of = [drafts[place] for place in places]
         tokens, parents = (stack(list(each), -1) for each in zip(*((one.tokens[0], one.parents[0]) for one in of)))
         target_logits = logits if len(places) == len(self.rows) else logits[to_device(places, self.device)]
@@ -324,54 +451,84 @@ class Batch:
             mapping = self._maps([one.draft_to_target for one in of])
         verdict = self._call_verify_tree(target_logits, tokens, parents, draft_logits, origins, mapping, tests)
         usable, length = torch.stack([one.usable for one in of]), self.config.draft_length
-        told = [usable[:, None], verdict.tokens, verdict.path]
+        sound = target_logits.amax(-1).isfinite().long()
+        told = [usable[:, None], sound, verdict.tokens, verdict.path]
         if of[0].widths is not None:
             told.append(torch.stack([one.widths for one in of]))
         results = []
         for place, (known, *rest) in zip(places, torch.cat(told, 1).tolist()):  # in one transfer
+            is_sound, rest = rest[: sound.shape[1]], rest[sound.shape[1] :]
             emitted, path, widths = rest[: length + 1], rest[length + 1 : 2 * length + 1], rest[2 * length + 1 :]
             if widths:
                 self.rows[place].saw_tree(widths)
-            results.append((known, [one for one in emitted if one >= 0], [0, *(node + 1 for node in path if node >= 0)]))
+            path = [0, *(node + 1 for node in path if node >= 0)]
+            number = next((number for number, node in enumerate(path) if not is_sound[node]), len(path))
+            results.append((known, [one for one in emitted if one >= 0], path, number))
         return results
 
+    def _walk_alone(self, walk: _Walk, row: Row, logits: torch.Tensor, noise: torch.Tensor | None) -> None:
+        """Verifies one row's draft to its end. The row's processors see every emitted token once, and no other.
+
+        Args:
+            logits: the target's, [K+1, V].
+            noise: as in `_verify`, [at least K+1, V].
+        """
+        place = next(walk.steps)
+        while place is not None:
+            here = slice(place, place + 1)
+            processed = row.request.process(row.seen, logits[here])
+            place = _advance(walk, self._taken(processed, None if noise is None else noise[here]))
+
+    def _walk_in_step(self, walks: dict[int, _Walk], logits: torch.Tensor, noise: torch.Tensor | None) -> None:
+        """Verifies the drafts of all rows, one token of each at a time, so that `together` sees the batch as in plain decoding.
+
+        It ends with the first draft that does: the other rows keep what is accepted of theirs by then.
+        """
+        places = {place: next(walk.steps) for place, walk in walks.items()}
+        while places:
+            rows = [self.rows[place] for place in places]
+            given = [logits[place, at : at + 1] for place, at in places.items()]
+            for (place, at), row, processed in zip(list(places.items()), rows, self.together.process(rows, given)):
+                own = None if noise is None else noise[place, at : at + 1]
+                places[place] = _advance(walks[place], self._taken(processed, own))
+                row.held_back = places[place] is not None
+            self.together.stop(self.all_rows)
+            places = {place: at for place, at in places.items() if not self.rows[place].finished}
+            if None in places.values():
+                return
+
     def _walk(
-        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray, noise: torch.Tensor | None
-    ) -> tuple[list[int], torch.Tensor, list[int]]:
-        """Verifies one draft token by token, so that the row's processors see every emitted token once, and no other."""
-        emitted: list[int] = []
-        verified: list[torch.Tensor] = []
+        self, walk: _Walk, row: Row, draft: Draft, usable: int, uniforms: np.ndarray
+    ) -> Generator[int, torch.Tensor, None]:  # fmt: skip
+        """Verifies one draft token by token."""
         drafted = min(draft.tokens.shape[1], usable)
         for position in range(drafted + 1):
             here = slice(position, min(position + 1, drafted))  # nothing at the bonus position
-            verified.append(self._processed(row, logits, position, noise))
+            walk.path.append(position)
+            walk.verified.append((yield position))
             # A chain of one token asks for a bonus position too, which is not looked at: the walk goes on there.
-            target_logits = verified[-1].expand(1 + here.stop - here.start, -1)[None]
+            target_logits = walk.verified[-1].expand(1 + here.stop - here.start, -1)[None]
             draft_logits = None if draft.logits is None or position == drafted else draft.logits[:, here]
             mapping = None if draft_logits is None else draft.draft_to_target
             tests = np.append(uniforms[here], uniforms[-1])[None]
             verdict = self._call_verify(target_logits, draft.tokens[:, here], draft_logits, mapping, tests)
-            emitted += row.emit(verdict.tokens[0, :1].tolist())
-            if row.finished or int(verdict.accepted_length[0]) == 0:
-                break
-        return emitted, torch.cat(verified), list(range(len(emitted)))
+            if self._emit_one(walk, row, verdict) == 0:
+                return
 
     def _walk_tree(
-        self, row: Row, logits: torch.Tensor, draft: Draft, usable: int, uniforms: np.ndarray, noise: torch.Tensor | None
-    ) -> tuple[list[int], torch.Tensor, list[int]]:
+        self, walk: _Walk, row: Row, draft: Draft, usable: int, uniforms: np.ndarray
+    ) -> Generator[int, torch.Tensor, None]:  # fmt: skip
         """`_walk` of a tree, of which at each node only its children are looked at."""
-        emitted: list[int] = []
-        verified: list[torch.Tensor] = []
-        node, path, siblings = -1, [], (len(uniforms) - 1) // self.config.draft_length
+        node, siblings = -1, (len(uniforms) - 1) // self.config.draft_length
         parents, tokens = draft.parents[0].tolist(), draft.tokens[0].tolist()
         if draft.widths is not None:
             row.saw_tree(draft.widths.tolist())
         for depth in range(self.config.draft_length + 1):
-            path.append(node + 1)
-            verified.append(self._processed(row, logits, path[-1], noise))
+            walk.path.append(node + 1)
+            walk.verified.append((yield node + 1))
             children = [place for place, parent in enumerate(parents) if parent == node and tokens[place] >= 0]
             index = to_device(children, self.device).long()
-            target_logits = verified[-1].expand(1 + len(children), -1)[None]
+            target_logits = walk.verified[-1].expand(1 + len(children), -1)[None]
             drafted, root = draft.tokens[:, index], torch.full_like(draft.parents[:, index], -1)
             draft_logits = origins = None
             if self.one_hot:
@@ -384,17 +541,30 @@ class Batch:
             verdict = self._call_verify_tree(
                 target_logits, drafted, root, draft_logits, origins, draft.draft_to_target, tests[None], depth=1
             )
-            emitted += row.emit(verdict.tokens[0, :1].tolist())
-            if row.finished or int(verdict.accepted_length[0]) == 0:
-                break
+            if self._emit_one(walk, row, verdict) == 0:
+                return
             node = children[int(verdict.path[0, 0])]
-        return emitted, torch.cat(verified), path
 
-    def _processed(self, row: Row, logits: torch.Tensor, place: int, noise: torch.Tensor | None) -> torch.Tensor:
-        """One of the target's logits as the row's processors leave them, with its noise, [1, V]."""
-        here = slice(place, place + 1)
-        logits = row.request.process(row.seen, logits[here])
-        return logits if noise is None else self._perturb(logits, noise[here])
+    def _emit_one(self, walk: _Walk, row: Row, verdict: Verdict) -> int:
+        """Emits the first token of a verdict that came of the last logits that a walk was given.
+
+        Returns: how many drafted tokens were accepted; 0 also where the row is finished.
+
+        Raises: TargetLogitsError.
+        """
+        sound = walk.verified[-1][0].amax(-1, keepdim=True).isfinite().long()
+        told = torch.cat([verdict.tokens[0, :1], verdict.accepted_length[:1], sound])
+        token, accepted, is_sound = told.tolist()
+        if not is_sound:
+            raise self._unsound(row, walk.verified[-1][0])
+        walk.emitted += row.emit([token])
+        return 0 if row.finished else accepted
+
+    def _taken(self, processed: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Returns processed logits [1, V] as they are verified, with the noise [1, V] on top."""
+        if self.sampling.temperature == 0:  # +inf is how some processors force a token, and the greatest all the same
+            processed = processed.clamp(max=torch.finfo(processed.dtype).max)
+        return processed if noise is None else self._perturb(processed, noise)
 
     def _maps(self, maps: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The maps of alike drafts, [B, Vd], or [Vd] where all have the same, or None.
@@ -570,6 +740,12 @@ class Batch:
         if self.on_tokens is not None:
             for row, tokens in zip(self.rows, emitted):
                 self.on_tokens(row.index, tokens)
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """Takes leave of the rows that are finished."""
+        if self.under_way and any(row.finished for row in self.rows):
+            self._observe(False)
         for place, row in enumerate(self.rows):
             if row.finished:
                 row.close(time.perf_counter() - self.began, self.pool.cache_bytes)
@@ -582,6 +758,14 @@ class Batch:
             if left:
                 self.target.select(left)
                 self.pool.select(left)
+
+
+def _advance(walk: _Walk, processed: torch.Tensor) -> int | None:
+    """Takes a walk one token further, and returns the place of the logits that it asks for next, or None at its end."""
+    try:
+        return walk.steps.send(processed)
+    except StopIteration:
+        return None
 
 
 def stack(tensors: Sequence[torch.Tensor], padding: float) -> torch.Tensor:

@@ -5,16 +5,43 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
+from hedgespec.errors import ContextError
 from hedgespec.scalars import integer, integers, shown
-from hedgespec.target import context_of, device_of
+from hedgespec.target import device_of
+
+if TYPE_CHECKING:
+    from hedgespec.decoder.row import Row
 
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens int64 [1, L], logits [n, V] for the token after them) -> processed logits [n, V]."""
+
+
+class Together(Protocol):
+    """Callbacks that see all rows of a batch at once, in the order of plain decoding, whose step s emits the s-th token of
+    every row. Rows of speculative decoding advance at different rates, so a step is complete once every row has reached it."""
+
+    processes: bool
+    """Whether `process` takes the place of every `Request.process`. The rows then advance in step."""
+
+    def process(self, rows: Sequence[Row], logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Returns the processed logits, [1, V] for each of `rows`, for the next step.
+
+        Args:
+            rows: those that have not ended; all of them have emitted the same number of tokens.
+            logits: [1, V] for each of `rows`, the target's for its next token.
+        """
+
+    def stop(self, rows: Sequence[Row]) -> None:
+        """Ends rows with `Row.cut`. Called after every step if `processes`, else after every round.
+
+        Args:
+            rows: all rows of the batch in order, ended ones included.
+        """
 
 
 @dataclass(frozen=True)
@@ -37,22 +64,42 @@ class Request:
     """The part of it that depends on its arguments alone, for the drafters' logits."""
     stop: Callable[[torch.Tensor], bool] | None = None
     """Called after every emitted token: whether it was the last."""
+    processed_together: bool = False
+    """Whether `Together.process` takes the place of `process`."""
     keep_cache: bool = False
     """Leave the target's keys and values in `Row.cache`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_new_tokens", integer("max_new_tokens", self.max_new_tokens, 1))
 
-    def check_context(self, target) -> None:
-        """Raises ValueError where prompt and continuation do not fit the target's context."""
-        context = context_of(target)
+    @property
+    def is_processed(self) -> bool:
+        """Whether the caller changes the target's logits."""
+        return self.process is not None or self.processed_together
+
+    def check_context(self, table: int | None, may_end: bool = False) -> None:
+        """Refuses a continuation that is certain to go past the target's table of positions, if it has one.
+
+        A text that may end before is begun; it fails with the same error if it gets there, as plain decoding does.
+
+        Args:
+            table: the target's positions, if it holds a table of them.
+            may_end: whether something else than `eos` and `stop` may end the text.
+
+        Raises: ContextError.
+        """
         length = len(self.prompt) - self.padding
-        if context is not None and self.max_new_tokens >= context:
-            raise ValueError(f"max_new_tokens: expected less than the target's context of {context}, got {self.max_new_tokens}")
-        if context is not None and length + self.max_new_tokens > context:
-            raise ValueError(
-                f"input_ids: expected a prompt of at most {context - self.max_new_tokens} tokens, so that "
-                f"{self.max_new_tokens} more fit the target's context of {context}, got {length}"
+        if table is None:
+            return
+        if length > table:
+            raise ContextError(
+                f"input_ids: expected a prompt of at most {table} tokens, for as many the target has positions, got {length}"
+            )
+        # The last token is emitted and not read.
+        if length + self.max_new_tokens - 1 > table and not (may_end or self.eos or self.stop is not None):
+            raise ContextError(
+                f"max_new_tokens: expected at most {table + 1 - length} behind a prompt of {length} tokens, since the target "
+                f"has {table} positions, got {self.max_new_tokens}"
             )
 
 

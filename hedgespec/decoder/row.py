@@ -48,6 +48,8 @@ class Row:
         self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Once it is finished and the request asks for it: the target's keys and values by layer, [heads, length, head_dim]."""
         self.finished = False
+        self.held_back = False
+        """Whether the last round ended within the row's draft because another row's draft had ended, see `Together`."""
         self.trees, self.widths = 0, np.zeros(config.draft_length)
         """Dynamic trees drafted, and their children of the likeliest node at each depth, summed, [K]."""
         self.unscored: list[torch.Tensor] = []
@@ -70,6 +72,11 @@ class Row:
     def seen(self) -> torch.Tensor:
         """`sequence` as a batch of 1 and without a copy, which is how processors and criteria see it."""
         return self.padded[None, : self.request.padding + self.length]
+
+    @property
+    def emitted(self) -> int:
+        """Tokens emitted so far."""
+        return self.length - self.prompt_length
 
     @property
     def room(self) -> int:
@@ -103,6 +110,18 @@ class Row:
                 return tokens[:count]
         return tokens
 
+    def cut(self, emitted: int) -> None:
+        """Ends the text after this many emitted tokens; tokens that were emitted beyond them are dropped."""
+        excess = self.emitted - emitted
+        assert excess >= 0, (self.emitted, emitted)
+        self.length -= excess
+        self.finished, self.stats.emitted_tokens = True, emitted
+        counts = self.stats.emitted_by_round
+        for number in reversed(range(len(counts))):
+            dropped = min(excess, counts[number])
+            counts[number] -= dropped
+            excess -= dropped
+
     def to_be_scored(self, logits: torch.Tensor, noise: torch.Tensor | None = None) -> None:
         """Takes note of the target's logits [T, V] for tokens that follow."""
         if self.config.back_off is not None:  # they may be kept for long: alone, without what else was computed with them
@@ -124,7 +143,7 @@ class Row:
     def warm_positions(self) -> int:
         """Of the warm start, those before the first emitted token and the prompt's last ones. A head says nothing of its first
         two tokens, nor of what lies behind its window."""
-        fresh = self.request.learner_state is None and self.request.process is None
+        fresh = self.request.learner_state is None and not self.request.is_processed
         if not fresh or not self.selector.hears_all:
             return 0
         window = self.config.drafter_window

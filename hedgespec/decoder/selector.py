@@ -59,6 +59,8 @@ class _Round:
     emitted: int
     tested: int
     """Drafted tokens, from the first, each of which is known to have been accepted or not."""
+    accepted: int
+    """How many of these were accepted."""
 
 
 class Selector:
@@ -209,9 +211,12 @@ class Selector:
             self.stats.losses.pop()
             self.stats.played.pop()
 
-    def end_round(self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int, tested: int) -> None:
+    def end_round(
+        self, drafter: int | None, weights: np.ndarray, emitted: int, drafted: int, tested: int, held_back: bool = False
+    ) -> None:  # fmt: skip
         """Records a round: who drafted (None: nobody), the weights at its beginning, the tokens it emitted and drafted, and how
-        many drafted ones, from the first, are known to have been accepted or not. A learner that asks for no more hears how
+        many drafted ones, from the first, are known to have been accepted or not; the last emitted token is one that was
+        accepted if the row was `held_back`, see `Row`. A learner that asks for no more hears how
         the drafter fared. Rounds all of whose tokens are scored by now are looked back at."""
         weight = 0.0
         if drafter is not None and self.learner.feedback == "bandit":
@@ -220,7 +225,7 @@ class Selector:
                 self._tell(drafter, weight, 1 - emitted / (self.config.draft_length + 1))
         self.stats.record_round(drafter, self.arms.by_drafter(weights), emitted, drafted)
         if self.scores_all:
-            self.unscored.append(_Round(drafter, weight, emitted, tested))
+            self.unscored.append(_Round(drafter, weight, emitted, tested, min(emitted - 1 + held_back, tested)))
             while self.unscored and self.unscored[0].emitted <= len(self.scored):
                 self._look_back(self.unscored.popleft())
 
@@ -232,7 +237,7 @@ class Selector:
         chain, deepest = self.config.tree is None, self.config.draft_length - 1
         block = [one[past.drafter] if chain else one[min(depth, deepest), past.drafter] for depth, one in enumerate(scores)]
         if chain and self.alive[past.drafter]:
-            predicted, accepted = np.array(block[: past.tested]), min(past.emitted - 1, past.tested)
+            predicted, accepted = np.array(block[: past.tested]), past.accepted
             corrected = predicted
             if self.depths is not None:
                 corrected = predicted * self.depths.factors[: past.tested, past.drafter]

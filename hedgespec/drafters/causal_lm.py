@@ -6,9 +6,11 @@ import torch
 
 from hedgespec.cache import RaggedCache
 from hedgespec.compat import cache_argument
-from hedgespec.errors import VocabularyMismatchError
+from hedgespec.errors import ContextError, VocabularyMismatchError
 from hedgespec.linear import few_row_view
+from hedgespec.positions import table_size
 from hedgespec.scalars import text
+from hedgespec.wrappers import unwrap
 
 SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
 """Ids that both must agree on; padding is never drafted from."""
@@ -18,7 +20,8 @@ class CausalLMDrafter:
     """A small language model that shares the target's tokenizer.
 
     Args:
-        model: a transformers causal LM in eval mode, on the target's device.
+        model: a transformers causal LM in eval mode, on the target's device. Where its table of positions ends it leaves the
+            request.
         target: the target.
         name: shown in statistics.
         tokenizer, target_tokenizer: the two models' transformers tokenizers. With both, every id is compared; without
@@ -33,11 +36,14 @@ class CausalLMDrafter:
     aux_layers = ()
 
     def __init__(self, model, target, name: str = "causal_lm", *, tokenizer=None, target_tokenizer=None):
+        model, target = unwrap(model, "model"), unwrap(target)
         wanted = target.config.get_text_config(decoder=True).vocab_size
         usable = usable_vocabulary(model, wanted, name, tokenizer=tokenizer, target_tokenizer=target_tokenizer)
         if tokenizer is None:
             _check_special(model.config, target.config, name)
         self.model, self.name, self.vocab_size = few_row_view(model), text("name", name), usable
+        self.table = table_size(model)
+        """Positions in the model's table; None: it has none."""
         self.draft_to_target = None if usable == wanted else torch.arange(usable, device=model.device)
 
     def session(self) -> CausalLMSession:
@@ -63,6 +69,9 @@ class CausalLMSession:
         return self._forward(token, 1)[0]
 
     def _forward(self, tokens: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+        table = self.drafter.table
+        if table is not None and (end := self.cache.lengths[0] + len(tokens)) > table:
+            raise ContextError(f"drafter {self.drafter.name}: expected a text of at most {table} tokens, got {end}")
         out = self.drafter.model(tokens[None], **self._with_cache, logits_to_keep=logits_to_keep)
         self.cache.lengths[0] += tokens.shape[0]
         return out.logits[0, :, : self.drafter.vocab_size]

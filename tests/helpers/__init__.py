@@ -1,0 +1,1 @@
+"""What several test files, and the script that writes docs/compatibility.md, share."""
