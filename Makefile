@@ -58,10 +58,10 @@ $(VLLM_VENV)/.installed: $(INGREDIENTS) constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -c "import vllm, hedgespec"
 	touch $@
 
-# The constraints of the other tests, but for the packages that constraints-oldest.txt names.
+# The constraints of the other tests, but for the packages that constraints-oldest.txt names. No CUDA kernels: nothing runs them.
 $(OLDEST_VENV)/.installed: $(INGREDIENTS) constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	awk -F== '!/^#/ && !($$1 in seen) {seen[$$1]; print}' constraints-oldest.txt constraints.txt > $(OLDEST_VENV)/constraints.txt
-	$(OLDEST_VENV)/bin/python -m pip install --disable-pip-version-check -c $(OLDEST_VENV)/constraints.txt -e ".[zoo,test]"
+	HEDGESPEC_CUDA=0 $(OLDEST_VENV)/bin/python -m pip install --disable-pip-version-check -c $(OLDEST_VENV)/constraints.txt -e ".[zoo,test]"
 	$(OLDEST_VENV)/bin/python -c "import transformers; print(transformers.__version__)"
 	touch $@

@@ -34,13 +34,22 @@ def write(folder, name: str):
     pairs, prompt, until, most = TASKS[name]
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps({"question": one, "answer": other}) + "\n" for one, other in pairs))
-    (folder / f"{name}.yaml").write_text(json.dumps({
-        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
-        "output_type": "generate_until", "doc_to_text": prompt.replace("\\n", "\n"), "doc_to_target": " {{answer}}",
-        "generation_kwargs": {"until": until, "do_sample": False, "max_gen_toks": most},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        "num_fewshot": 0,
-    }))  # fmt: skip  (JSON is YAML)
+    (folder / f"{name}.yaml").write_text(
+        json.dumps(
+            {
+                "task": name,
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(data)}},
+                "test_split": "test",
+                "output_type": "generate_until",
+                "doc_to_text": prompt.replace("\\n", "\n"),
+                "doc_to_target": " {{answer}}",
+                "generation_kwargs": {"until": until, "do_sample": False, "max_gen_toks": most},
+                "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+                "num_fewshot": 0,
+            }
+        )
+    )  # fmt: skip  (JSON is YAML)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -71,4 +80,5 @@ def test_results_are_those_of_the_model_alone(tmp_path, monkeypatch, batch_size)
         scores = {name: result["results"][name]["exact_match,none"] for name in TASKS}
         found.append((texts, scores))
     assert found[0] == found[1]
+    print(found[0])
     assert all(any(reply[0][0].strip() for reply in replies) for replies in found[0][0].values())
