@@ -80,4 +80,5 @@ def test_results_are_those_of_the_model_alone(tmp_path, monkeypatch, batch_size)
         scores = {name: result["results"][name]["exact_match,none"] for name in TASKS}
         found.append((texts, scores))
     assert found[0] == found[1]
+    print(found[0])
     assert all(any(reply[0][0].strip() for reply in replies) for replies in found[0][0].values())

@@ -556,29 +556,34 @@ class _Steps:
         places = torch.tensor([row.index for row in rows], device=together.device)
         together[places] = torch.cat(list(logits)).float()
         given = together.clone()
-        processed = _through(self._processors or (), self._tokens[:, : self._count], together)
+        processed = _through(self._processors or (), self._seen(), together)
         for row in rows:
             own = slice(row.index, row.index + 1)
             self._recorders[row.index].record(given[own], processed[own])
         return list(processed[places].split(1))
 
+    def _seen(self) -> torch.Tensor:
+        """The batch as it is after `_count` columns, contiguous as `generate` has it."""
+        return self._tokens[:, : self._count].contiguous()
+
     def stop(self, rows: Sequence[Row]) -> None:
         if self._ended.all():
             return
-        texts = torch.stack([row.padded for row in rows])
+        first, known = self._count, self._tokens.shape[1] - rows[0].request.max_new_tokens + max(row.emitted for row in rows)
+        texts = torch.stack([row.padded[first:known] for row in rows])
         ended = self._ended.tolist()
         while not all(ended):
             step = self._count + 1 - (self._tokens.shape[1] - rows[0].request.max_new_tokens)
             if any(row.emitted < step and not (self._pads and done) for row, done in zip(rows, ended)):
                 return
-            column = texts[:, self._count]
+            column = texts[:, self._count - first]
             self._tokens[:, self._count] = column.masked_fill(self._ended, self._pad) if self._pads else column
             self._count += 1
             scores = None
             if self._recorders[0].keeps_scores:
                 self._scores.append(_at_step([one.scores for one in self._recorders], step - 1))
                 scores = tuple(self._scores)
-            self._ended |= self._criteria(self._tokens[:, : self._count], scores)
+            self._ended |= self._criteria(self._seen(), scores)
             before, ended = ended, self._ended.tolist()
             for row, was, done in zip(rows, before, ended):
                 if (done and not was) if self._pads else all(ended):
