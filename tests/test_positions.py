@@ -169,10 +169,24 @@ def test_factors_and_their_scale_follow_the_length():
 
 
 @pytest.mark.usefixtures("quick_capture")
-@pytest.mark.parametrize("family", FOLLOWING)
+@pytest.mark.parametrize("family", ["phi3", "longrope"])
 def test_captured_forwards_follow_the_length(family):
-    model, batch = FOLLOWING[family](), prompts(9)
-    check_same_text(model, batch, 22, trees=False, config=DecodeConfig(draft_length=3, compile=True))
+    model, batch = FOLLOWING[family](), prompts(11)
+    texts = plain_texts(model, batch, 14)
+    for tree in (None, TREE):
+        config = DecodeConfig(draft_length=3, tree=tree, compile=True)
+        decoder = Decoder(model, knowing_pool(batch, texts), config)
+        assert decoder.generate(**batch, max_new_tokens=14).sequences[:, 11:].tolist() == texts
+        assert decoder.captures.compilations
+
+
+def test_factors_that_change_with_every_token_are_not_captured():
+    model, batch = dynamic(), prompts(11)
+    texts = plain_texts(model, batch, 14)
+    decoder = Decoder(model, knowing_pool(batch, texts), DecodeConfig(draft_length=3, compile=True))
+    with pytest.warns(UserWarning, match="not compiled: its rotary factors may change with every token"):
+        out = decoder.generate(**batch, max_new_tokens=14)
+    assert out.sequences[:, 11:].tolist() == texts
 
 
 @pytest.mark.parametrize("family", FOLLOWING)
