@@ -94,7 +94,7 @@ class Lengths:
         self.spans: list[tuple[int, int]] = []
         """By row, the first and the last of its values, known without waiting for a device; those of filling may be others."""
         self.fixed = False
-        """Whether the forward is captured, so that what runs must not depend on the spans. Not for factors of type "dynamic"."""
+        """Whether the forward is captured, so that what runs must not depend on the spans. Not with type "dynamic"."""
 
 
 class FollowedRotary(nn.Module):
