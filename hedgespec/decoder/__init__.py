@@ -109,8 +109,9 @@ class Decoder:
         self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
         self.captures = Captures(self.config.most_drafted + 1) if self.config.compile else None
         check_inputs(target)
-        self.reread_at = reread_boundary(target)
-        """Number of tokens, padding included, at which the target reads its whole text again; None: it never does."""
+        self.reread_at, self.rereads_all = reread_boundary(target)
+        """Number of tokens, padding included, at which the target drops its cache (None: it never does), and whether it then
+        reads the whole text again."""
         self._may_be_ragged = may_be_ragged(target)
         self.table, self.follows_length = table_size(target), bool(length_dependent(target))
         """Positions in the target's table, if it has one, and whether its rotary factors follow the text's length."""
