@@ -128,8 +128,9 @@ class Decoder:
         self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
         self.captures = Captures(self.config.max_drafted + 1) if self.config.compile else None
         check_inputs(model)
-        self.reread_at = reread_boundary(model)
-        """Number of tokens, padding included, at which the target reads its whole text again; None: it never does."""
+        self.reread_at, self.rereads_all = reread_boundary(model)
+        """Number of tokens, padding included, at which the target drops its cache (None: it never does), and whether it then
+        reads the whole text again."""
         self._may_be_ragged = may_be_ragged(model)
         self.table, self.follows_length = table_size(model), bool(length_dependent(model))
         """Positions in the target's table, if it has one, and whether its rotary factors follow the text's length."""

@@ -52,7 +52,8 @@ class PlainDecoding:
 
     def __init__(self, decoder: Decoder, session: TargetSession, rows: Sequence[Row], batch: PlainBatch) -> None:
         self.session, self.batch = session, batch
-        self.reread_at, self.table, self.target_name = decoder.reread_at, decoder.table, type(decoder.target).__name__
+        self.reread_at, self.rereads_all = decoder.reread_at, decoder.rereads_all
+        self.table, self.target_name = decoder.table, type(decoder.target).__name__
         self._inputs: dict[int, PlainInputs] = {}
         for row in rows if batch.audits else ():
             prompt = row.request.prompt
@@ -93,6 +94,12 @@ class PlainDecoding:
         if self.reread_at is None or self.batch.width >= self.reread_at:
             return
         due = [row.request.padding + row.length == self.reread_at for row in rows]
+        if any(due) and not self.rereads_all:
+            raise ValueError(
+                f"target: expected {self.target_name} to read its text again where its rotary factors change, at "
+                f"{self.reread_at} tokens, but the installed transformers lets it go on from the last token alone; 5.20 and "
+                "newer do not"
+            )
         if any(due):
             texts = [row.tokens[: row.length - 1] if now else None for row, now in zip(rows, due)]
             self.session.reread(texts, self.reread_at - self.batch.padding)
