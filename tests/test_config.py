@@ -51,19 +51,19 @@ def test_docstrings_state_the_defaults_of_the_code(documented):
 
 
 def test_prose_states_the_defaults_of_the_code():
-    config, readme = DecodeConfig(), (ROOT / "README.md").read_text()
-    engines = " ".join((ROOT / "docs" / "engines.md").read_text().split())
-    flat = " ".join(readme.split())
-    assert f"over the prompt's last {config.warm_start} positions (`warm_start`" in flat
-    assert f"hears the last {config.warm_start} positions of the prompt first (`warm_start`" in engines
-    assert f'`"{config.evaluate_every}"`, the default, begins with 1, doubles m up to {MAX_EVALUATE_EVERY}' in flat
-    assert {"normal_hedge": "NormalHedge, the default"}[config.learner] in flat
-    assert config.tree is None and "A chain is the default" in flat
-    assert f"`evaluate_every` is {TOKENS_ONLY['evaluate_every']} (" in engines
-    assert f"and `warm_start` {TOKENS_ONLY['warm_start']}:" in engines
+    config, pages = DecodeConfig(), {page.stem: page.read_text() for page in (ROOT / "docs").glob("*.md")}
+    usage, engines, trees = (" ".join(pages[name].split()) for name in ("usage", "engines", "trees"))
+    rows = dict(re.findall(r"^\| `(\w+)` \| `?(.+?)`? \|", pages["usage"], flags=re.MULTILINE))
+    for field in dataclasses.fields(config):
+        shown = rows[field.name].strip('"')
+        assert shown == str(getattr(config, field.name)), field.name
+    assert f"`{config.learner}` | every drafter's loss | the default" in usage
+    assert config.tree is None and "A chain is the default" in trees
+    assert f"`evaluate_every` is {TOKENS_ONLY['evaluate_every']}; use" in engines
+    assert f"`warm_start` is {TOKENS_ONLY['warm_start']}: of" in engines
     pool = read_pool(4, ("ngram",), environment={"HEDGESPEC_POOL": '{"drafters": [{"name": "a", "type": "ngram"}]}'})
-    assert "log (60; 0: none)" in engines and pool.log_every == 60
-    assert f"`max_ngram`: {inspect.signature(NGramDrafter).parameters['max_ngram'].default} |" in engines
+    assert f"(default {pool.log_every}, 0 for none)" in engines
+    assert f"`max_ngram`: default {inspect.signature(NGramDrafter).parameters['max_ngram'].default} |" in engines
     module = " ".join(decoder.__doc__.split())
     assert f'`evaluate_every="{config.evaluate_every}"` and `warm_start={config.warm_start}`' in module
     assert "`DecodeConfig(evaluate_every=1, warm_start=0)`" in module
