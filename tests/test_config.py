@@ -21,7 +21,6 @@ from hedgespec.drafters.ngram import NGramDrafter
 from hedgespec.integrations import transformers as hf
 from hedgespec.integrations.vllm.pool_config import TOKENS_ONLY, read_pool
 from hedgespec.ops.sampling import Sampling
-from hedgespec.selection.selector import MAX_EVALUATE_EVERY
 
 ROOT = Path(__file__).parent.parent
 

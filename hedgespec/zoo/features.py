@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from hedgespec.errors import ZooError
 from hedgespec.zoo.generation import Llama
@@ -41,11 +42,12 @@ class Features:
         self.width = 4 * llama.config.hidden_size
         self.files: dict[str, np.memmap] | None = None
         if folder is not None:
-            self._open(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "lock"):  # another process may add rows of its own
+                self._open(folder)
 
     def _open(self, folder: Path) -> None:
         """Maps the files, longer by the rows that they do not know yet."""
-        folder.mkdir(parents=True, exist_ok=True)
         index = folder / "index.txt"
         places, end = {}, 0
         if index.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from hedgespec.zoo.storage import load_head
 from hedgespec.zoo.target import load_target
 from hedgespec.zoo.train import CHAT, HEADS, JOINT, Recipe, domain_of, train
 
+LINE_SECONDS = 30
+"""Time from one line of progress to the next where there is no terminal for a bar."""
 GPU_BATCH_TOKENS = 16_384
 """Answer positions of a training step on a GPU."""
 
@@ -186,12 +189,15 @@ def _heads(target, features: Features, names: Sequence[str], recipe: Recipe, fol
     columns = (TextColumn("{task.description}"), BarColumn(), state, TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=2) as bars:
         made: dict[str, int] = {}
+        said = time.monotonic()
 
         def progress(name: str, step: int, steps: int, line: str) -> None:
+            nonlocal said
             if name not in made:
                 made[name] = bars.add_task(name, total=steps, line="")
             bars.update(made[name], completed=step, line=line)
-            if not console.is_terminal and step % 100 == 0:
+            if not console.is_terminal and time.monotonic() - said > LINE_SECONDS:
+                said = time.monotonic()
                 console.print(f"{name}: step {step}/{steps} {line}", highlight=False)
 
         about = {"commit": _commit(), "data": {str(path): _manifest(path) for path in data},
