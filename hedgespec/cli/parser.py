@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--layout", choices=LAYOUTS, default="official", help="(default: %(default)s)")
     add("--verifier", metavar="NAME", help="the target's name in speculators' files, by which an engine may load it")
     add("--dtype", choices=EXPORTED, default="float32", help="of the tensors (default: %(default)s)")
-    add = command("collect", zoo_collect, "have the target answer prompts of every domain: what heads are trained on", zoo)
-    add = add.add_argument
+    told = "have the target answer prompts of every domain: what heads are trained on"
+    add = command("collect", zoo_collect, told, zoo).add_argument
     add("--out", metavar="FOLDER", type=Path,
         help="where shards go; a collection there is gone on with (default: zoo-data in the cache)")  # fmt: skip
     add("--prompts", metavar="FOLDER", type=Path,

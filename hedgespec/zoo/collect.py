@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock, Timeout
@@ -28,6 +29,10 @@ from hedgespec.zoo import shards, sources
 from hedgespec.zoo.generation import Job, Llama, generate
 from hedgespec.zoo.shards import Journal, Row, as_entry
 from hedgespec.zoo.sources import DOMAINS, GOALS, Prompt, Seen, Source
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 END, START, NOTHING = 2, 1, 0
 """Ids of <|im_end|>, <|im_start|> and <|endoftext|>."""
@@ -96,8 +101,8 @@ class Worker:
         tick: called with the number of tokens of each forward.
     """
 
-    def __init__(self, llama: Llama, tokenizer, folder: Path, settings: Settings, report: Callable[[str], None] = print,
-                 tick: Callable[[int], None] = lambda tokens: None):  # fmt: skip
+    def __init__(self, llama: Llama, tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Settings,
+                 report: Callable[[str], None] = print, tick: Callable[[int], None] = lambda tokens: None):  # fmt: skip
         sources.check_domains(settings.domains)
         self.llama, self.tokenizer, self.folder, self.settings = llama, tokenizer, folder, settings
         self.report, self.tick = report, tick
@@ -106,7 +111,8 @@ class Worker:
         self.journal = Journal(folder / f"{self.name}.journal")
         self.rows: dict[tuple[str, bool], Row] = {}
         self.pending: dict[str, Prompt] = {}
-        self.seen, self.keys = Seen(), set()
+        self.seen = Seen()
+        self.keys: set[str] = set()
         self.table = [source for source in sources.SOURCES if source.domain in settings.domains]
         self.makers: dict[str, Iterator] = {}
         self.lost: set[str] = set()
@@ -257,10 +263,12 @@ class Worker:
                 return None
             return sources.passage_prompt(source, passage, rng), source.licence, None
         if source.name not in self.makers:
-            self.makers[source.name] = (
-                sources.file_prompts(source, self.settings.prompts, self.name, self.report) if source.kind == "file"
-                else sources.template_prompts(source, self.name)
-            )  # fmt: skip
+            if source.kind == "file":
+                assert self.settings.prompts is not None  # else the source is not in the table
+                made = sources.file_prompts(source, self.settings.prompts, self.name, self.report)
+            else:
+                made = sources.template_prompts(source, self.name)
+            self.makers[source.name] = made
         for text, licence in self.makers[source.name]:
             if replace(_BLANK, text=text).key not in self.keys:
                 return text, licence, None
@@ -445,7 +453,14 @@ def one_sided(rows: list[Row]) -> list[Row]:
 
 
 def collect(
-    model, tokenizer, folder: Path, settings: Settings, *, console=None, workers: int = 1, command: list[str] | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    settings: Settings,
+    *,
+    console: Console | None = None,
+    workers: int = 1,
+    command: list[str] | None = None,
 ) -> dict[str, int]:
     """Collects until every domain has reached its goal, and returns the continuation tokens of each.
 

@@ -104,17 +104,19 @@ class Features:
 
     def fill(self, places: Sequence[int]) -> None:
         """Computes the rows of these indices that are not kept yet."""
-        missing = sorted((place for place in dict.fromkeys(places) if not self.files["done"][self.start[place], 0]),
+        files = self.files
+        assert files is not None  # only called if features are kept
+        missing = sorted((place for place in dict.fromkeys(places) if not files["done"][self.start[place], 0]),
                          key=lambda place: len(self.rows[place].tokens))  # fmt: skip
         while missing:
             count = max(1, self.reading // len(self.rows[missing[min(len(missing), 32) - 1]].tokens))
             group, missing = missing[:count], missing[count:]
             for place, made in zip(group, self.compute(group), strict=True):
                 span = slice(self.start[place], self.start[place] + len(self.rows[place].tokens))
-                self.files["states"][span] = made["states"].cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
-                self.files["log_normalizer"][span, 0] = made["log_normalizer"].cpu().numpy()
-                self.files["best"][span, 0] = made["best"].cpu().numpy()
-                self.files["done"][self.start[place]] = 1  # last: a row that was cut short is computed again
+                files["states"][span] = made["states"].cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+                files["log_normalizer"][span, 0] = made["log_normalizer"].cpu().numpy()
+                files["best"][span, 0] = made["best"].cpu().numpy()
+                files["done"][self.start[place]] = 1  # last: a row that was cut short is computed again
 
     def get(self, places: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """The states of rows, as `compute` returns them."""

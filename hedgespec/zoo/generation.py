@@ -11,10 +11,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOP_K = 512
 """Tokens considered by top-p sampling: beyond them the target has almost no mass."""
@@ -61,7 +64,7 @@ def faster_dtype(rows: int = 64, *, trials: int = 3) -> torch.dtype:
                 F.linear(x, weight)
             seconds.append(time.perf_counter() - began)
         best[dtype] = min(seconds)
-    return min(best, key=best.get)
+    return min(best, key=lambda dtype: best[dtype])
 
 
 class _Linear:
@@ -91,7 +94,7 @@ class Llama:
         rows: rows of a typical product, to which packed weights are tuned.
     """
 
-    def __init__(self, model, dtype: torch.dtype | None = None, rows: int = 64):
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None, rows: int = 64):
         config = model.config
         if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
             raise ValueError(f"model: expected a Llama model without biases, got one of type {config.model_type}")
@@ -146,7 +149,7 @@ class Llama:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def read(self, tokens: torch.Tensor, lengths: torch.Tensor, cache: torch.Tensor | None = None,
-             slots: torch.Tensor | None = None, *, states_of: tuple[int, ...] = ()):  # fmt: skip
+             slots: torch.Tensor | None = None, *, states_of: tuple[int, ...] = ()) -> Any:  # fmt: skip
         """Reads whole texts, padded on the right, and writes their keys and values into `slots` of the cache.
 
         Args:
@@ -160,7 +163,8 @@ class Llama:
         rows, length = tokens.shape
         cos, sin = self.angles(torch.arange(length, device=self.device))
         x = self.embedding[tokens.flatten()].float()
-        kept, group = {}, self.heads // self.kv_heads
+        kept: dict[int, torch.Tensor] = {}
+        group = self.heads // self.kv_heads
         for number, (norm, qkv, out, second, gate_up, down) in enumerate(self.layers):
             if number in states_of:
                 kept[number] = x.to(self.dtype).view(rows, length, -1)
@@ -287,7 +291,7 @@ def generate(llama: Llama, jobs: Iterable[Job], *, slots: int, ends: tuple[int, 
 
     while True:
         while not exhausted and (len(active) <= slots - max(1, slots // 8)):
-            batch = []
+            batch: list[Job] = []
             while len(batch) < slots - len(active) and (not batch or len(batch) * len(batch[0].tokens) < 2048):
                 job = next(waiting, None)
                 if job is None:

@@ -9,7 +9,7 @@ follows exactly from one unrolled pass, without sampling.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +129,7 @@ def tokens_per_round(head: EagleHead, features: Features, places: Sequence[int],
 
 
 def measure(heads: Sequence[EagleHead], features: Features, *, per_domain: int = 40, draft_length: int = 5,
-            report=lambda line: None) -> dict:  # fmt: skip
+            report: Callable[[str], None] = lambda line: None) -> dict:  # fmt: skip
     """{"tokens_per_round": {kind: {domain: {head: figure}}}, "acceptance_by_depth": the same with lists, "rows": counts}."""
     result: dict = {"draft_length": draft_length, "tokens_per_round": {}, "acceptance_by_depth": {}, "rows": {}}
     for (domain, kind), places in sorted(held_out_places(features, per_domain).items()):

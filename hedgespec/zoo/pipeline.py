@@ -9,10 +9,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hedgespec.errors import ZooError
 from hedgespec.utils.paths import cache_dir
@@ -23,6 +24,11 @@ from hedgespec.zoo.shards import Row
 from hedgespec.zoo.storage import load_head
 from hedgespec.zoo.target import load_target
 from hedgespec.zoo.train import CHAT, HEADS, JOINT, Recipe, domain_of, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hedgespec.drafters.eagle import EagleHead
 
 LINE_SECONDS = 30
 """Time from one line of progress to the next where there is no terminal for a bar."""
@@ -67,9 +73,7 @@ def read_rows(folders: Sequence[Path], frozen: Path | None = None) -> list[Row]:
     rows, digests = [], {}
     for path, digest in wanted.items():
         if not path.exists():
-            raise ZooError(
-                f"{frozen}: expected the shard {path}, which training began with; delete {frozen.name} to begin anew"
-            )
+            raise ZooError(f"{frozen}: expected the shard {path}, which training began with; delete it to begin anew")
         data = path.read_bytes()
         digests[str(path)] = hashlib.sha256(data).hexdigest()
         if digest not in (None, digests[str(path)]):
@@ -98,7 +102,8 @@ def recipe_with(settings: Sequence[str], recipe: Recipe | None = None) -> Recipe
             value = tuple(int(part) for part in text.split(",")) if kinds[name] is tuple else kinds[name](text)
         except ValueError as error:
             raise ValueError(f"set: expected {kinds[name].__name__} for {name}, got {text!r}") from error
-        recipe = replace(recipe, **{name: value})
+        changes: dict[str, Any] = {name: value}
+        recipe = replace(recipe, **changes)
     return recipe
 
 
@@ -171,12 +176,12 @@ def _commit() -> str:
         return "unknown"
 
 
-def _heads(target, features: Features, names: Sequence[str], recipe: Recipe, folder: Path, dtype: torch.dtype,
+def _heads(target: PreTrainedModel, features: Features, names: Sequence[str], recipe: Recipe, folder: Path, dtype: torch.dtype,
            data: Sequence[Path], console: Console) -> None:  # fmt: skip
     """The stage "heads", with a progress bar a head."""
     places = matrix.held_out_places(features, 24)
 
-    def curve(name: str, head) -> dict:
+    def curve(name: str, head: EagleHead) -> dict:
         domain = name if (name, "greedy") in places else CHAT
         chosen = places.get((domain, "greedy"), [])
         if not chosen:
@@ -188,7 +193,7 @@ def _heads(target, features: Features, names: Sequence[str], recipe: Recipe, fol
     state = TextColumn("{task.completed}/{task.total} steps; {task.fields[line]}")
     columns = (TextColumn("{task.description}"), BarColumn(), state, TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=2) as bars:
-        made: dict[str, int] = {}
+        made: dict[str, TaskID] = {}
         said = time.monotonic()
 
         def progress(name: str, step: int, steps: int, line: str) -> None:
@@ -214,7 +219,7 @@ def _manifest(folder: Path) -> dict:
     return {key: manifest[key] for key in ("domains", "sources", "shards") if key in manifest}
 
 
-def measure_matrix(target, features: Features, paths: Sequence[Path], folder: Path, console: Console) -> dict:
+def measure_matrix(target: PreTrainedModel, features: Features, paths: Sequence[Path], folder: Path, console: Console) -> dict:
     """Measures heads from files, writes the matrix into `folder`, and says what int8 costs where the floats are still there.
 
     Raises: ZooError if there is no head or no held-out row.

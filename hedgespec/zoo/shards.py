@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def encode(rows: Iterable[Row]) -> bytes:
     vocabulary = found[np.argsort(-counts, kind="stable")]
     ranks = np.zeros(65536, dtype=np.uint16)
     ranks[vocabulary] = np.arange(len(vocabulary))
-    arrays = {
+    arrays: dict[str, Any] = {
         "vocabulary": vocabulary,
         "tokens": ranks[tokens],
         "length": np.array([len(row.tokens) for row in rows], dtype=np.int32),
@@ -141,7 +142,7 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self.file = None
+        self.file: BinaryIO | None = None
 
     def append(self, entry: dict) -> None:
         """Raises: ZooError if the line cannot be written; what was written before is left whole."""
@@ -216,7 +217,9 @@ def write_manifest(folder: Path, rows: Iterable[Row], end: int, description: dic
     """Writes manifest.json: counts by domain, source and side, licences, hashes of the shards, and `description`."""
     from hedgespec.zoo.sources import by_name
 
-    table, counts, sources = by_name(), {}, {}
+    table = by_name()
+    counts: dict[str, dict] = {}
+    sources: dict[str, dict] = {}
     for row in rows:
         source = table[row.source]
         for group, name in ((counts, source.domain), (sources, source.name)):

@@ -10,6 +10,7 @@ that predict the target's answers are unrolled; of a prompt, keys and values are
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,9 @@ from hedgespec.zoo import storage
 from hedgespec.zoo.features import Features, aux_layers
 from hedgespec.zoo.shards import Row
 from hedgespec.zoo.sources import DOMAINS, by_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHAT, JOINT = "chat", "joint"
 HEADS = (CHAT, *DOMAINS[1:], JOINT)
@@ -91,7 +96,7 @@ def draft_vocabulary(rows: Sequence[Row], size: int, vocab_size: int) -> torch.T
     return counts.topk(size).indices.sort().values
 
 
-def head_config(target, recipe: Recipe) -> EagleConfig:
+def head_config(target: PreTrainedModel, recipe: Recipe) -> EagleConfig:
     config = target.config
     return EagleConfig(
         hidden_size=config.hidden_size, target_hidden_size=config.hidden_size,
@@ -102,7 +107,7 @@ def head_config(target, recipe: Recipe) -> EagleConfig:
     )  # fmt: skip
 
 
-def initial_head(target, recipe: Recipe, vocabulary: torch.Tensor) -> EagleHead:
+def initial_head(target: PreTrainedModel, recipe: Recipe, vocabulary: torch.Tensor) -> EagleHead:
     """A head that starts as the target's last layer, reading its highest aux layer; the output projections start small."""
     head = EagleHead(head_config(target, recipe), target.get_input_embeddings(), vocabulary).to(target.device)
     hidden, layer = target.config.hidden_size, target.model.layers[-1]
@@ -123,7 +128,7 @@ def initial_head(target, recipe: Recipe, vocabulary: torch.Tensor) -> EagleHead:
     return with_vocabulary(head, target, vocabulary)
 
 
-def with_vocabulary(head: EagleHead, target, vocabulary: torch.Tensor) -> EagleHead:
+def with_vocabulary(head: EagleHead, target: PreTrainedModel, vocabulary: torch.Tensor) -> EagleHead:
     """Gives the head a draft vocabulary: the target's own output rows, frozen."""
     head.draft_to_target = vocabulary = vocabulary.to(target.device)
     rows = target.get_output_embeddings().weight[vocabulary].detach().clone()
@@ -137,7 +142,7 @@ def with_vocabulary(head: EagleHead, target, vocabulary: torch.Tensor) -> EagleH
 
 def unrolled_states(
     head: EagleHead, tokens: torch.Tensor, feature: torch.Tensor, depth: int, window: torch.Tensor | None = None
-):
+) -> Iterator[torch.Tensor]:
     """Yields the head's own hidden states of depth 0, 1, ..., each [B, W, H].
 
     Args:
@@ -151,7 +156,9 @@ def unrolled_states(
     places = torch.arange(length, device=tokens.device)
     group = heads // head.config.num_key_value_heads
 
-    def rotated(embedded, feature, positions):
+    def rotated(
+        embedded: torch.Tensor, feature: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         residual, mixed = head.mix(embedded, feature)
         states = head.qkv(mixed).unflatten(-1, (-1, head.config.head_dim)).transpose(1, 2)
         kv = head.config.num_key_value_heads
@@ -176,7 +183,7 @@ def unrolled_states(
     for step in range(depth):
         if step:
             queries, keys, values, residual = rotated(embedded, feature, window)
-            own.append(tuple(side.repeat_interleave(group, 1) for side in (keys, values)))
+            own.append((keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)))
         scores = queries @ true_keys.transpose(-1, -2)
         hidden_keys = places > window[..., None] - step
         scores = scores.masked_fill(hidden_keys[:, None], float("-inf"))
@@ -191,7 +198,7 @@ def unrolled_states(
         feature = _shifted(head.rms("norm", hidden) if head.config.feeds_back_norm else hidden, 1)
 
 
-def unrolled(head: EagleHead, tokens: torch.Tensor, feature: torch.Tensor, depth: int):
+def unrolled(head: EagleHead, tokens: torch.Tensor, feature: torch.Tensor, depth: int) -> Iterator[torch.Tensor]:
     """Yields the draft logits [B, T, Vd] of depth 0, 1, ...; position t of depth s is right for t >= s.
 
     Args:
@@ -222,7 +229,9 @@ class SoftCrossEntropy(torch.autograd.Function):
     """Rows whose logits are there at the same time on a CPU, so that they stay in its cache."""
 
     @staticmethod
-    def forward(ctx, hidden, output, label, weight):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, output: torch.Tensor, label: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         gradient = torch.empty_like(hidden)
         best = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
         total = torch.zeros((), device=hidden.device)
@@ -242,7 +251,7 @@ class SoftCrossEntropy(torch.autograd.Function):
         return total, best
 
     @staticmethod
-    def backward(ctx, slope, _):
+    def backward(ctx: Any, slope: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return ctx.saved_tensors[0] * slope, None, None, None
 
 
@@ -265,8 +274,10 @@ def batch_loss(head: EagleHead, batch: Batch, scale: torch.Tensor, recipe: Recip
         label = (batch["states"][at][:, -width:].to(dtype) @ output.T).float()
         label = label.sub_(batch["log_normalizer"][at][:, None]).exp_().mul_(1 - recipe.hard_label)
         best = batch["best"][at]
-        index = torch.searchsorted(head.draft_to_target, best).clamp(max=len(head.draft_to_target) - 1)
-        known = head.draft_to_target[index] == best
+        mapping = head.draft_to_target
+        assert mapping is not None  # heads in training have a draft vocabulary
+        index = torch.searchsorted(mapping, best).clamp(max=len(mapping) - 1)
+        known = mapping[index] == best
         label.scatter_add_(-1, index[:, None], recipe.hard_label * known[:, None].float())
         label = label.to(dtype)
     total, agreement = torch.zeros((), device=device), []
@@ -507,8 +518,9 @@ def _has(name: str, rows: Sequence[Row]) -> bool:
     return any(not row.held_out and usable(row) and domain_of(row) == name for row in rows)
 
 
-def train(target, features: Features, names: Sequence[str], recipe: Recipe, folder: Path, *, licence: dict | None = None,
-          measure: Callable[[str, EagleHead], dict] | None = None, dtype: torch.dtype = torch.float32,
+def train(target: PreTrainedModel, features: Features, names: Sequence[str], recipe: Recipe, folder: Path, *,
+          licence: dict | None = None, measure: Callable[[str, EagleHead], dict] | None = None,
+          dtype: torch.dtype = torch.float32,
           progress: Callable[[str, int, int, str], None] = lambda name, step, steps, line: None) -> None:  # fmt: skip
     """Trains the named heads that are not in `folder` yet, in the order of `HEADS`.
 
@@ -536,8 +548,8 @@ def train(target, features: Features, names: Sequence[str], recipe: Recipe, fold
             head.lm_head.weight.requires_grad_(False)
         head, curve = train_head(
             head, features, plan, recipe, checkpoint, dtype=dtype,
-            measure=None if measure is None else (lambda head, name=name: measure(name, head)),
-            progress=lambda step, steps, line, name=name: progress(name, step, steps, line),
+            measure=None if measure is None else functools.partial(measure, name),
+            progress=functools.partial(progress, name),
         )  # fmt: skip
         tokens = sum(row.written(END) for row in chosen)
         about = {"head": name, "recipe": asdict(recipe), "rows": len(chosen), "answer_tokens": tokens, "passes": plan.passes,
