@@ -61,7 +61,7 @@ def test_prose_states_the_defaults_of_the_code():
     assert f"`evaluate_every` is {TOKENS_ONLY['evaluate_every']}; use" in engines
     assert f"`warm_start` is {TOKENS_ONLY['warm_start']}: of" in engines
     pool = read_pool(4, ("ngram",), environment={"HEDGESPEC_POOL": '{"drafters": [{"name": "a", "type": "ngram"}]}'})
-    assert f"(default {pool.log_every}, 0 for none)" in engines
+    assert f"(default {pool.log_every:g}, 0 for none)" in engines
     assert f"`max_ngram`: default {inspect.signature(NGramDrafter).parameters['max_ngram'].default} |" in engines
     module = " ".join(decoder.__doc__.split())
     assert f'`evaluate_every="{config.evaluate_every}"` and `warm_start={config.warm_start}`' in module

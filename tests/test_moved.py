@@ -18,6 +18,7 @@ def test_an_old_name_is_the_new_module(old):
     with pytest.warns(DeprecationWarning, match=rf"hedgespec\.{old} is now hedgespec\.{MOVED[old]}"):
         found = importlib.import_module(f"hedgespec.{old}")
     assert found is new
+    assert new.__spec__.name == new.__name__
 
 
 def test_an_unknown_name_is_not_found():

@@ -377,7 +377,7 @@ class TestBuild:
             for source in Path(folder).glob("*.py"):
                 (tmp_path / source.name).write_bytes(source.read_bytes())
         own = self_test.build_of("triton")
-        monkeypatch.setattr(triton_kernels, "__path__", [str(tmp_path)])
+        monkeypatch.setattr(triton_kernels.__spec__, "submodule_search_locations", [str(tmp_path)])
         assert self_test.build_of("triton") == own
         (tmp_path / "verify.py").write_text("# another kernel\n")
         assert self_test.build_of("triton") != own

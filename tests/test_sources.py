@@ -72,6 +72,8 @@ def test_the_reader_of_messages_sees_faults(source, wrong):
 CITED = re.compile(r"(?<![\w/.{}*<-])(?:[\w-]+/)*[\w-]+\.(?:md|cu|cuh|h|cpp|sh|py)\b(?![\w.(])")
 ELSEWHERE = ("vllm/", "v1/", "worker/", "config/")
 """Folders of vLLM's sources, which docs/engines.md and the tests of vLLM cite."""
+WRITTEN = {"matrix.md"}
+"""Files that commands write."""
 
 
 def citations(text: str) -> set[str]:
@@ -93,7 +95,7 @@ def test_files_that_are_cited_are_there():
         for name in citations(path.read_text(encoding="utf-8"))
         if not any(other.endswith(f"/{name}") for other in names)
     }
-    assert lost == set()
+    assert {(path, name) for path, name in lost if name not in WRITTEN} == set()
 
 
 def test_the_reader_of_citations_sees_them():

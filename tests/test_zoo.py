@@ -26,7 +26,6 @@ from hedgespec.zoo import (
     corpora,
     head_path,
     load_prompts,
-    matrix,
     replay,
     storage,
     stores,
@@ -68,49 +67,6 @@ def test_every_domain_has_held_out_prompts_with_source_and_licence():
     assert [prompt.domain for prompt in load_prompts()[:6]] == list(EXPERTS)
     with pytest.raises(ValueError, match="domain: expected one of python"):
         load_prompts("poetry")
-
-
-class Off(CausalLMDrafter):
-    """The target itself, but the likeliest token and the one after it in the vocabulary have changed places."""
-
-    def session(self):
-        session = super().session()
-        prefill, step = session.prefill, session.step
-
-        def swapped(logits):
-            best = logits.argmax(-1, keepdim=True)
-            other = (best + 1) % logits.shape[-1]
-            return logits.scatter(-1, best, logits.gather(-1, other)).scatter(-1, other, logits.gather(-1, best))
-
-        session.prefill = lambda *arguments: swapped(prefill(*arguments))
-        session.step = lambda *arguments: swapped(step(*arguments))
-        return session
-
-
-def test_the_matrix_measures_what_drafters_agree_on(small, tmp_path):
-    """Of the target as its own drafter, and of one that is never right, it is known."""
-    target, _ = small
-    drafters = [CausalLMDrafter(target, target, name="itself"), Off(target, target, name="off")]
-    prompt = torch.tensor([[3, 1, 4, 1, 5]])
-    text = target.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=13, do_sample=False, eos_token_id=None
-    )
-    other = torch.cat([prompt, torch.randint(50, (1, 13), generator=torch.Generator().manual_seed(0))], 1)
-    kinds = {"greedy": text[0].tolist(), "sampled": other[0].tolist()}
-    texts = [matrix.HeldOut(domain, kind, 5, tokens) for domain in EXPERTS for kind, tokens in kinds.items()]
-    result = matrix.measure(target, drafters, texts, draft_length=3)
-    probs = target(other).logits[0, 5:-1].softmax(-1)  # after the first token of the continuation
-    best = probs.argmax(-1, keepdim=True)
-    overlap = 1 - (probs.gather(1, best) - probs.gather(1, (best + 1) % 50)).mean().item()
-    for domain in EXPERTS:
-        assert result["greedy_agreement"][domain] == {"itself": 1.0, "off": 0.0}
-        assert result["emitted_per_round"][domain] == {"itself": 4.0, "off": 1.0}  # 12 tokens: three rounds of four
-        assert result["acceptance_prob"][domain]["itself"] == pytest.approx(1, abs=1e-4)
-        assert result["acceptance_prob"][domain]["off"] == pytest.approx(overlap, abs=1e-4)
-    matrix.write(result, tmp_path)
-    rows = [line.split(" | ") for line in (tmp_path / "acceptance.md").read_text().splitlines() if line.startswith("| python")]
-    assert [cells[1].startswith("**") for cells in rows] == [True, True, True]
-    assert json.loads((tmp_path / "acceptance.json").read_text()) == result
 
 
 def test_templates_are_reproducible_and_split_by_document():

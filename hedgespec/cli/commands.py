@@ -243,8 +243,12 @@ def zoo_collect(options: argparse.Namespace) -> None:
 
 def zoo_train(options: argparse.Namespace) -> None:
     from hedgespec.zoo.pipeline import run
+    from hedgespec.zoo.train import HEADS
 
     names = tuple(options.only) if options.only else None
+    for name in names or ():
+        if name not in HEADS:
+            raise UsageError(f"argument --only: expected names among {', '.join(HEADS)}, got {name!r}")
     run(names=names, stage=options.stage, out=options.out, console=_Console(), data=tuple(options.data or ()),
         smoke=options.smoke, settings=tuple(options.settings or ()), keep_features=not options.no_features)  # fmt: skip
 
@@ -283,12 +287,3 @@ def doctor(options: argparse.Namespace) -> None:
         print(describe(report))
     if failed := failures(report):
         raise HedgeSpecError(f"{len(failed)} self-test(s) of kernels failed: {failed[0]}")
-
-
-# Models
-
-
-# What is shown
-
-
-# The parser

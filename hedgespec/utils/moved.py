@@ -33,6 +33,9 @@ MOVED = {
 class _Redirect(MetaPathFinder, Loader):
     """Imports the new module under the old name."""
 
+    def __init__(self) -> None:
+        self._specs: dict[str, ModuleSpec | None] = {}
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         old = name.removeprefix("hedgespec.")
         return ModuleSpec(name, self, is_package=old == "engines") if name != old and old in MOVED else None
@@ -40,10 +43,14 @@ class _Redirect(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         new = f"hedgespec.{MOVED[spec.name.removeprefix('hedgespec.')]}"
         warnings.warn(f"{spec.name} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=2)
-        return importlib.import_module(new)
+        module = importlib.import_module(new)
+        self._specs[spec.name] = module.__spec__  # importlib is about to overwrite it
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """The module was executed under its new name."""
+        """Gives the module, which was executed under its new name, its own specification back."""
+        assert module.__spec__ is not None
+        module.__spec__ = self._specs.pop(module.__spec__.name)
 
 
 def redirect() -> None:

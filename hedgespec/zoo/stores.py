@@ -45,7 +45,7 @@ def build(folder: Path, rows: Sequence[Row], report: Callable[[str], None] = pri
     for row in rows:
         if not row.held_out:
             text = np.array(row.tokens, dtype=np.int64)
-            for name in {table[row.source].domain, "chat"}:
+            for name in dict.fromkeys((table[row.source].domain, "chat")):
                 domains.setdefault(name, []).append(text)
     if not domains:
         raise ZooError("stores: expected training rows, got none; run `hedgespec zoo collect`")
