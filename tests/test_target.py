@@ -323,5 +323,5 @@ def test_a_target_that_reads_more_than_its_tokens_is_refused():
     config = transformers.CpmAntConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, num_attention_heads=4, dim_head=8, dim_ff=48,
                                        num_hidden_layers=2, prompt_length=3)  # fmt: skip
     model = transformers.CpmAntForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="target: expected keys and values for the 5 tokens it read, got 8 from CpmAnt"):
+    with pytest.raises(ValueError, match="target: expected .*got other input_ids from CpmAntForCausalLM"):
         Decoder(model, [NGramDrafter(VOCABULARY)]).generate(torch.ones(1, 5, dtype=torch.int64), max_new_tokens=4)
