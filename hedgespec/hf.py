@@ -72,6 +72,8 @@ BY_ROW = ("encoder_input_ids", "generated_ngrams", "prompt_ignore_length")
 """Attributes in which such processors hold something for each row of the batch."""
 PREPARED = {"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "cache_position", "synced_gpus"}
 """Arguments of the model that `generate` prepares and that say nothing new."""
+MODALITIES = ("mm_token_type_ids", "token_type_ids")
+"""Arguments of vision-language models, 0 for text and other numbers for pictures and films."""
 RECORDED = ("output_attentions", "output_hidden_states")
 """Options of `generate` that ask for what a round does not keep."""
 
@@ -265,7 +267,7 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
     if generation_config.do_sample:
         processors, sampling = _split(processors) if not recorders[0].keeps_scores else (processors, Sampling(1.0))
     criteria = [one for one in stopping_criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
-    stateful = batch > 1 and [one for one in processors if not _is_stateless(one)]
+    stateful = batch > 1 and [one for one in processors if not _is_separable(one, batch)]
     if stateful and not decoder.together:
         raise ValueError(
             f"logits_processor: expected a true attribute `stateless` in a batch of {batch}, because {type(target).__name__} "
@@ -284,7 +286,7 @@ def decode(decoder: Decoder, model, input_ids: torch.Tensor, logits_processor: L
                        processors if stateful else None)  # fmt: skip
     requests = []
     for row, (prompt, padded) in enumerate(prompts):
-        own = [_for_row(one, row, batch) for one in processors if batch == 1 or _is_stateless(one)]
+        own = [_for_row(one, row, batch) for one in processors if batch == 1 or _is_separable(one, batch)]
         alone = (own or recorders[row].keeps) and not stateful
         requests.append(Request(
             prompt, padded, room, generator(seed, row), eos, states[row],
@@ -327,9 +329,12 @@ def _refuse(decoder: Decoder, model, config: GenerationConfig, streamer, batch: 
         if getattr(config, name) or model_kwargs.get(name):
             raise ValueError(f"{name}: expected False, a round computes several tokens at once and keeps none of it")
     parameters = inspect.signature(model.forward).parameters
+    sees = getattr(model.config, "vision_config", None) is not None
     strange = sorted(
-        name for name, value in model_kwargs.items() if name not in PREPARED and not _says_nothing(value, parameters.get(name))
-    )
+        name for name, value in model_kwargs.items()
+        if name not in PREPARED and not _says_nothing(value, parameters.get(name))
+        and not (sees and name in MODALITIES and isinstance(value, torch.Tensor) and not value.any())
+    )  # fmt: skip
     if strange:
         raise ValueError(f"{strange[0]}: expected no such argument for the model, which drafters would not see")
     if config.num_beams > 1:
@@ -442,21 +447,29 @@ def _limits(criteria: StoppingCriteriaList, prompt_length: int) -> tuple[int, fr
     return room, frozenset(chain.from_iterable(eos))
 
 
+def _by_row(processor) -> list[str]:
+    """Returns the attributes in which a processor of transformers holds something for each row."""
+    return [name for name in BY_ROW if hasattr(getattr(processor, name, None), "__len__")]
+
+
+def _is_separable(processor, batch: int) -> bool:
+    """Returns whether the rows of a batch may be processed one by one: whether nothing is kept from call to call, and what is
+    kept for rows is there for each of them. With `num_return_sequences` it is there for each prompt."""
+    return _is_stateless(processor) and all(len(getattr(processor, name)) == batch for name in _by_row(processor))
+
+
 def _for_row(processor: LogitsProcessor, row: int, batch: int) -> LogitsProcessor:
-    """Returns a stateless processor for calls with one row of the batch alone."""
+    """Returns a separable processor for calls with one row of the batch alone."""
     if batch == 1:
         return processor
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         # Texts of one prompt may share a number: from transformers 5.24 on those of `num_return_sequences` do.
         allowed, number = processor._prefix_allowed_tokens_fn, row // processor._num_beams
         return PrefixConstrainedLogitsProcessor(lambda _, tokens: allowed(number, tokens), 1)
-    if held := [name for name in BY_ROW if hasattr(getattr(processor, name, None), "__len__")]:
+    if held := _by_row(processor):
         processor = copy.copy(processor)
         for name in held:
-            # A list has one entry a prompt, of which there may be several texts. Rows of a tensor are those of the batch.
-            values = getattr(processor, name)
-            place = row if isinstance(values, torch.Tensor) else row // (batch // len(values))
-            setattr(processor, name, values[place : place + 1])
+            setattr(processor, name, getattr(processor, name)[row : row + 1])
         if hasattr(processor, "batch_size"):
             processor.batch_size = 1
     return processor

@@ -147,7 +147,9 @@ class PlainInputs:
         if not isinstance(ids, torch.Tensor) or ids.shape != fresh.shape or not bool((ids == fresh).all()):
             return "other input_ids"
         own = [inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None]
-        if own != [self.cache] and not (width == self.reread_at and not own):
+        # Where the whole text is read again, or for the first time behind that point, the cache may be dropped.
+        rereads = self.reread_at is not None and (width == self.reread_at or (self.first and width > self.reread_at))
+        if own != [self.cache] and (own or not rereads):
             return "another cache"
         expected = torch.cat([self.mask, self.mask.new_ones(1, width - self.mask.shape[1])], 1)
         given = inputs.get("attention_mask")
@@ -184,28 +186,21 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def reread_boundary(model) -> int | None:
-    """Returns the number of tokens, padding included, at which the model drops its cache and reads the whole text again.
+def reread_boundary(model) -> tuple[int | None, bool]:
+    """Returns the number of tokens, padding included, at which the model drops its cache, and whether it then reads the whole
+    text again. The number is None if the model keeps its cache.
 
-    Models of the Phi-3 family do so where their rotary factors change. None: the model never does.
-
-    Raises: ValueError if the model drops the cache and reads less than the whole text.
+    Models of the Phi-3 family drop it where their rotary factors change. Before transformers 5.20 they read the last token
+    alone.
     """
     rotaries = length_dependent(model)
     if not rotaries or _origin(model, PREPARES).startswith("transformers.generation"):
-        return None
-    found = None
-    for boundary, steps in set(boundaries(rotaries.values())):
+        return None, True
+    for boundary in {boundary for boundary, steps in boundaries(rotaries.values()) if not steps}:
         ids = torch.ones(1, boundary + 1, dtype=torch.int64, device=model.device)
         asked = PlainInputs(model, ids, torch.ones_like(ids))
         asked.cache.held = boundary
         inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **asked.arguments)
-        if any(inputs.get(name) is not None for name in CACHE_NAMES):
-            continue
-        if steps or inputs["input_ids"].shape != ids.shape:
-            raise ValueError(
-                f"target: expected a model that keeps its cache or reads the whole text again, got {type(model).__name__}, "
-                f"which drops it at {boundary + 1} tokens"
-            )
-        found = boundary + 1
-    return found
+        if not any(inputs.get(name) is not None for name in CACHE_NAMES):
+            return boundary + 1, inputs["input_ids"].shape == ids.shape
+    return None, True

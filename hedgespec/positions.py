@@ -91,10 +91,10 @@ class Lengths:
     def __init__(self):
         self.values: torch.Tensor | None = None
         """int64 [B, T]; None: the embeddings do what they do by themselves."""
-        self.least = self.most = 0
-        """Bounds of the values, known without waiting for a device."""
+        self.spans: list[tuple[int, int]] = []
+        """By row, the first and the last of its values, known without waiting for a device; those of filling may be others."""
         self.fixed = False
-        """Whether the forward is captured, so that what runs must not depend on the bounds."""
+        """Whether the forward is captured, so that what runs must not depend on the spans. Not with type "dynamic"."""
 
 
 class FollowedRotary(nn.Module):
@@ -128,14 +128,14 @@ class FollowedRotary(nn.Module):
         if boundary is None or lengths.values is None:
             return self.rotary(x, position_ids, *args, **kwargs)
         if lengths.fixed:
-            distinct: Sequence[int] = [boundary] if steps else [boundary, boundary + 1]
+            distinct = {boundary, boundary + 1}
         elif steps:
-            distinct = range(max(lengths.least, boundary), max(lengths.most, boundary) + 1)
+            distinct = {max(length, boundary) for first, last in lengths.spans for length in range(first, last + 1)}
         else:
-            distinct = [boundary] * (lengths.least <= boundary) + [boundary + 1] * (lengths.most > boundary)
-        values = lengths.values.clamp(min=distinct[0], max=distinct[-1])
+            distinct = {boundary + (length > boundary) for span in lengths.spans for length in span}
+        values = lengths.values.clamp(min=boundary, max=None if steps else boundary + 1)
         result = None
-        for length in distinct:
+        for length in sorted(distinct):
             most = None if length > boundary and not steps else length - 1
             found = self._at(length, most, x, position_ids, args, kwargs, resets=steps)
             result = found if result is None else _where(values == length, found, result)

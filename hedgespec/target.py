@@ -156,7 +156,10 @@ class CapturedTarget:
     def __init__(self, model, compilations: dict):
         capture.check_plain(model)
         self.model, self.cache = few_row_view(model), RaggedCache(0)
-        self.lengths = positions.follow(self.model) if positions.length_dependent(model) else None
+        following = positions.length_dependent(model)
+        if any(steps for _, steps in positions.boundaries(following.values())):
+            raise capture.NotCapturable("its rotary factors may change with every token")
+        self.lengths = positions.follow(self.model) if following else None
         self.graphs = self.layers = None
         if captures_graphs(model):
             self.graphs = capture.CudaGraphs()
@@ -299,9 +302,10 @@ class TargetSession:
             places = torch.minimum(places, to_device(last, tokens.device)[:, None])
         if self.lengths is not None:
             self.lengths.fixed, self.lengths.values = False, plain_lengths(places, self.offsets, self.floors)
-            ends = [(length + offset, own) for length, offset, own in zip(lengths, self.offsets, reach)]
-            self.lengths.least = min(max(floor, end + 1) for floor, (end, _) in zip(self.floors, ends))
-            self.lengths.most = max(max(floor, end + own) for floor, (end, own) in zip(self.floors, ends))
+            rows = zip(self.floors, self.offsets, lengths, reach)
+            self.lengths.spans = [
+                (max(floor, offset + length + 1), max(floor, offset + length + own)) for floor, offset, length, own in rows
+            ]
         arguments = {}
         if "position_ids" in self._arguments:
             arguments["position_ids"] = places
@@ -342,13 +346,7 @@ class TargetSession:
         """Whether a captured forward can read them: behind a prompt, and within the positions that the model knows."""
         if self.captured is None or count > self.captures.count or not self.cache.layers:
             return False
-        ends = [length + self.captures.count for length in self.cache.lengths]
-        if self.lengths is not None:  # past the length from which factors change at every step nothing is of fixed shapes
-            rotaries = (module.rotary for module in self.model.modules() if isinstance(module, positions.FollowedRotary))
-            limit = min((boundary for boundary, steps in positions.boundaries(rotaries) if steps), default=math.inf)
-            if max(max(floor, end + offset) for floor, end, offset in zip(self.floors, ends, self.offsets)) > limit:
-                return False
-        return self.context is None or max(ends) <= self.context
+        return self.context is None or max(self.cache.lengths) + self.captures.count <= self.context
 
     def _forward_fixed(self, tokens: torch.Tensor, tree: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """`forward` at fixed shapes: T tokens a row, the whole capacity of the cache, lengths on the device.

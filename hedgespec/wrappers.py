@@ -47,6 +47,22 @@ def unwrap(model, name: str = "target"):
     return model
 
 
+def check_rows(model, rows: int) -> None:
+    """Refuses what PEFT's `generate` tells adapters about the rows of its batch, which leave the batch as they end.
+
+    Raises: ValueError.
+    """
+    if "peft" not in sys.modules:
+        return
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            told = getattr(hook, "keywords", None) or {}
+            if told.get("alora_offsets") is not None:
+                raise ValueError("alora_offsets: expected adapters that do not depend on where a text invokes them, got aLoRA")
+            if rows > 1 and told.get("adapter_names") is not None:
+                raise ValueError(f"adapter_names: expected a batch of 1, whose rows end at different times, got {rows}")
+
+
 def _is_peft(model: nn.Module) -> bool:
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel))

@@ -504,9 +504,11 @@ def test_empty_stdin_is_an_empty_prompt(monkeypatch, capsys):
     fails(capsys, 2, "PROMPT", "expected some text", argv=["generate", "-"])
 
 
-def test_a_text_longer_than_the_context(run, capsys):
-    with pytest.warns(UserWarning, match=f"the target was made for {CONTEXT} positions"):
-        assert run("0" * 250, "--max-new-tokens", 10) == 0
+def test_a_text_longer_than_the_context(run):
+    code, out, err = run("0" * 250, "--max-new-tokens", 10)
+    assert (code, out) == (0, (DIGITS * 2)[1:11] + "\n")
+    warning = f"hedgespec: warning: max_new_tokens: the target was made for {CONTEXT} positions, got a text of up to 260 tokens"
+    assert warning in err.splitlines()
 
 
 def test_chat_without_a_template(run, capsys):

@@ -9,6 +9,7 @@ import asyncio
 import copy
 import functools
 import importlib.util
+import inspect
 import math
 import pickle
 import string
@@ -1289,6 +1290,68 @@ def test_families(family):
     out = model.generate(**asked, custom_generate=decoder, return_dict_in_generate=True)
     assert out.sequences.tolist() == model.generate(**asked).tolist()
     assert not any(stats.failures for stats in out.hedgespec)
+
+
+VISION = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+)  # fmt: skip
+CLIP = dict(model_type="clip_vision_model", **VISION)
+QWEN_VISION = dict(depth=1, hidden_size=16, num_heads=2)
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}}
+VISION_LANGUAGE = {
+    "Llava": dict(text_config=dict(model_type="llama", **TINY), vision_config=CLIP),
+    "LlavaNext": dict(text_config=dict(model_type="llama", **TINY), vision_config=CLIP),
+    "Mistral3": dict(text_config=dict(model_type="mistral", **TINY), vision_config=dict(model_type="pixtral", **VISION)),
+    "Gemma3": dict(
+        text_config=dict(head_dim=4, sliding_window=6, **TINY), vision_config=dict(model_type="siglip_vision_model", **VISION),
+        boi_token_index=50, eoi_token_index=51,
+    ),
+    "Qwen2VL": dict(text_config=TINY | MROPE, vision_config=QWEN_VISION | dict(embed_dim=16, mlp_ratio=2)),
+    "Qwen2_5_VL": dict(text_config=TINY | MROPE, vision_config=QWEN_VISION | dict(intermediate_size=16, out_hidden_size=16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VISION_LANGUAGE)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_text_alone_through_vision_language_models(name, rows):
+    """`generate` prepares empty arguments for pictures, and positions in three or four dimensions."""
+    config = getattr(transformers, f"{name}Config")(**VISION_LANGUAGE[name], image_token_id=52)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).double().eval()
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None
+    decoder = Decoder(model, [NGramDrafter(VOCABULARY), CausalLMDrafter(tiny(), model)], DecodeConfig(draft_length=3))
+    batch = prompts(rows)
+    batch["input_ids"] = batch["input_ids"].clamp(max=49)  # 52 is a picture
+    asked = batch | dict(max_new_tokens=12, do_sample=False, suppress_tokens=[50, 51, 52])
+    expected = model.generate(**asked)
+    assert model.generate(**asked, custom_generate=decoder).tolist() == expected.tolist()
+    types = torch.zeros_like(batch["input_ids"])  # what their processors return beside text
+    for kinds in ("mm_token_type_ids", "token_type_ids"):
+        if kinds in inspect.signature(model.forward).parameters:
+            assert model.generate(**asked, **{kinds: types}).tolist() == expected.tolist()
+            assert model.generate(**asked, **{kinds: types}, custom_generate=decoder).tolist() == expected.tolist()
+            with pytest.raises(ValueError, match=f"{kinds}: expected no such argument"):
+                model.generate(**asked, **{kinds: types + 1}, custom_generate=decoder)
+
+
+def test_pictures_are_refused():
+    config = transformers.LlavaConfig(**VISION_LANGUAGE["Llava"], image_token_id=52)
+    model = transformers.LlavaForConditionalGeneration(config).double().eval()
+    decoder = Decoder(model, [NGramDrafter(VOCABULARY)])
+    batch = prompts()
+    batch["input_ids"][0, 2:6] = 52
+    with pytest.raises(ValueError, match="(mm_encoder_outputs|pixel_values): expected no such argument"):
+        model.generate(**batch, pixel_values=torch.zeros(1, 3, 8, 8).double(), max_new_tokens=2, custom_generate=decoder)
+
+
+def test_positions_in_several_dimensions_are_looked_at():
+    prompt = (torch.arange(1, 6), 2)
+    good = torch.tensor([0, 0, 0, 1, 2]).expand(3, 1, 5)
+    hf._check_positions(good, [prompt])
+    wrong = good.clone()
+    wrong[2, 0, -1] = 7
+    with pytest.raises(ValueError, match="position_ids: expected 0, 1"):
+        hf._check_positions(wrong, [prompt])
 
 
 PLACES = {

@@ -109,6 +109,20 @@ def test_a_target_that_prepares_the_same_is_taken(lengths):
     check_same_text(model, prompts(*lengths), 12)
 
 
+class OwnPhi3(transformers.Phi3ForCausalLM):
+    """Drops its cache where Phi-3 does."""
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize("length", [11, 18])
+def test_a_target_that_reads_its_text_again_is_asked_too(length):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.0], "long_factor": [4.0, 9.0]}
+    model = tiny("Phi3", OwnPhi3, max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=rope)
+    check_same_text(model, prompts(length), 10)
+
+
 def test_what_is_different_later_is_refused_before_a_wrong_token():
     model, batch = tiny(model_class=Late), prompts(9)
     expected = plain_texts(tiny(), batch, 12)[0]

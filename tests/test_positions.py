@@ -10,6 +10,7 @@ import transformers
 from helpers.texts import TREE, VOCABULARY, check_same_text, error_of, knowing_pool, plain_texts, prompts, tiny
 
 from hedgespec import capture
+from hedgespec.compat import CACHE_NAME
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.causal_lm import CausalLMDrafter
@@ -164,21 +165,57 @@ def test_factors_follow_the_length_of_plain_decoding(family, shape):
     check_same_text(FOLLOWING[family](), batch, 14)
 
 
+class Forgetful(transformers.Phi3ForCausalLM):
+    """Phi-3 as transformers had it before 5.20."""
+
+    def prepare_inputs_for_generation(self, input_ids, cache=None, past_key_values=None, attention_mask=None, **kwargs):
+        held = cache if cache is not None else past_key_values
+        if input_ids.shape[1] >= 17 and held is not None and held.get_seq_length() <= 16:
+            held = None
+        kwargs |= {CACHE_NAME: held, "attention_mask": attention_mask}
+        return transformers.LlamaForCausalLM.prepare_inputs_for_generation(self, input_ids, **kwargs)
+
+
+def test_a_target_that_forgets_its_text_is_refused_where_it_does(monkeypatch):
+    monkeypatch.setattr("hedgespec.decoder.prepares_by_itself", lambda model: False)  # as if it were transformers' own
+    options = {"max_position_embeddings": 64, "original_max_position_embeddings": 16, "rope_parameters": dict(LONG)}
+    model, batch, shown = tiny("Phi3", Forgetful, **options), prompts(9), []
+    expected = plain_texts(phi3(), batch, 8)[0]  # up to the boundary
+    with pytest.raises(ValueError, match="read its text again where its rotary factors change, at 17 tokens"):
+        Decoder(model, [NGramDrafter(VOCABULARY)]).generate(
+            **batch, max_new_tokens=12, on_tokens=lambda _, tokens: shown.extend(tokens)
+        )
+    assert shown == expected
+    check_same_text(model, prompts(20), 6)  # read as a whole from the first
+
+
 def test_factors_and_their_scale_follow_the_length():
     check_same_text(phimoe(), prompts(9), 20)
 
 
 @pytest.mark.usefixtures("quick_capture")
-@pytest.mark.parametrize("family", FOLLOWING)
+@pytest.mark.parametrize("family", ["phi3", "longrope"])
 def test_captured_forwards_follow_the_length(family):
-    model, batch = FOLLOWING[family](), prompts(9)
-    check_same_text(model, batch, 22, trees=False, config=DecodeConfig(draft_length=3, compile=True))
+    model, batch = FOLLOWING[family](), prompts(11)
+    texts = plain_texts(model, batch, 14)
+    for tree in (None, TREE):
+        config = DecodeConfig(draft_length=3, tree=tree, compile=True)
+        decoder = Decoder(model, knowing_pool(batch, texts), config)
+        assert decoder.generate(**batch, max_new_tokens=14).sequences[:, 11:].tolist() == texts
+        assert decoder.captures.compilations
+
+
+def test_factors_that_change_with_every_token_are_not_captured():
+    model, batch = dynamic(), prompts(11)
+    texts = plain_texts(model, batch, 14)
+    decoder = Decoder(model, knowing_pool(batch, texts), DecodeConfig(draft_length=3, compile=True))
+    with pytest.warns(UserWarning, match="not compiled: its rotary factors may change with every token"):
+        out = decoder.generate(**batch, max_new_tokens=14)
+    assert out.sequences[:, 11:].tolist() == texts
 
 
 @pytest.mark.parametrize("family", FOLLOWING)
 def test_a_cache_handed_over_is_taken_as_plain_decoding_takes_it(family):
-    from hedgespec.compat import CACHE_NAME
-
     model, batch = FOLLOWING[family](), prompts(20)
     texts = []
     for decoder in (None, Decoder(model, [NGramDrafter(VOCABULARY)], DecodeConfig(draft_length=3))):

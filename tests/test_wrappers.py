@@ -72,6 +72,18 @@ def test_adapters_go_on_and_off_under_one_decoder(compiled, monkeypatch):
     assert found() == on
 
 
+def test_an_adapter_for_every_row_is_refused_in_a_batch():
+    pytest.importorskip("peft")
+    model = lora(tiny())
+    decoder = Decoder(model, [NGramDrafter(VOCABULARY)])
+    asked = {"max_new_tokens": 4, "do_sample": False, "adapter_names": ["default"]}
+    one = prompts(9)
+    expected = model.generate(**one, **asked).tolist()
+    assert model.generate(**one, **asked, custom_generate=decoder).tolist() == expected
+    with pytest.raises(ValueError, match="adapter_names: expected a batch of 1"):
+        model.generate(**prompts(9, 9), **asked | {"adapter_names": ["default", "__base__"]}, custom_generate=decoder)
+
+
 def test_a_scale_that_changes_is_no_longer_the_captured_model():
     model = tiny()
     before = fingerprint(few_row_view(model))

@@ -45,7 +45,7 @@ from hedgespec.sampling import Sampling
 from hedgespec.scalars import integer, shown, text
 from hedgespec.self_check import may_be_ragged
 from hedgespec.target import Captures, check_target, rows_may_differ
-from hedgespec.wrappers import unwrap
+from hedgespec.wrappers import check_rows, unwrap
 
 __all__ = [
     "RAREST",
@@ -123,8 +123,9 @@ class Decoder:
         self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
         self.captures = Captures(self.config.most_drafted + 1) if self.config.compile else None
         check_inputs(target)
-        self.reread_at = reread_boundary(target)
-        """Number of tokens, padding included, at which the target reads its whole text again; None: it never does."""
+        self.reread_at, self.rereads_all = reread_boundary(target)
+        """Number of tokens, padding included, at which the target drops its cache (None: it never does), and whether it then
+        reads the whole text again."""
         self._may_be_ragged = may_be_ragged(target)
         self.table, self.follows_length = table_size(target), bool(length_dependent(target))
         """Positions in the target's table, if it has one, and whether its rotary factors follow the text's length."""
@@ -273,6 +274,7 @@ class Decoder:
                 f"attention_mask: expected no padding for {type(self.target).__name__}, which takes no positions and counts "
                 "padding as tokens"
             )
+        check_rows(self.target, len(requests))
         for request in requests:
             request.check_context(self.table, together is not None)
         size = len(requests) if len(requests) > 1 and self.together else 1

@@ -93,7 +93,8 @@ class Batch:
                  on_tokens: Callable[[int, list[int]], None] | None, warned: set[str], plain: PlainBatch,
                  together: Together | None = None):  # fmt: skip
         drafters, self.config = decoder.drafters, decoder.config
-        self.plain, self.reread_at, self.table = plain, decoder.reread_at, decoder.table
+        self.plain, self.table = plain, decoder.table
+        self.reread_at, self.rereads_all = decoder.reread_at, decoder.rereads_all
         self.target_name = type(decoder.target).__name__
         self.device, self.sampling, self.on_tokens = device_of(decoder.target), sampling, on_tokens
         self.coupled = self.config.mode == "coupled" and sampling.temperature > 0
@@ -260,6 +261,12 @@ class Batch:
         if self.reread_at is None or self.plain.width >= self.reread_at:
             return
         due = [row.request.padding + row.length == self.reread_at for row in self.rows]
+        if any(due) and not self.rereads_all:
+            raise ValueError(
+                f"target: expected {self.target_name} to read its text again where its rotary factors change, at "
+                f"{self.reread_at} tokens, but the installed transformers lets it go on from the last token alone; 5.20 and "
+                "newer do not"
+            )
         if any(due):
             texts = [row.tokens[: row.length - 1] if now else None for row, now in zip(self.rows, due)]
             self.target.reread(texts, self.reread_at - self.plain.padding)

@@ -141,6 +141,9 @@ class Recorder(BaseStreamer):
         self.got.append("end")
 
 
+CACHE = "cache, before 5.24 past_key_values"
+
+
 def fixed(**options) -> Callable[[Any], dict[str, Any]]:
     return lambda model: options
 
@@ -199,14 +202,16 @@ OPTIONS = (
     Option("stopping_criteria", lambda model: dict(stopping_criteria=[RowsEnd()], eos_token_id=7), note="beside eos_token_id"),
     Option("stopping_criteria", lambda model: dict(stopping_criteria=[DoneTracker()]),
            note="one that keeps state for every row"),
-    Option("stop_strings", lambda model: dict(stop_strings=["A", "b"], tokenizer=tokenizer()), doors=(ACCELERATE,)),
+    Option("stop_strings", lambda model: dict(stop_strings=["A", "b"], tokenizer=tokenizer()), doors=(ACCELERATE,),
+           note="with accelerate"),
     Option("stop_strings", lambda model: dict(stop_strings=["A", "b"], tokenizer=tokenizer()), REFUSED, "tokenizer",
-           doors=(CUSTOM,), note="transformers does not pass the tokenizer on"),
-    Option("streamer", lambda model: dict(streamer=Recorder()), rows=(1,), doors=(ACCELERATE,)),
+           doors=(CUSTOM,), note="with custom_generate=decoder, which transformers does not pass the tokenizer"),
+    Option("streamer", lambda model: dict(streamer=Recorder()), rows=(1,), doors=(ACCELERATE,),
+           note="with accelerate, or in hedgespec.custom_generate(decoder, streamer=...)"),
     Option("streamer", lambda model: dict(streamer=Recorder()), REFUSED, "streamer: expected a batch of 1", rows=(3,),
-           doors=(ACCELERATE,), note="a batch"),
+           doors=(ACCELERATE,), note="with a batch"),
     Option("streamer", lambda model: dict(streamer=Recorder()), NOT_SEEN, doors=(CUSTOM,), rows=(1,),
-           note="use hedgespec.custom_generate(decoder, streamer=...)"),
+           note="with custom_generate=decoder; pass it to hedgespec.custom_generate"),
     Option("return_dict_in_generate, output_scores, output_logits",
            fixed(return_dict_in_generate=True, output_scores=True, output_logits=True)),
     Option("output_attentions", fixed(output_attentions=True), REFUSED, "output_attentions: expected False"),
@@ -216,11 +221,11 @@ OPTIONS = (
     Option("output_hidden_states", fixed(output_hidden_states=True, return_dict_in_generate=True), REFUSED,
            "output_hidden_states: expected False", note="with return_dict_in_generate"),
     Option("use_cache=False", fixed(use_cache=False)),
-    Option(CACHE_NAME, lambda model: {CACHE_NAME: DynamicCache(config=model.config)}, note="a DynamicCache"),
-    Option(CACHE_NAME, lambda model: {CACHE_NAME: StaticCache(config=model.config, max_cache_len=40)}, REFUSED,
-           f"{CACHE_NAME}: expected a DynamicCache", note="a StaticCache"),
-    Option(CACHE_NAME, lambda model: {CACHE_NAME: DynamicCache(config=model.config, offloading=True)}, REFUSED,
-           f"{CACHE_NAME}: expected a DynamicCache", note="an offloaded one"),
+    Option(CACHE, lambda model: {CACHE_NAME: DynamicCache(config=model.config)}, note="a DynamicCache"),
+    Option(CACHE, lambda model: {CACHE_NAME: StaticCache(config=model.config, max_cache_len=40)}, REFUSED,
+           "(cache|past_key_values): expected a DynamicCache", note="a StaticCache"),
+    Option(CACHE, lambda model: {CACHE_NAME: DynamicCache(config=model.config, offloading=True)}, REFUSED,
+           "(cache|past_key_values): expected a DynamicCache", note="an offloaded one"),
     Option("cache_implementation", fixed(cache_implementation="static", disable_compile=True), note='"static"'),
     Option("cache_implementation", fixed(cache_implementation="offloaded"), REFUSED, "cache_implementation: expected",
            note='"offloaded"'),
@@ -232,10 +237,11 @@ OPTIONS = (
     Option("prompt_lookup_num_tokens", fixed(prompt_lookup_num_tokens=3), rows=(1,), note="the decoder's drafters are used"),
     Option("num_assistant_tokens", fixed(num_assistant_tokens=2), note="the decoder's draft_length is used"),
     Option("assistant_model", lambda model: dict(assistant_model=model), REFUSED, "assistant_model: expected None",
-           doors=(ACCELERATE,)),
-    Option("synced_gpus=True", fixed(synced_gpus=True), REFUSED, "synced_gpus: expected False", doors=(ACCELERATE,)),
+           doors=(ACCELERATE,), note="with accelerate"),
+    Option("synced_gpus=True", fixed(synced_gpus=True), REFUSED, "synced_gpus: expected False", doors=(ACCELERATE,),
+           note="with accelerate"),
     Option("synced_gpus=True", fixed(synced_gpus=True), NOT_SEEN, doors=(CUSTOM,),
-           note="a model that is sharded over processes is refused all the same"),
+           note="with custom_generate=decoder; a model that several processes share is refused"),
     Option("input_ids", lambda model: dict(input_ids=prompts(1)["input_ids"].int(), attention_mask=None), rows=(1,),
            note="int32"),
     Option("input_ids", lambda model: dict(input_ids=None, attention_mask=None, bos_token_id=5), rows=(1,), note="none at all"),

@@ -92,7 +92,7 @@ def text() -> str:
 
 def _option(one) -> str:
     """Returns the row of one `helpers.compatibility.Option`."""
-    message = f': "{one.message}"'.replace("|", "\\|") if one.message else ""
+    message = f': "{one.message}"'.replace("|", "\\|").replace(".*", "... ") if one.message else ""
     return f"| {one.option} | {one.verdict}{message} | {' '.join(one.note.split())} |\n"
 
 
