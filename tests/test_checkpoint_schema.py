@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoint_cases import CASES, LLAMA3, spoil, target, tensors_of, write  # noqa: F401  fixtures
 from safetensors.torch import save_file
-from test_checkpoints import CASES, LLAMA3, spoil, target, tensors_of, write  # noqa: F401  fixtures
 
 from hedgespec.drafters.checkpoint_schema import EAGLE, FILE, FLAG, HEAD, LAYERS, OBJECT, ROPE, SIZE, TEXT, read_config
 from hedgespec.drafters.checkpoints import inspect_drafter, load_drafter
@@ -35,7 +35,7 @@ PLACES = [
 
 
 @pytest.fixture(scope="module")
-def head(target, tmp_path_factory):  # noqa: F811
+def head(target, tmp_path_factory):
     folder = tmp_path_factory.mktemp("schema")
     tensors = tensors_of(CASES["official"], target)
     write(folder, CASES["official"], tensors)
@@ -52,7 +52,7 @@ def set_at(folder: Path, place: tuple[str, ...], key: str, value: Any, **more: A
 
 
 @pytest.mark.parametrize(("place", "table", "key"), PLACES, ids=lambda one: one if isinstance(one, str) else "")
-def test_every_key_with_every_wrong_value_is_named_in_a_checkpoint_error(head, target, place, table, key):  # noqa: F811
+def test_every_key_with_every_wrong_value_is_named_in_a_checkpoint_error(head, target, place, table, key):
     folder, wrong = head[0], 0
     for value in VALUES:
         set_at(folder, place, key, value)
@@ -68,7 +68,7 @@ def test_every_key_with_every_wrong_value_is_named_in_a_checkpoint_error(head, t
     assert wrong >= 8
 
 
-def test_all_faults_come_in_one_error(head, target):  # noqa: F811
+def test_all_faults_come_in_one_error(head, target):
     folder, tensors = head
     config = {"rope_theta": "abc", "rope_scaling": LLAMA3 | {"factor": "8"}, "norm_before_residual": "false",
               "eagle_aux_hidden_state_layer_ids": [1, None, 6], "hidden_act": 3, "eagle_config": []}  # fmt: skip
@@ -88,7 +88,7 @@ def test_all_faults_come_in_one_error(head, target):  # noqa: F811
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_configurations_raise_nothing_else(head, target, seed):  # noqa: F811
+def test_random_configurations_raise_nothing_else(head, target, seed):
     """Several keys at once, right ones among them, so that what comes after the schema is reached as well."""
     folder, draw = head[0], random.Random(seed)
     for _ in range(60):
@@ -114,7 +114,7 @@ SHAPES = ((), (0,), (1,), (3,), (0, 0), (1, 1), (2, 3, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
-def test_tensors_of_any_shape_raise_nothing_else(head, target, dtype):  # noqa: F811
+def test_tensors_of_any_shape_raise_nothing_else(head, target, dtype):
     folder, tensors = head
     (folder / "config.json").write_text(json.dumps(CASES["official"].config))
     for name, shape in itertools.product(tensors, SHAPES):
@@ -124,7 +124,7 @@ def test_tensors_of_any_shape_raise_nothing_else(head, target, dtype):  # noqa: 
 
 
 @pytest.mark.parametrize("name", ["embed_tokens.weight", "midlayer.self_attn.q_norm.weight", "fc.bias", "input_norm.weight"])
-def test_optional_tensors_of_any_shape_raise_nothing_else(head, target, name):  # noqa: F811
+def test_optional_tensors_of_any_shape_raise_nothing_else(head, target, name):
     folder, tensors = head
     (folder / "config.json").write_text(json.dumps(CASES["official"].config))
     for shape in SHAPES:
@@ -134,14 +134,14 @@ def test_optional_tensors_of_any_shape_raise_nothing_else(head, target, name):  
 
 
 @pytest.mark.parametrize("path", [None, 3, 1.5, [], {}, b"folder"])
-def test_a_path_of_another_type_is_refused(target, path):  # noqa: F811
+def test_a_path_of_another_type_is_refused(target, path):
     with pytest.raises(CheckpointError, match="path: expected a folder, a file or a repository of the hub, got"):
         load_drafter(path, target)
     with pytest.raises(CheckpointError, match="path: expected a folder"):
         inspect_drafter(path)
 
 
-def test_null_is_an_absent_key_and_unknown_keys_are_not_read(head, target):  # noqa: F811
+def test_null_is_an_absent_key_and_unknown_keys_are_not_read(head, target):
     folder, tensors = head
     save_file(tensors, folder / "model.safetensors")
     for key in FILE:
@@ -160,7 +160,7 @@ def test_a_file_goes_before_its_layer_config():
     assert not read.faults and not read.is_speculators
 
 
-def test_aux_layers_may_be_numbers_of_any_kind(head, target):  # noqa: F811
+def test_aux_layers_may_be_numbers_of_any_kind(head, target):
     import numpy as np
 
     folder, tensors = head

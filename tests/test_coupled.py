@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import HAS_GPU
+from helpers.batches import batch_of
+from helpers.batches import pool as mixed_pool
+from helpers.decoding import DRAFT_VOCABULARY, VOCABULARY, Broken, as_functions, pool, prompt_of, tiny_head, tiny_llama
 from helpers.learners import ScoredFixedLearner, ScoredUniform
+from helpers.markov import BAD_WORDS, MIXED, SMALLEST_P_VALUE, Bias, V, direct, through_generate
+from helpers.markov import chain as markov
+from helpers.markov import pool as markov_pool
 from scipy import stats
-from test_decoder import DRAFT_VOCABULARY, VOCABULARY, Broken, as_functions, pool, prompt_of, tiny_head, tiny_llama
-from test_lossless import BAD_WORDS, MIXED, SMALLEST_P_VALUE, Bias, V, direct, through_generate
-from test_lossless import chain as markov
-from test_lossless import pool as markov_pool
-from test_pool import batch_of
-from test_pool import pool as mixed_pool
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hedgespec import Tree, algorithm

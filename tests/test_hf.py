@@ -19,8 +19,8 @@ import warnings
 import pytest
 import torch
 import transformers
+from helpers.decoding import Broken
 from helpers.learners import ScoredUniform
-from test_decoder import Broken
 from torch import nn
 from transformers import (
     AsyncTextIteratorStreamer,

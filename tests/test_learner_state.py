@@ -7,9 +7,9 @@ import os
 
 import numpy as np
 import pytest
+from helpers.decoding import VOCABULARY, prompt_of, target, tiny_head  # noqa: F401  a fixture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_decoder import VOCABULARY, prompt_of, target, tiny_head  # noqa: F401  a fixture
 
 import hedgespec
 from hedgespec import learners
@@ -179,7 +179,7 @@ def test_other_options_and_numbers_out_of_range_are_refused(pool, fields, words,
 
 
 @pytest.mark.parametrize("learner", ["normal_hedge", "ada_normal_hedge", "meta_sd", "exp3"])
-def test_a_tenants_requests_through_files_are_as_if_never_saved(target, learner, tmp_path):  # noqa: F811
+def test_a_tenants_requests_through_files_are_as_if_never_saved(target, learner, tmp_path):
     drafters = [tiny_head(target, 1), tiny_head(target, 2), NGramDrafter(VOCABULARY)]
     decoder, path, handed = Decoder(target, drafters, DecodeConfig(draft_length=3, learner=learner)), tmp_path / "tenant", None
     for number in range(4):

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.batches import batch_of, pool
+from helpers.decoding import VOCABULARY, Broken, prompt_of, tiny_head, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decoder import VOCABULARY, Broken, prompt_of, tiny_head, tiny_llama
-from test_pool import batch_of, pool
 
 from hedgespec import learners
 from hedgespec.config import DecodeConfig, Tree

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_decoder import VOCABULARY, WIDTH, pool, prompt_of, target, tiny_head, tiny_llama  # noqa: F401  fixtures
+from helpers.decoding import VOCABULARY, WIDTH, pool, prompt_of, target, tiny_head, tiny_llama  # noqa: F401  fixtures
 
 import hedgespec
 from hedgespec.config import DecodeConfig
@@ -30,13 +30,13 @@ PROMPT, LENGTH = prompt_of(0), 24
 
 
 @pytest.fixture(scope="module")
-def plain(target) -> list[int]:  # noqa: F811
+def plain(target) -> list[int]:
     """The target's own continuation."""
     return target.generate(PROMPT, max_new_tokens=LENGTH, do_sample=False)[0, PROMPT.shape[1] :].tolist()
 
 
 @pytest.fixture
-def decoder(target) -> Decoder:  # noqa: F811
+def decoder(target) -> Decoder:
     return Decoder(target, [NGramDrafter(VOCABULARY)])
 
 
@@ -58,7 +58,7 @@ ENDS = {
 
 @pytest.mark.parametrize("kind", ENDS)
 @pytest.mark.parametrize("door", ["argument", "generation config", "custom_generate"])
-def test_an_id_of_any_kind_ends_the_text(target, decoder, plain, kind, door, monkeypatch):  # noqa: F811
+def test_an_id_of_any_kind_ends_the_text(target, decoder, plain, kind, door, monkeypatch):
     end = ENDS[kind](plain[5])
     expected = plain[: plain.index(plain[5]) + 1]
     if door == "argument":
@@ -75,7 +75,7 @@ def test_an_id_of_any_kind_ends_the_text(target, decoder, plain, kind, door, mon
     assert found == expected
 
 
-def test_no_id_ends_the_text(target, decoder, plain, monkeypatch):  # noqa: F811
+def test_no_id_ends_the_text(target, decoder, plain, monkeypatch):
     for none in ((), [], torch.tensor([], dtype=torch.int64), None):
         assert continued(decoder, eos_token_id=none) == plain
     monkeypatch.setattr(target.generation_config, "eos_token_id", -1)  # as some configurations say "none"
@@ -89,7 +89,7 @@ def test_no_id_ends_the_text(target, decoder, plain, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", [int, np.int64, torch.tensor, lambda one: torch.tensor([one])])
-def test_ids_that_fill_up_and_counts_may_be_of_any_kind(target, decoder, plain, kind, monkeypatch):  # noqa: F811
+def test_ids_that_fill_up_and_counts_may_be_of_any_kind(target, decoder, plain, kind, monkeypatch):
     ids = torch.cat([PROMPT, prompt_of(1)])
     ends = plain[: plain.index(plain[5]) + 1]
     for options in ({"pad_token_id": kind(7)}, {}):
@@ -103,7 +103,7 @@ def test_ids_that_fill_up_and_counts_may_be_of_any_kind(target, decoder, plain, 
 
 
 @pytest.mark.parametrize("kind", [int, np.uint32, np.array, torch.tensor])
-def test_a_seed_of_any_kind_is_that_seed(target, kind):  # noqa: F811
+def test_a_seed_of_any_kind_is_that_seed(target, kind):
     decoder = Decoder(target, pool(target)[:2])
     options = {"temperature": 1.0, "top_k": 20}
     expected = continued(decoder, seed=11, **options)
@@ -145,7 +145,7 @@ def test_a_path_as_a_state_says_who_reads_it(decoder, tmp_path):
             continued(decoder, learner_state=path)
 
 
-def test_int32_ids_are_read_as_in_plain_generate(target, decoder, plain):  # noqa: F811
+def test_int32_ids_are_read_as_in_plain_generate(target, decoder, plain):
     out = decoder.generate(PROMPT.int(), max_new_tokens=LENGTH)
     assert out.sequences.dtype == torch.int64 and out.sequences[0, PROMPT.shape[1] :].tolist() == plain
 
@@ -182,13 +182,13 @@ IDS = torch.arange(VOCABULARY)
         ({"vocab_size": VOCABULARY + 1}, VocabularyMismatchError, "expected the target's vocabulary of 53 tokens"),
     ],
 )
-def test_drafters_that_cannot_draft_for_the_target_are_refused_by_name(target, attributes, error, message):  # noqa: F811
+def test_drafters_that_cannot_draft_for_the_target_are_refused_by_name(target, attributes, error, message):
     with pytest.raises(error) as caught:
         Decoder(target, [NGramDrafter(VOCABULARY), drafter(**attributes)])
     assert str(caught.value).startswith("drafter odd: ") and message in str(caught.value)
 
 
-def test_what_is_no_drafter_and_no_pool_is_refused(target):  # noqa: F811
+def test_what_is_no_drafter_and_no_pool_is_refused(target):
     with pytest.raises(TypeError, match="drafters: expected drafters with the attribute name, got str at 1"):
         Decoder(target, [NGramDrafter(VOCABULARY), "ngram"])
     for wrong in ("ngram", 3, None):
@@ -222,7 +222,7 @@ class Uncounted(NGramDrafter):
 
 
 @pytest.mark.parametrize("count", [lambda before, new: 0, lambda before, new: before, lambda before, new: before + 1])
-def test_a_session_that_does_not_count_is_taken_out(target, plain, count):  # noqa: F811
+def test_a_session_that_does_not_count_is_taken_out(target, plain, count):
     for others in ([], [tiny_head(target, 1), NGramDrafter(VOCABULARY)]):
         with pytest.warns(UserWarning, match="uncounted is out of this request: ValueError: expected prefill to add its"):
             out = Decoder(target, [*others, Uncounted(count)]).generate(PROMPT, max_new_tokens=LENGTH, seed=0)
@@ -252,7 +252,7 @@ def test_a_resized_target_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [int, np.int64, torch.tensor, lambda one: torch.tensor([one])])
-def test_constructors_keep_plain_ints(target, kind, tmp_path):  # noqa: F811
+def test_constructors_keep_plain_ints(target, kind, tmp_path):
     lookup = NGramDrafter(kind(VOCABULARY), kind(2))
     store = Datastore.build([[1, 2, 3, 4]], kind(3))
     found = DatastoreDrafter(store, kind(VOCABULARY))
@@ -296,7 +296,7 @@ def test_constructors_refuse_what_is_no_int(make_it, name):
             make_it(wrong)
 
 
-def test_constructors_refuse_other_things(target):  # noqa: F811
+def test_constructors_refuse_other_things(target):
     for wrong in ("0.5", True, [0.5]):
         with pytest.raises(TypeError, match="eta: expected a number or None, got"):
             make("hedge", 2, eta=wrong)
@@ -326,7 +326,7 @@ def test_constructors_refuse_other_things(target):  # noqa: F811
 # Heads that were in a decoder
 
 
-def test_a_decoder_leaves_its_drafters_as_they_were(target, plain):  # noqa: F811
+def test_a_decoder_leaves_its_drafters_as_they_were(target, plain):
     heads = [tiny_head(target, seed) for seed in (1, 2)]
     before = [(weight.data_ptr(), weight._version, weight.clone()) for head in heads for weight in head.parameters()]
     decoders = [Decoder(target, heads), Decoder(target, heads[::-1], DecodeConfig(learner="uniform"))]
@@ -338,7 +338,7 @@ def test_a_decoder_leaves_its_drafters_as_they_were(target, plain):  # noqa: F81
 
 @pytest.mark.parametrize("size", [13, 29, VOCABULARY])
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_copy_with_another_draft_vocabulary_drafts(target, plain, size, renamed):  # noqa: F811
+def test_a_copy_with_another_draft_vocabulary_drafts(target, plain, size, renamed):
     """Its configuration may, or may not, have been told of its size. The suite fails on "stacked heads work apart"."""
     heads = [tiny_head(target, seed) for seed in (1, 2)]
     Decoder(target, heads).generate(PROMPT, max_new_tokens=4)
@@ -353,7 +353,7 @@ def test_a_copy_with_another_draft_vocabulary_drafts(target, plain, size, rename
         assert out.stats[0].failures == {} and all(out.stats[0].picks)
 
 
-def test_a_head_that_is_trained_moved_or_saved_goes_on_drafting(target, plain, tmp_path):  # noqa: F811
+def test_a_head_that_is_trained_moved_or_saved_goes_on_drafting(target, plain, tmp_path):
     heads = [tiny_head(target, seed) for seed in (1, 2)]
     decoder = Decoder(target, heads)
     first = decoder.stacks()[0][1]
@@ -378,7 +378,7 @@ def test_a_head_that_is_trained_moved_or_saved_goes_on_drafting(target, plain, t
     assert continued(decoder) == plain
 
 
-def test_a_decoder_can_be_copied_and_pickled(target, plain):  # noqa: F811
+def test_a_decoder_can_be_copied_and_pickled(target, plain):
     decoder = Decoder(target, pool(target), DecodeConfig(objective="throughput"))
     assert continued(decoder, seed=0) == plain
     copies = [copy.deepcopy(decoder), copy.copy(decoder), pickle.loads(pickle.dumps(decoder))]
@@ -389,7 +389,7 @@ def test_a_decoder_can_be_copied_and_pickled(target, plain):  # noqa: F811
     assert copies[0].stacks()[0][1] is not decoder.stacks()[0][1]
 
 
-def test_decoders_do_not_wait_for_each_other(target, monkeypatch):  # noqa: F811
+def test_decoders_do_not_wait_for_each_other(target, monkeypatch):
     """One that stacks its heads, or measures, holds no lock of another's."""
     decoders = [Decoder(target, pool(target)[:2], DecodeConfig(objective="throughput")) for _ in range(2)]
     with decoders[0]._lock, decoders[0].costs._lock:

@@ -7,12 +7,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_capture import FakeCuda, Watched
+from helpers.captured import (
+    FakeCuda,
+    Watched,
+    as_on_a_gpu,  # noqa: F401  fixtures
+)
 from torch import nn
 
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.stack import HeadStack, StackSession, is_plain, kind_of
-from hedgespec.ops.head_layers import stack_linear
 from hedgespec.ops.linear import FewRowLinear
 from hedgespec.runtime.capture import CudaGraphs
 
@@ -47,19 +50,6 @@ def text_of(length: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, t
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCABULARY, (length,), generator=generator)
     return tokens, torch.randn(length, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Products of rows that choose their head as the reference has them off the CPU, where nobody may look at the choice."""
-
-    def product(x, weight, which=None, *, index=None):
-        if which is None or index is not None:
-            return stack_linear(x, weight, which, index=index, backend="reference")
-        return torch.bmm(weight[which], x[:, :, None])[:, :, 0]
-
-    monkeypatch.setattr("hedgespec.drafters.stack.stack_linear", product)
-    monkeypatch.setattr("hedgespec.ops.head_layers.check_ids", lambda *_: None)
 
 
 class Alone:

@@ -9,12 +9,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.batches import batch_of
+from helpers.batches import pool as mixed_pool
+from helpers.decoding import VOCABULARY, as_functions, prompt_of, tiny_head, tiny_llama
+from helpers.markov import MIXED, SMALLEST_P_VALUE, V, chain, law_of, p_values, table_of
+from helpers.markov import pool as chain_pool
 from scipy import stats
-from test_decoder import VOCABULARY, as_functions, prompt_of, tiny_head, tiny_llama
-from test_lossless import MIXED, SMALLEST_P_VALUE, V, chain, law_of, p_values, table_of
-from test_lossless import pool as chain_pool
-from test_pool import batch_of
-from test_pool import pool as mixed_pool
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaForCausalLM, MistralConfig, Qwen3Config
 
 from hedgespec import Tree, algorithm

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_decoder import VOCABULARY, Broken, as_functions, prompt_of, tiny_head, tiny_llama
-from test_pool import batch_of, pool
+from helpers.batches import batch_of, pool
+from helpers.decoding import VOCABULARY, Broken, as_functions, prompt_of, tiny_head, tiny_llama
 from transformers import DynamicCache, LogitsProcessorList
 
 from hedgespec.config import DecodeConfig, Tree

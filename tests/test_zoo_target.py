@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.command_line import byte_tokenizer, fails, speaker
 from safetensors.torch import load_file, save_file
-from test_cli import byte_tokenizer, fails, speaker
 
 from hedgespec import cli, zoo
 from hedgespec.cli import parser
