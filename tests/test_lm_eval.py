@@ -15,16 +15,16 @@ pytestmark = pytest.mark.slow
 
 TASKS = {
     "capitals": (
-        [("France", "Paris"), ("Italy", "Rome"), ("Japan", "Tokyo"), ("Egypt", "Cairo"), ("Spain", "Madrid"), ("Peru", "Lima")],
-        "Question: What is the capital of {{question}}?\\nAnswer:",
+        [("France", "Paris"), ("Italy", "Rome"), ("Japan", "Tokyo"), ("Peru", "Lima"), ("the Republic of Poland", "Warsaw")],
+        "Question: What is the capital of Norway?\nAnswer: Oslo\n\nQuestion: What is the capital of {{question}}?\nAnswer:",
         ["\n\n", "Question:"],
-        32,
+        12,
     ),
     "opposites": (
         [("hot", "cold"), ("long", "short"), ("a very bright day", "dark"), ("up", "down"), ("rich", "poor")],
-        "Words and their opposites, one a line.\\nblack: white\\nsmall: large\\n{{question}}:",
+        "Words and their opposites, one a line.\nblack: white\nsmall: large\n{{question}}:",
         ["\n", "."],
-        16,
+        12,
     ),
 }
 
@@ -42,7 +42,7 @@ def write(folder, name: str):
                 "dataset_kwargs": {"data_files": {"test": str(data)}},
                 "test_split": "test",
                 "output_type": "generate_until",
-                "doc_to_text": prompt.replace("\\n", "\n"),
+                "doc_to_text": prompt,
                 "doc_to_target": " {{answer}}",
                 "generation_kwargs": {"until": until, "do_sample": False, "max_gen_toks": most},
                 "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
@@ -64,7 +64,7 @@ def test_results_are_those_of_the_model_alone(tmp_path, monkeypatch, batch_size)
     import hedgespec
     from hedgespec.zoo import NAMES
 
-    zoo = hedgespec.load_zoo(NAMES[:2])
+    zoo = hedgespec.load_zoo(NAMES[:1])
     for name in TASKS:
         write(tmp_path, name)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
@@ -80,5 +80,4 @@ def test_results_are_those_of_the_model_alone(tmp_path, monkeypatch, batch_size)
         scores = {name: result["results"][name]["exact_match,none"] for name in TASKS}
         found.append((texts, scores))
     assert found[0] == found[1]
-    print(found[0])
     assert all(any(reply[0][0].strip() for reply in replies) for replies in found[0][0].values())
