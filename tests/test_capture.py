@@ -428,11 +428,11 @@ def test_a_forward_of_fixed_shapes_asks_the_device_for_nothing(family):
     session.model = copy.deepcopy(model).to("meta")
     for layer in session.cache.layers:
         layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
-    tokens, lengths = torch.ones(2, ROUND, dtype=torch.int64, device="meta"), torch.ones(2, dtype=torch.int64, device="meta")
+    tokens, rows = torch.ones(2, ROUND, dtype=torch.int64, device="meta"), torch.ones(1, 2, dtype=torch.int64, device="meta")
     lines = torch.ones(2, ROUND, ROUND, dtype=torch.bool, device="meta")
     for tree in ((), (tokens, lines)):
         with OnDevice():
-            logits, states = session._read(tokens, lengths, *tree)
+            logits, states = session._read(tokens, rows, *tree)
         assert logits.shape == (2, ROUND, 61) and states.shape == (2, ROUND, 64)
 
 

@@ -503,8 +503,8 @@ def test_empty_stdin_is_an_empty_prompt(monkeypatch, capsys):
 
 
 def test_a_text_longer_than_the_context(run, capsys):
-    with pytest.warns(UserWarning, match=f"the target was made for {CONTEXT} positions"):
-        assert run("0" * 250, "--max-new-tokens", 10) == 0
+    code, _, err = run("0" * 250, "--max-new-tokens", 10)
+    assert code == 0 and f"hedgespec: warning: max_new_tokens: the target was made for {CONTEXT} positions" in err
 
 
 def test_chat_without_a_template(run, capsys):
