@@ -205,6 +205,21 @@ def test_captured_forwards_follow_the_length(family):
         assert decoder.captures.compilations
 
 
+def test_a_captured_forward_across_the_boundary_reads_no_value_of_the_device():
+    """Tensors on the meta device have no values: whoever asks for one fails."""
+    session = TargetSession(longrope(), [], 2, offsets=[0, 2], floor=9)
+    with torch.no_grad():
+        session.forward(torch.ones(2, 9, dtype=torch.int64), 1, reach=[9, 7])
+        session.keep([9, 7])
+        session.model.to("meta")
+        session.lengths.values = None
+        for layer in session.cache.layers:
+            layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+        tokens = torch.ones(2, 4, dtype=torch.int64, device="meta")
+        [logits] = session._read(tokens, torch.ones(3, 2, dtype=torch.int64, device="meta"))
+    assert logits.shape == (2, 4, VOCABULARY)
+
+
 def test_factors_that_change_with_every_token_are_not_captured():
     model, batch = dynamic(), prompts(11)
     texts = plain_texts(model, batch, 14)

@@ -42,6 +42,9 @@ class Architecture:
     and no padding is taken."""
     dtype: torch.dtype = torch.float64
     """float32 where plain decoding itself gives NaN for a padded batch in float64."""
+    seed: int = 1
+    spread: float = 0.3
+    """Of the embeddings: so small, or so large, that texts are no constant."""
     note: str = ""
 
 
@@ -52,17 +55,19 @@ def _all(names: str, **common) -> tuple[Architecture, ...]:
 ARCHITECTURES = (
     *_all(
         """llama qwen2 qwen3 mistral ministral phi phi3 phimoe gemma gemma3_text cohere cohere2 cohere2_moe olmo olmo2 olmo3
-        olmoe flex_olmo granite granitemoe glm glm4 gpt2 gpt_bigcode gptj codegen gpt_neox opt biogpt bert bert-generation
-        big_bird roberta camembert stablelm starcoder2 persimmon nemotron smollm3 helium apertus arcee bitnet seed_oss mixtral
+        olmoe flex_olmo granite granitemoe glm glm4 gpt2 gpt_bigcode gptj codegen gpt_neox opt biogpt bert-generation
+        stablelm starcoder2 persimmon nemotron smollm3 helium apertus arcee bitnet seed_oss mixtral
         qwen2_moe qwen3_moe gpt_oss jetmoe dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe hunyuan_v1_dense llama4_text afmoe
         aria_text"""
     ),
+    *_all("bert big_bird roberta", spread=3.0, seed=2),
+    *_all("camembert", spread=3.0, seed=4),
     *_all("gemma2 vaultgemma", dtype=torch.float32),
     Architecture("deepseek_v2", LATENT),
     Architecture("deepseek_v3", LATENT),
     *_all("bloom mpt", rows="one by one", dtype=torch.float32, note="ALiBi"),
-    Architecture("falcon", {"alibi": True, "num_key_value_heads": None, "intermediate_size": None}, "one by one", torch.float32,
-                 "with `alibi=True`"),
+    Architecture("falcon", {"alibi": True, "num_key_value_heads": None, "head_dim": None}, "one by one", torch.float32,
+                 note="with `alibi=True`"),
     Architecture("gpt_neo", {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4}, "one by one",
                  note="local attention masks by slot"),
     *_all("bart blenderbot", rows="unpadded", note="the decoder alone; positions count padding"),
@@ -96,12 +101,12 @@ NONE = {"eos_token_id", "bos_token_id", "layer_types", "mlp_layer_types"}
 def build(architecture: Architecture):
     """Returns a random model in eval mode."""
     config = configuration(architecture)
-    torch.manual_seed(1)
+    torch.manual_seed(architecture.seed)
     model = transformers.AutoModelForCausalLM.from_config(config).to(architecture.dtype).eval()
     for weight in model.parameters():
         if weight.ndim >= 2:
             weight.data = 0.3 * torch.randn(weight.shape, dtype=weight.dtype)
-    model.get_input_embeddings().weight.data *= 0.3
+    model.get_input_embeddings().weight.data *= architecture.spread
     settings = model.generation_config
     settings.eos_token_id, settings.bos_token_id, settings.pad_token_id = None, None, 0
     settings.forced_eos_token_id = settings.forced_bos_token_id = None
