@@ -208,8 +208,9 @@ def custom_generate(decoder: Decoder | Callable, *, streamer: BaseStreamer | Non
 
     Returns: a callable that one or several calls of `generate` may use.
 
-    Raises: TypeError if `decoder` is no `Decoder`, or `streamer` has no `put` and `end`. ValueError if `decoder` is the result
-        of this function and has a streamer already.
+    Raises:
+        TypeError: `decoder` is no `Decoder`, or `streamer` has no `put` and `end`.
+        ValueError: `decoder` is the result of this function and has a streamer already.
     """
     if isinstance(decoder, _Loop):
         if decoder.streamer is not None and streamer is not None:
