@@ -101,3 +101,17 @@ def test_files_that_are_cited_are_there():
 def test_the_reader_of_citations_sees_them():
     text = "see `algorithm.md`, section 3; docs/notation.md, csrc/OPERATION.cu and vllm/config/vllm.py, model.py(x), a.python"
     assert citations(text) == {"algorithm.md", "docs/notation.md"}
+
+
+# Imports of tests.
+
+
+def test_no_test_imports_another():
+    """What tests share lies in tests/helpers."""
+    paths = [*(ROOT / "tests").rglob("test_*.py")]
+    assert len(paths) > 50
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.startswith("test_") for name in names), path.name
