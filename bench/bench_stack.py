@@ -78,7 +78,7 @@ def test_pass(benchmark, capsys, device, fastest, heads, text, count):
     together.score([0], [tokens[:CONTEXT]], [features[:CONTEXT]])
     apart = [head.session() for head in heads]
     for session in apart:
-        session.prefill(tokens[:CONTEXT], features[:CONTEXT], 1)
+        session.consume(tokens[:CONTEXT], features[:CONTEXT], 1)
     given = together.given.clone()
 
     def stacked():
@@ -89,7 +89,7 @@ def test_pass(benchmark, capsys, device, fastest, heads, text, count):
     def in_turn():
         for session in apart:
             session.verified = CONTEXT
-        return torch.stack([session.prefill(tokens[new], features[new], count) for session in apart])
+        return torch.stack([session.consume(tokens[new], features[new], count) for session in apart])
 
     weights = list(stack.weights.values())
     ways = {"stacked": stacked, "in turn": in_turn, "reading the weights": lambda: sum(weight.sum() for weight in weights)}
@@ -110,7 +110,7 @@ def test_draft(benchmark, capsys, device, fastest, heads, text, batch):
     together.score(rows, [tokens[:CONTEXT]] * batch, [features[:CONTEXT]] * batch)
     apart = [heads[head].session() for head in chosen]
     for session in apart:
-        session.prefill(tokens[:CONTEXT], features[:CONTEXT], 1)
+        session.consume(tokens[:CONTEXT], features[:CONTEXT], 1)
 
     def by_index():
         together.taken[:] = CONTEXT
@@ -123,7 +123,7 @@ def test_draft(benchmark, capsys, device, fastest, heads, text, batch):
         found = []
         for session in apart:
             session.verified = CONTEXT
-            session.prefill(tokens[new], features[new], 1)
+            session.consume(tokens[new], features[new], 1)
             found.append([session.step(tokens[step : step + 1]) for step in range(4)][-1])
         return torch.stack(found)
 

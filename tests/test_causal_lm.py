@@ -32,7 +32,7 @@ def test_the_same_tokenizer_is_taken_whatever_the_padding_of_the_vocabularies():
             model(vocabulary), target, tokenizer=tokenizer(WORDS), target_tokenizer=tokenizer(WORDS)
         )  # fmt: skip
         assert (drafter.vocab_size, drafter.draft_to_target) == (usable, None)
-        assert drafter.session().prefill(torch.tensor([2, 3]), None, 1).shape == (1, usable)
+        assert drafter.session().consume(torch.tensor([2, 3]), None, 1).shape == (1, usable)
     padded_target = CausalLMDrafter(model(60), model(64))
     assert padded_target.draft_to_target.tolist() == list(range(60))
 
@@ -70,7 +70,7 @@ def test_a_session_forgets_what_was_drafted_beyond_a_sliding_window_too():
     with torch.no_grad():
         expected = sliding(tokens[None]).logits[0]
         for start, end in ((0, 9), (9, 12), (12, 13), (13, 20)):
-            rows = session.prefill(tokens[start:end], None, end - start)
+            rows = session.consume(tokens[start:end], None, end - start)
             torch.testing.assert_close(rows, expected[start:end])
             for drafted in (7, 8, 9):
                 session.step(torch.tensor([drafted]))

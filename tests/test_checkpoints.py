@@ -171,7 +171,7 @@ def test_a_head_is_what_its_format_says(case, made, target):
     torch.testing.assert_close(both[0], logits, **CLOSE)
 
     session = head.session()
-    rows = [session.prefill(tokens[:5], states[:5], 4), session.prefill(tokens[5:], states[5:], 9)]
+    rows = [session.consume(tokens[:5], states[:5], 4), session.consume(tokens[5:], states[5:], 9)]
     torch.testing.assert_close(torch.cat(rows), logits, **CLOSE)
     feature = forced[-1][1]
     for token in (3, 1, 4, 1):
@@ -210,11 +210,11 @@ def test_a_pool_of_them_is_one_stack(case, target, tmp_path, dtype):
         had = session.score([0, 1], [tokens[6:] for tokens, _ in texts], [states[6:] for _, states in texts])
         for row, (tokens, states) in enumerate(texts):
             single = heads[chosen[row]].session()
-            torch.testing.assert_close(led[row], single.prefill(tokens[:8], states[:8], 1)[0], **close)
+            torch.testing.assert_close(led[row], single.consume(tokens[:8], states[:8], 1)[0], **close)
             for logits, pair in zip(stepped, ([3, 4], [5, 6])):
                 torch.testing.assert_close(logits[row], single.step(torch.tensor(pair[row : row + 1])), **close)
             for number, one in enumerate(alone[row]):
-                expected = one.prefill(tokens, states, 7)[:-1]
+                expected = one.consume(tokens, states, 7)[:-1]
                 torch.testing.assert_close(had[number, row], expected, **close)
 
 

@@ -384,7 +384,7 @@ def test_a_drafter_that_fails_is_told_in_one_line(run, place, monkeypatch):
     def broken(*_):
         raise RuntimeError("broken\nin two lines")
 
-    monkeypatch.setattr("hedgespec.drafters.ngram.NGramSession.prefill", broken)
+    monkeypatch.setattr("hedgespec.drafters.ngram.NGramSession.consume", broken)
     code, out, err = run("8", "--max-new-tokens", 3)
     assert (code, out) == (0, "901\n")
     assert "hedgespec: warning: drafter ngram is out of this request: RuntimeError: broken in two lines\n" in err

@@ -147,11 +147,11 @@ def likeliest(logits: torch.Tensor) -> list[int]:
 def test_a_session_says_what_the_table_says_and_else_the_last_token_again():
     session = DatastoreDrafter(Datastore.build(CORPUS, 3), 12, name="code").session()
     # 8: nothing, so again; 1: 2; 1 2: 3 twice, 5 once; 4 1 2: 5
-    assert likeliest(session.prefill(torch.tensor([8, 1, 2]), None, 3)) == [8, 2, 3]
-    assert likeliest(session.prefill(torch.tensor([4, 1, 2]), None, 1)) == [5]
+    assert likeliest(session.consume(torch.tensor([8, 1, 2]), None, 3)) == [8, 2, 3]
+    assert likeliest(session.consume(torch.tensor([4, 1, 2]), None, 1)) == [5]
     assert likeliest(session.step(torch.tensor([5]))[None]) == [1]
     assert likeliest(session.step(torch.tensor([11]))[None]) == [11]
-    assert likeliest(session.prefill(torch.tensor([3]), None, 1)) == [4]  # what was drafted is forgotten
+    assert likeliest(session.consume(torch.tensor([3]), None, 1)) == [4]  # what was drafted is forgotten
     assert session.verified == 7
 
 
@@ -159,10 +159,10 @@ def test_the_text_may_come_in_any_parts():
     random = np.random.default_rng(0)
     text = torch.from_numpy(random.integers(0, 4, 60))
     drafter = DatastoreDrafter(Datastore.build([random.integers(0, 4, 300)], 4), 4)
-    expected = likeliest(drafter.session().prefill(text, None, 60))
+    expected = likeliest(drafter.session().consume(text, None, 60))
     session, said = drafter.session(), []
     for part in text.split([1, 2, 1, 7, 30, 19]):
-        said += likeliest(session.prefill(part, None, len(part)))
+        said += likeliest(session.consume(part, None, len(part)))
         session.step(torch.tensor([3]))
     assert said == expected
 

@@ -74,7 +74,7 @@ def test_session_is_the_layer_whatever_the_chunks(head, text):
         session, rows, start = head.session(), [], 0
         for end in cuts:
             count = end - start - (start == 0)  # the first token of a request has no row
-            rows.append(session.prefill(tokens[start:end], features[start:end], count))
+            rows.append(session.consume(tokens[start:end], features[start:end], count))
             start = end
         torch.testing.assert_close(torch.cat(rows), expected, rtol=1e-5, atol=1e-5)
 
@@ -82,10 +82,10 @@ def test_session_is_the_layer_whatever_the_chunks(head, text):
 def test_drafting_leaves_no_trace(head, text):
     tokens, features = text
     session = head.session()
-    session.prefill(tokens[:8], features[:8], 1)
+    session.consume(tokens[:8], features[:8], 1)
     for token in (3, 1, 4, 1, 5):
         session.step(torch.tensor([token]))
-    again = session.prefill(tokens[8:12], features[8:12], 4)
+    again = session.consume(tokens[8:12], features[8:12], 4)
     torch.testing.assert_close(again, by_hand(head, tokens[:12], features[:12])[-4:], rtol=1e-5, atol=1e-5)
 
 
@@ -97,7 +97,7 @@ def test_unrolled_training_pass_is_real_drafting(head, text):
         for position in range(depth, 29, 3):
             session = head.session()
             true = position - depth + 2
-            row = session.prefill(tokens[:true], features[:true], 1)[-1]
+            row = session.consume(tokens[:true], features[:true], 1)[-1]
             for token in tokens[true : position + 2]:
                 row = session.step(token.view(1))
             torch.testing.assert_close(logits[0, position], row, rtol=1e-5, atol=1e-5)

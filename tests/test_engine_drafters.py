@@ -361,7 +361,7 @@ def test_a_sessions_ids_are_the_targets():
     drafter = SimpleNamespace(name="own", aux_layers=(), vocab_size=9, draft_to_target=torch.tensor([8, 3, 5]))
     rows = torch.eye(3)
     drafter.session = lambda: SimpleNamespace(
-        prefill=lambda tokens, features, keep: rows[tokens % 3][len(tokens) - keep :], step=lambda token: rows[token[0] % 3]
+        consume=lambda tokens, features, keep: rows[tokens % 3][len(tokens) - keep :], step=lambda token: rows[token[0] % 3]
     )
     own = Sessions(drafter)
     assert own.name == "own" and own.extend([0], [np.array([2, 1, 0])], [2])[0].tolist() == [3, 8]

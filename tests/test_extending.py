@@ -114,7 +114,7 @@ class RepeatSession:
     def __init__(self, vocab_size: int):
         self.vocab_size, self.verified = vocab_size, 0
 
-    def prefill(self, tokens, features, logits_to_keep):
+    def consume(self, tokens, features, logits_to_keep):
         self.verified += len(tokens)
         return self._logits(tokens[-logits_to_keep:])
 
@@ -123,6 +123,22 @@ class RepeatSession:
 
     def _logits(self, tokens):
         return torch.full((len(tokens), self.vocab_size), -math.inf).scatter(1, tokens[:, None], 0.0)
+
+
+class OldSession:
+    """A session written for 0.1, whose `consume` was called `prefill`."""
+
+    def __init__(self, session):
+        self.prefill, self.step, self._session = session.consume, session.step, session
+
+    @property
+    def verified(self):
+        return self._session.verified
+
+
+class OldDrafter(RepeatDrafter):
+    def session(self):
+        return OldSession(super().session())
 
 
 def make_repeat(vocab_size: int) -> RepeatDrafter:
@@ -142,8 +158,8 @@ def test_a_drafter_kind_is_added_in_five_steps(target, learner):
     assert out.stats[0].picks[0] > 0 or learner != "uniform"
     tokens = torch.randint(vocab_size, (9,))
     whole, parts = drafters[0].session(), drafters[0].session()
-    at_once = whole.prefill(tokens, None, 9)
-    in_parts = torch.cat([parts.prefill(tokens[:4], None, 4), parts.prefill(tokens[4:], None, 5)])
+    at_once = whole.consume(tokens, None, 9)
+    in_parts = torch.cat([parts.consume(tokens[:4], None, 4), parts.consume(tokens[4:], None, 5)])
     assert at_once.equal(in_parts)
     assert whole.verified == parts.verified == 9
 
@@ -200,3 +216,12 @@ def test_the_steps_are_five():
     for heading in ("Add a learner", "Add a drafter kind", "Add a kernel backend"):
         section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
         assert [line[:3] for line in section.splitlines() if line[:1].isdigit()] == [f"{step}. " for step in range(1, 6)]
+
+
+def test_a_session_may_still_call_consume_prefill(target):
+    drafter = OldDrafter(target.config.vocab_size)
+    prompt = torch.arange(1, 9)[None]
+    with pytest.warns(DeprecationWarning, match="drafter repeat: the method `prefill` of a session is now `consume`"):
+        out = hedgespec.Decoder(target, [drafter]).generate(prompt, max_new_tokens=12)
+    assert not out.stats[0].failures
+    assert out.sequences.tolist() == target.generate(prompt, max_new_tokens=12, do_sample=False).tolist()

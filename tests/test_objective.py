@@ -68,8 +68,8 @@ class FlawedSession:
     def verified(self) -> int:
         return self.session.verified
 
-    def prefill(self, tokens, features, logits_to_keep):
-        logits = self.session.prefill(tokens, features, logits_to_keep)
+    def consume(self, tokens, features, logits_to_keep):
+        logits = self.session.consume(tokens, features, logits_to_keep)
         self.drafted = 0
         return self._spoil(logits, self.verified - len(logits) + 1)
 

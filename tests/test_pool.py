@@ -314,7 +314,7 @@ def test_drafts_of_different_dtypes_are_verified_apart(target, monkeypatch):
 
     def half():
         one = session()
-        one.prefill, one.step = lowered(one.prefill), lowered(one.step)
+        one.consume, one.step = lowered(one.consume), lowered(one.step)
         return one
 
     low.session = half

@@ -209,22 +209,22 @@ class Uncounted(NGramDrafter):
 
     def session(self):
         session = super().session()
-        prefill = session.prefill
+        consume = session.consume
 
         def counted(tokens, features, logits_to_keep):
             before = session.verified
-            logits = prefill(tokens, features, logits_to_keep)
+            logits = consume(tokens, features, logits_to_keep)
             session.verified = self.count(before, len(tokens))
             return logits
 
-        session.prefill = counted
+        session.consume = counted
         return session
 
 
 @pytest.mark.parametrize("count", [lambda before, new: 0, lambda before, new: before, lambda before, new: before + 1])
 def test_a_session_that_does_not_count_is_taken_out(target, plain, count):
     for others in ([], [tiny_head(target, 1), NGramDrafter(VOCABULARY)]):
-        with pytest.warns(UserWarning, match="uncounted is out of this request: ValueError: expected prefill to add its"):
+        with pytest.warns(UserWarning, match="uncounted is out of this request: ValueError: expected consume to add its"):
             out = Decoder(target, [*others, Uncounted(count)]).generate(PROMPT, max_new_tokens=LENGTH, seed=0)
         assert out.sequences[0, PROMPT.shape[1] :].tolist() == plain
         assert list(out.stats[0].failures) == ["uncounted"]

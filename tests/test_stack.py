@@ -61,12 +61,12 @@ class Alone:
     def given(self, head: int, row: int, length: int) -> torch.Tensor:
         """Logits for each of the tokens 2..length of a row."""
         tokens, features = (one[:length] for one in self.texts[row])
-        return self.heads[head].session().prefill(tokens, features, length - 1)
+        return self.heads[head].session().consume(tokens, features, length - 1)
 
     def drafting(self, head: int, row: int, length: int):
         tokens, features = (one[:length] for one in self.texts[row])
         session = self.heads[head].session()
-        return session, session.prefill(tokens, features, 1)[0]
+        return session, session.consume(tokens, features, 1)[0]
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -153,7 +153,7 @@ def test_a_window_bounds_the_cache_and_forgets_the_oldest():
                 # A head that began where the row's slot 0 is. Only differences of positions matter, but for rounding.
                 start = session.base[row]
                 fresh = session.stack.heads[1].session()
-                expected = fresh.prefill(tokens[start : lengths[row]], features[start : lengths[row]], 1)[0]
+                expected = fresh.consume(tokens[start : lengths[row]], features[start : lengths[row]], 1)[0]
                 torch.testing.assert_close(session.given[1, row], expected, atol=1e-3, rtol=0)
     assert max(sizes) <= 2 * 2 * 2 * 2 * 6 * 8 * (32 + 32)
     assert len(sizes) <= 3
@@ -259,7 +259,7 @@ def test_captures_go_from_request_to_request():
         session.begin_draft([0], [1], [tokens[:0]], [features[:0]])
         drafted = session.draft_next([0], tokens[30:31])
         reference = stack.heads[1].session()
-        reference.prefill(tokens[:23], features[:23], 1)
+        reference.consume(tokens[:23], features[:23], 1)
         torch.testing.assert_close(drafted[0], reference.step(tokens[30:31]), atol=1e-12, rtol=0)
         counts.append(cuda.captured)
     assert counts == [3, 3, 3]

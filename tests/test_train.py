@@ -296,7 +296,7 @@ def test_acceptance_at_temperature_1_is_the_ratio_of_the_probabilities(target, h
     row = rows[place]
     [found] = matrix.acceptance(head, features, [place], 1, sampled=True)
     text = replay.read(target, torch.tensor(row.tokens), row.prompt_length, [head])
-    logits = head.session().prefill(
+    logits = head.session().consume(
         text.tokens[:-1], text.features[head.aux_layers][:-1], len(row.tokens) - row.prompt_length - 1
     )
     for number, token in enumerate(row.tokens[row.prompt_length + 1 :]):

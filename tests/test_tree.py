@@ -493,7 +493,7 @@ def test_trees_go_with_the_other_options(target, learner, overlaps):
 
 
 @pytest.mark.parametrize("fault", ["raises", "nan"])
-@pytest.mark.parametrize("method", ["prefill", "step"])
+@pytest.mark.parametrize("method", ["consume", "step"])
 def test_a_drafter_that_fails_in_a_tree_leaves_its_row(target, monkeypatch, method, fault):
     """In the second row, in the midst of the text: the others go on with it, and nothing is emitted because of it."""
     small = CausalLMDrafter(tiny_llama(seed=7, layers=1), target, name="small")

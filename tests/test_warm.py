@@ -232,15 +232,15 @@ def test_a_head_unsound_at_a_position_of_the_prompt_leaves(target, monkeypatch, 
     else:
         for head in heads:
             head.__class__ = type("Apart", (EagleHead,), {})
-        prefill = EagleSession.prefill
+        consume = EagleSession.consume
 
         def faulty(self, tokens, *arguments):
-            logits = prefill(self, tokens, *arguments)
+            logits = consume(self, tokens, *arguments)
             if self.head.name == "head-2" and len(logits) == 5 and tokens[0] == prompts[1, 0]:
                 logits[2] = math.nan
             return logits
 
-        monkeypatch.setattr(EagleSession, "prefill", faulty)
+        monkeypatch.setattr(EagleSession, "consume", faulty)
     prompts = torch.cat([prompt_of(0), prompt_of(1)])
     assert prompts[0, 0] != prompts[1, 0]
     with pytest.warns(UserWarning, match="head-2 is out of this request"):

@@ -16,7 +16,7 @@ import torch
 
 from hedgespec.decoder.row import Row, draft_width
 from hedgespec.device import to_device
-from hedgespec.drafters import Drafter, DrafterSession
+from hedgespec.drafters import Drafter, DrafterSession, open_session
 from hedgespec.drafters.eagle import EagleHead
 from hedgespec.drafters.stack import HeadStack, is_plain, kind_of
 
@@ -133,7 +133,7 @@ class UnstackedDrafters:
         for row in rows:
             for member, drafter in enumerate(self.drafters):
                 with row.isolate_failures(self.members[member]):
-                    self.sessions[row.index, member] = drafter.session()
+                    self.sessions[row.index, member] = open_session(drafter)
         self._drafting: list[tuple[Row, int]] = []
         self._places: dict[int, int] = {}
         """In a tree: index into `_drafting` of each row that drafts."""
@@ -212,10 +212,10 @@ class UnstackedDrafters:
         if len(tokens):
             before = session.verified
             keep = len(tokens) if before else unscored + 1
-            logits = self._checked(member, session.prefill(tokens, features, keep), keep)
+            logits = self._checked(member, session.consume(tokens, features, keep), keep)
             if session.verified != before + len(tokens):
                 raise ValueError(
-                    f"expected prefill to add its {len(tokens)} tokens to `verified`, {before} before, got {session.verified}"
+                    f"expected consume to add its {len(tokens)} tokens to `verified`, {before} before, got {session.verified}"
                 )
             if not row.selector.needs_scores:
                 chunks.clear()  # the earlier ones are never asked for

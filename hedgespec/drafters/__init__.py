@@ -1,13 +1,14 @@
-"""What a drafter is: something that, token by token, says what the target may say next.
+"""The protocol of drafters, which propose the tokens that the target may emit next.
 
-A drafter holds weights and can serve many requests; a request's state (its KV cache) is a session. A session is fed
-every verified token by `prefill`, which is also how it is evaluated, and drafts ahead of them by `step`; the next
-`prefill` forgets what was drafted.
+A drafter holds weights and can serve many requests; the state of one request, such as a key-value cache, is a session.
+`consume` runs a session over verified tokens and returns the logits that the drafter is scored on; `step` consumes one
+drafted token. The next `consume` discards what was drafted.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import warnings
+from typing import Any, Protocol
 
 import torch
 
@@ -16,10 +17,10 @@ class DrafterSession(Protocol):
     """One request's view of a drafter."""
 
     verified: int
-    """How many verified tokens the session has taken in."""
+    """Number of verified tokens consumed so far."""
 
-    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
-        """Takes in the verified tokens that follow the last call's, forgetting whatever was drafted since.
+    def consume(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
+        """Consumes the verified tokens that follow the last call's, and discards what was drafted since.
 
         Args:
             tokens: int64 [T], T >= 1.
@@ -57,3 +58,36 @@ class Drafter(Protocol):
 
     def session(self) -> DrafterSession:
         """A fresh request."""
+
+
+def open_session(drafter: Drafter) -> DrafterSession:
+    """Returns a new session of the drafter.
+
+    For one release a session may define `consume` under its old name, `prefill`; this warns with a DeprecationWarning.
+    """
+    session = drafter.session()
+    if not hasattr(session, "consume") and hasattr(session, "prefill"):
+        warnings.warn(
+            f"drafter {drafter.name}: the method `prefill` of a session is now `consume`; the old name goes with the next "
+            "release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return _RenamedSession(session)
+    return session
+
+
+class _RenamedSession:
+    """A session whose `consume` is called `prefill`."""
+
+    def __init__(self, session: Any):
+        self._session = session
+        self.verified = session.verified
+
+    def consume(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
+        logits = self._session.prefill(tokens, features, logits_to_keep)
+        self.verified = self._session.verified
+        return logits
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        return self._session.step(token)

@@ -73,7 +73,7 @@ class CausalLMSession:
         self._with_cache: dict[Any, Any] = {cache_argument(drafter.model.forward): self.cache, "use_cache": True}
         self.verified = 0
 
-    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
+    def consume(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
         self.cache.lengths[0] = self.verified
         logits = self._forward(tokens, logits_to_keep)
         self.verified = self.cache.lengths[0]

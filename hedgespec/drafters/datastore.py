@@ -226,7 +226,7 @@ class DatastoreSession:
         self.drafted: list[int] = []
         self.verified = 0
 
-    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
+    def consume(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
         text, longest = [*self.last, *tokens.tolist()], self.drafter.datastore.max_ngram
         ends = range(len(text) - logits_to_keep + 1, len(text) + 1)
         self.last = text[-longest:]

@@ -336,7 +336,7 @@ class EagleSession:
         self.verified = 0
         self._own_feature: torch.Tensor | None = None
 
-    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
+    def consume(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
         assert features is not None, "a head reads the target's hidden states"
         if self.verified == 0:  # no feature precedes a request's first token: the head starts at the second
             self.verified = 1
@@ -347,7 +347,7 @@ class EagleSession:
         return logits
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        assert self._own_feature is not None, "`prefill` comes first"
+        assert self._own_feature is not None, "`consume` comes first"
         return self._forward(token, self._own_feature, 1)[0]
 
     def _forward(self, tokens: torch.Tensor, feature: torch.Tensor, logits_to_keep: int) -> torch.Tensor:

@@ -47,7 +47,7 @@ class NGramSession:
         self.drafted: list[int] = []
         self.verified = 0
 
-    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
+    def consume(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
         self.drafted.clear()
         proposals = []
         for token in tokens.tolist():

@@ -20,7 +20,7 @@ from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.decoder.request import generator
 from hedgespec.decoder.scoring import PROMPT_SAMPLING
-from hedgespec.drafters import Drafter
+from hedgespec.drafters import Drafter, open_session
 from hedgespec.ops.evaluate import evaluate
 from hedgespec.ops.gumbel import gumbel, key_of, perturb
 from hedgespec.ops.sampling import Sampling
@@ -220,19 +220,19 @@ def _record_drafter(drafter: Drafter, scores: _Scores, depth: int) -> tuple[np.n
     tokens, start, positions = scores.tokens, scores.start, scores.positions
     features = scores.text.features.get(drafter.aux_layers)
     count = start - scores.first
-    forced = drafter.session().prefill(tokens[:-1], None if features is None else features[:-1], len(tokens) - scores.first)
+    forced = open_session(drafter).consume(tokens[:-1], None if features is None else features[:-1], len(tokens) - scores.first)
     prompt_prob = scores.of_prompt(drafter, forced[:count]).double().cpu().numpy()
     drafted = np.zeros((positions, depth))
     if not positions:
         return prompt_prob, np.zeros(0), np.zeros(0), drafted
     prob, ratio = scores.of_text(drafter, forced[count:], slice(0, positions)).double().cpu().numpy()
     drafted[:, 0] = ratio
-    session = drafter.session()
+    session = open_session(drafter)
     for position in np.flatnonzero(ratio).tolist():
         if depth == 1 or position == positions - 1:
             continue
         new = slice(session.verified, start + position)
-        session.prefill(tokens[new], None if features is None else features[new], 1)
+        session.consume(tokens[new], None if features is None else features[new], 1)
         for d in range(1, min(depth, positions - position)):
             at = position + d
             logits = session.step(tokens[start + at - 1 : start + at])

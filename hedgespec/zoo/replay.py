@@ -50,7 +50,7 @@ def fixed_rounds(drafter: Drafter, text: Text, draft_length: int) -> list[int]:
     length, emitted = text.prompt_length + 1, []
     while length < len(text.tokens):
         new = slice(session.verified, length)
-        row = session.prefill(text.tokens[new], None if features is None else features[new], 1)[-1]
+        row = session.consume(text.tokens[new], None if features is None else features[new], 1)[-1]
         accepted, room = 0, min(draft_length, len(text.tokens) - length - 1)
         while accepted < room:
             token = row.argmax()
@@ -73,7 +73,7 @@ def teacher_forced(drafters: Sequence[Drafter], text: Text, temperature: float) 
     prob = []
     for drafter in drafters:
         features = text.features.get(drafter.aux_layers)
-        logits = drafter.session().prefill(
+        logits = drafter.session().consume(
             text.tokens[:-1], None if features is None else features[:-1], len(text.tokens) - start
         )
         mapping = drafter.draft_to_target

@@ -66,7 +66,7 @@ def as_functions(target, drafters):
                 at = torch.cat([hidden[layer][0] for layer in drafter.aux_layers], -1)
                 features = torch.cat([torch.zeros_like(at[:1]), at[:-1]])
             session = drafter.session()
-            row = session.prefill(torch.tensor(verified), features, 1)[-1]
+            row = session.consume(torch.tensor(verified), features, 1)[-1]
             for token in drafted:
                 row = session.step(torch.tensor([token]))
             if drafter.draft_to_target is None:
@@ -87,11 +87,11 @@ class Broken(NGramDrafter):
 
     def session(self):
         session = super().session()
-        prefill = session.prefill
+        consume = session.consume
 
         def faulty(tokens, features, logits_to_keep):
-            logits = prefill(tokens, features, logits_to_keep)
+            logits = consume(tokens, features, logits_to_keep)
             return self.fault(logits) if session.verified > 15 else logits
 
-        session.prefill = faulty
+        session.consume = faulty
         return session

@@ -53,7 +53,7 @@ class TableSession:
     def __init__(self, table):
         self.table, self.verified = table, 0
 
-    def prefill(self, tokens, features, logits_to_keep):
+    def consume(self, tokens, features, logits_to_keep):
         self.verified += len(tokens)
         return self.table[tokens[-logits_to_keep:]]
 

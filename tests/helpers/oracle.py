@@ -31,7 +31,7 @@ class _Session:
         self.tokens: list[int] = []
         self.verified = 0
 
-    def prefill(self, tokens: torch.Tensor, features: None, logits_to_keep: int) -> torch.Tensor:
+    def consume(self, tokens: torch.Tensor, features: None, logits_to_keep: int) -> torch.Tensor:
         del self.tokens[self.verified :]
         rows = []
         for token in tokens.tolist():

@@ -44,7 +44,7 @@ class ParrotSession:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size, self.verified = vocab_size, 0
 
-    def prefill(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
+    def consume(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
         self.verified += len(tokens)
         return nn.functional.one_hot(tokens[-logits_to_keep:], self.vocab_size).float().log()
 

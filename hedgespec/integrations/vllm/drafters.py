@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from hedgespec.device import to_device
-from hedgespec.drafters import Drafter, DrafterSession
+from hedgespec.drafters import Drafter, DrafterSession, open_session
 from hedgespec.drafters.causal_lm import usable_vocabulary
 from hedgespec.drafters.datastore import Datastore, check_vocabulary
 from hedgespec.drafters.ngram import NGramDrafter, NGramIndex
@@ -502,14 +502,14 @@ class Sessions(_ByKey[_Session]):
         self.drafter, self.device = drafter, torch.device(device)
 
     def _begin(self) -> _Session:
-        return _Session(self.drafter.session())
+        return _Session(open_session(self.drafter))
 
     @torch.no_grad()
     def _extend(self, requests: list[_Session], tokens: list[np.ndarray], keep: list[int]) -> list[np.ndarray]:
         said = []
         for request, new, count in zip(requests, tokens, keep):
             given = torch.as_tensor(new, dtype=torch.int64, device=self.device)
-            proposals = self._targets(request.session.prefill(given, None, max(1, count)))
+            proposals = self._targets(request.session.consume(given, None, max(1, count)))
             request.drafted = proposals[-1:]
             said.append(np.array(proposals[len(proposals) - count :], np.int64))
         return said
