@@ -38,7 +38,9 @@ from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.checkpoints import inspect_drafter, is_head, load_drafter, save_drafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
-from hedgespec.drafters.stack import HeadStack, StackSession, is_plain, kind_of
+from hedgespec.drafters.stack import HeadStack
+from hedgespec.drafters.stack_session import StackSession
+from hedgespec.drafters.stack_weights import is_plain, kind_of
 from hedgespec.errors import CheckpointError
 from hedgespec.runtime.capture import CudaGraphs
 from hedgespec.zoo.storage import save_head

@@ -30,10 +30,10 @@ def test_the_table_says_what_happens(entry, rows, door):
 def test_a_wrong_entry_would_be_seen(monkeypatch):
     """The other text of a decoder that drops the processors is not called the same."""
     entry = next(one for one in ENTRIES if one.option == "repetition_penalty")
-    monkeypatch.setattr("hedgespec.integrations.transformers._through", lambda processors, tokens, logits: logits)
+    monkeypatch.setattr("hedgespec.integrations.transformers.batch_steps.through", lambda processors, tokens, logits: logits)
     assert verdict_of(entry, 1, entry.doors[0]) == "another text"
     refused = next(one for one in ENTRIES if one.option == "num_beams")
-    monkeypatch.setattr("hedgespec.integrations.transformers._refuse", lambda *arguments: None)
+    monkeypatch.setattr("hedgespec.integrations.transformers.loop.refuse", lambda *arguments: None)
     assert verdict_of(refused, 1, refused.doors[0]) != refused.verdict
 
 
@@ -149,8 +149,8 @@ def test_a_model_that_processes_share_is_refused(monkeypatch):
     model, decoder = model_and_decoder()
     for name, value in (("is_available", True), ("is_initialized", True), ("get_world_size", 2)):
         monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
-    monkeypatch.setattr("hedgespec.integrations.transformers.is_fsdp_managed_module", lambda module: module is model)
+    monkeypatch.setattr("hedgespec.integrations.transformers.checks.is_fsdp_managed_module", lambda module: module is model)
     with pytest.raises(ValueError, match="synced_gpus: expected False, because processes"):
         model.generate(**prompts(1), max_new_tokens=3, custom_generate=decoder)
-    monkeypatch.setattr("hedgespec.integrations.transformers.is_fsdp_managed_module", lambda module: False)
+    monkeypatch.setattr("hedgespec.integrations.transformers.checks.is_fsdp_managed_module", lambda module: False)
     model.generate(**prompts(1), max_new_tokens=3, custom_generate=decoder)

@@ -56,7 +56,8 @@ from hedgespec.decoder import Decoder
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.integrations import transformers as hf
+from hedgespec.integrations.transformers.checks import check_positions
+from hedgespec.integrations.transformers.processors import split
 from hedgespec.ops.sampling import Sampling
 from hedgespec.runtime.compat import CACHE_NAME
 
@@ -324,7 +325,7 @@ def test_split_takes_exactly_the_last_warpers_that_sampling_has(model, name):
     config, _ = model._prepare_generation_config(GenerationConfig(do_sample=True, **{"top_k": 0} | asked))
     model._prepare_special_tokens(config)
     processors = model._get_logits_processor(config, input_ids_seq_length=PROMPT, device="cpu", logits_processor=[])
-    rest, found = hf._split(processors)
+    rest, found = split(processors)
     assert [type(one).__name__ for one in rest] == left
     assert found == Sampling(**{"temperature": 1.0} | sampling)
 
@@ -342,7 +343,7 @@ def test_split_takes_exactly_the_last_warpers_that_sampling_has(model, name):
     ],
 )
 def test_split_leaves_what_means_something_else(processors, left):
-    rest, _ = hf._split(LogitsProcessorList(processors))
+    rest, _ = split(LogitsProcessorList(processors))
     assert rest == processors[:left]
 
 
@@ -1351,11 +1352,11 @@ def test_pictures_are_refused():
 def test_positions_in_several_dimensions_are_looked_at():
     prompt = (torch.arange(1, 6), 2)
     good = torch.tensor([0, 0, 0, 1, 2]).expand(3, 1, 5)
-    hf._check_positions(good, [prompt])
+    check_positions(good, [prompt])
     wrong = good.clone()
     wrong[2, 0, -1] = 7
     with pytest.raises(ValueError, match="position_ids: expected 0, 1"):
-        hf._check_positions(wrong, [prompt])
+        check_positions(wrong, [prompt])
 
 
 PLACES = {

@@ -22,7 +22,7 @@ from helpers.markov import MIXED, SMALLEST_P_VALUE, TableDrafter, V, chain, dire
 
 from hedgespec.config import DecodeConfig
 from hedgespec.decoder import Decoder, Request
-from hedgespec.integrations import transformers as hf
+from hedgespec.integrations.transformers.batch_steps import Recorder
 from hedgespec.ops.sampling import Sampling
 from hedgespec.records import Verdict
 
@@ -194,7 +194,7 @@ def test_a_bonus_token_from_the_drafter_is_noticed(monkeypatch, target):
 @pytest.mark.parametrize("processes", [True, False])
 def test_a_token_accepted_without_the_users_processors_is_noticed(monkeypatch, target, processes):
     raw: list[torch.Tensor] = []
-    process = hf._Recorder.process
+    process = Recorder.process
 
     def noting(self, processors):
         inner = process(self, processors)
@@ -205,7 +205,7 @@ def test_a_token_accepted_without_the_users_processors_is_noticed(monkeypatch, t
 
         return note
 
-    monkeypatch.setattr(hf._Recorder, "process", noting)
+    monkeypatch.setattr(Recorder, "process", noting)
     rule = Rule(processes=processes, raw=raw)
     monkeypatch.setattr(importlib.import_module("hedgespec.decoder.verification"), "verify", rule)
     config = DecodeConfig(draft_length=3, learner="fixed")

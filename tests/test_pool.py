@@ -24,7 +24,7 @@ from hedgespec.decoder.groups import NON_FINITE_LOGITS
 from hedgespec.decoder.verification import Verifier
 from hedgespec.drafters.eagle import EagleHead, EagleSession
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.drafters.stack import StackSession
+from hedgespec.drafters.stack_session import StackSession
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.runtime.target import TargetSession
 from hedgespec.selection.selector import MAX_EVALUATE_EVERY, Selector

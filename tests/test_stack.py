@@ -15,7 +15,9 @@ from helpers.captured import (
 from torch import nn
 
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
-from hedgespec.drafters.stack import HeadStack, StackSession, is_plain, kind_of
+from hedgespec.drafters.stack import HeadStack
+from hedgespec.drafters.stack_session import StackSession
+from hedgespec.drafters.stack_weights import is_plain, kind_of
 from hedgespec.ops.linear import FewRowLinear
 from hedgespec.runtime.capture import CudaGraphs
 

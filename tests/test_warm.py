@@ -15,7 +15,7 @@ from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.eagle import EagleHead, EagleSession
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.drafters.stack import StackSession
+from hedgespec.drafters.stack_session import StackSession
 from hedgespec.learners import make
 from hedgespec.runtime.compat import CACHE_NAME
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The command line `hedgespec`: `parser.py` reads it, `commands.py` runs it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hedgespec.cli.parser import _parser
 from hedgespec.errors import HedgeSpecError
 
 USER_ERRORS = (HedgeSpecError, ValueError, TypeError, OSError, ImportError)
-"""Errors that are told in one line; anything else is a bug of ours and keeps its traceback."""
+"""Errors that are reported in one line. Any other is a bug and keeps its traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    Returns: 0; 1 after an error; 2 for a command line that cannot be meant; 130 after Ctrl-C; 141 where the reader of stdout
-        went away. After 1 and 2 there is one line on stderr.
+    Returns: 0; 1 after an error; 2 for a wrong command line; 130 after Ctrl-C; 141 if the reader of stdout has closed it. For 1
+        and 2 one line is written to stderr.
     """
-    if sys.stdout is None:  # closed before Python began
+    if sys.stdout is None:  # closed before Python started
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     with _any_text():
         try:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with _quiet():
                     options.run(options)
             finally:
-                sys.stdout.flush()  # while a closed pipe or a full disk can still be caught
+                sys.stdout.flush()  # here, so that a closed pipe or a full disk is caught
             return 0
         except KeyboardInterrupt:
             return 130

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Types of arguments for argparse, and the error of a wrong command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from hedgespec.config import Tree
 
 LAYOUTS = {"official": "eagle3", "speculators": "speculators"}
-"""Of `hedgespec zoo export`, and what `save_drafter` calls them."""
+"""Layouts of `hedgespec zoo export`, and their names in `save_drafter`."""
 
 
 EXPORTED = ("float32", "bfloat16", "float16")
@@ -20,7 +20,7 @@ EXPORTED = ("float32", "bfloat16", "float16")
 
 
 class UsageError(Exception):
-    """A command line that cannot be meant: exit code 2."""
+    """A wrong command line: exit code 2."""
 
 
 def _cadence(text: str) -> int | str:
@@ -39,7 +39,7 @@ def _tree(options: argparse.Namespace) -> Tree | None:
 
 
 def _number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number in low..high, `low` itself left out if `above`."""
+    """Returns an argparse type: a finite number in low..high, without `low` itself if `above`."""
     words = "an integer" if kind is int else "a number"
     words += f" > {low}" if above else f" >= {low}"
     words += f" and <= {high}" if high < math.inf else ""
@@ -57,7 +57,7 @@ def _number(kind: type, low: float, high: float = math.inf, *, above: bool = Fal
 
 
 def _output(text: str) -> Path:
-    """An argparse type: a file that can be written, checked before the work that leads to it."""
+    """An argparse type: a file that can be written, which is checked before any work is done."""
     path = Path(text)
     place = path if path.exists() else path.parent
     if path.is_dir() or not os.access(place, os.W_OK):
@@ -66,7 +66,7 @@ def _output(text: str) -> Path:
 
 
 def _kept(text: str) -> Path:
-    """An argparse type: a file that can be read if it is there, and replaced."""
+    """An argparse type: a file that can be read, if it exists, and replaced."""
     path = _output(text)
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.R_OK)):
         raise argparse.ArgumentTypeError(f"expected a file that can be read and replaced, got {text!r}")

@@ -1,6 +1,6 @@
-"""The command line: parses, calls the package, prints.
+"""The commands: each takes the parsed options, calls the package and prints.
 
-torch and transformers are imported only once there is work for them.
+torch and transformers are imported inside the commands, so that help and errors of the command line appear at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.markup import escape
@@ -34,28 +34,17 @@ from hedgespec.config import DecodeConfig
 from hedgespec.errors import CheckpointError, HedgeSpecError
 from hedgespec.utils.files import write_text
 
-# Commands
+if TYPE_CHECKING:
+    from hedgespec.stats import DecodeStats
 
 
 def generate(options: argparse.Namespace) -> None:
     prompt = _read_stdin().removesuffix("\n") if options.prompt == "-" else _argument("PROMPT", options.prompt)
     if not prompt:
         raise UsageError("PROMPT: expected some text, got none")
-    try:
-        config = DecodeConfig(
-            draft_length=options.draft_length,
-            proposal=options.proposal,
-            learner=options.learner,
-            objective=options.objective,
-            evaluate_every=options.evaluate_every,
-            warm_start=options.warm_start,
-            compile=options.compile,
-            tree=_tree(options),
-        )
-    except ValueError as error:  # each option is right by itself, and they do not go together
-        raise UsageError(error) from error
+    config = _config(options)
     if isinstance(options.profile, Path):
-        import matplotlib  # noqa: F401  missing, it is missed now and not after the text
+        import matplotlib  # noqa: F401  a missing package is reported before decoding, not after it
     target, tokenizer, drafters = _load(options.target, options.drafter, options.allow_pickle)
     decoder = hedgespec.Decoder(target, drafters, config)
     state = None
@@ -73,34 +62,52 @@ def generate(options: argparse.Namespace) -> None:
     import torch
 
     from hedgespec.runtime.target import device_of
-    from hedgespec.stats import plot_profile, profile_table, profiled
+    from hedgespec.stats import profiled
 
     with profiled(device_of(target)) if options.profile else nullcontext():
         out = decoder.generate(
-            torch.tensor(prompt_ids, dtype=torch.int64),
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            seed=options.seed,
-            learner_state=state,
+            torch.tensor(prompt_ids, dtype=torch.int64), max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+            top_k=options.top_k, top_p=options.top_p, min_p=options.min_p, seed=options.seed, learner_state=state,
             on_tokens=lambda _, tokens: show(stream.push(tokens)),
-        )
+        )  # fmt: skip
     show(stream.end())
     if options.json:
         tokens = out.sequences[0, len(prompt_ids) :].tolist()
         _print_json({"text": "".join(pieces), "tokens": tokens, "stats": out.stats[0].to_dict()})
     else:
         print(flush=True)
+    _finish(options, out.stats[0])
+
+
+def _config(options: argparse.Namespace) -> DecodeConfig:
+    """Returns the configuration of `generate`. Raises UsageError for options that cannot be combined."""
+    try:
+        return DecodeConfig(
+            draft_length=options.draft_length,
+            proposal=options.proposal,
+            learner=options.learner,
+            objective=options.objective,
+            evaluate_every=options.evaluate_every,
+            warm_start=options.warm_start,
+            compile=options.compile,
+            tree=_tree(options),
+        )
+    except ValueError as error:
+        raise UsageError(error) from error
+
+
+def _finish(options: argparse.Namespace, stats: DecodeStats) -> None:
+    """Writes what `generate` was asked for beside the text: learner state, statistics and profile."""
+    from hedgespec.stats import plot_profile, profile_table
+
     if options.learner_state:
-        hedgespec.save_learner_state(options.learner_state, out.stats[0])
+        hedgespec.save_learner_state(options.learner_state, stats)
     if options.stats:
-        _wide_console(stderr=True).print(_stats(out.stats[0]))
+        _wide_console(stderr=True).print(_stats(stats))
     if options.profile:
-        _wide_console(stderr=True).print(profile_table(out.stats))
+        _wide_console(stderr=True).print(profile_table([stats]))
     if isinstance(options.profile, Path):
-        plot_profile([("request", out.stats[0])], options.profile)
+        plot_profile([("request", stats)], options.profile)
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -150,7 +157,7 @@ def demo(options: argparse.Namespace) -> None:
         compile=options.compile,
         plot=options.plot,
         profile=options.profile,
-        console=_Console(stderr=options.json == "-"),  # stdout then holds the JSON alone
+        console=_Console(stderr=options.json == "-"),  # stdout then has the JSON only
     )
     if options.json == "-":
         _print_json(result)
@@ -235,7 +242,7 @@ def zoo_collect(options: argparse.Namespace) -> None:
         domains=tuple(options.domains or DOMAINS), goals={name: int(GOALS[name] * options.scale) for name in DOMAINS},
         prompts=options.prompts, already=tuple(options.already or ()), seed=options.seed, minutes=options.minutes,
     )  # fmt: skip
-    # Other workers take the same arguments, but for their number.
+    # The other workers get the same arguments, except their number.
     command = [sys.executable, "-m", "hedgespec", *sys.argv[1:], "--workers", "1"]
     model, tokenizer = load_target()
     collect.collect(model, tokenizer, folder, settings, console=_Console(), workers=options.workers, command=command)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Loads what the commands name: targets, tokenizers, drafters, texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _load(target_folder: Path | None, specs: Sequence[str] | None, allow_pickle: bool) -> tuple[Any, Any, list]:
-    """The target, its tokenizer and the drafters; names are checked before anything is read."""
+    """Returns the target, its tokenizer and the drafters. Names are checked before anything is read."""
     from hedgespec import zoo
     from hedgespec.drafters.checkpoint_files import REPOSITORY, WEIGHTS
     from hedgespec.zoo.target import load_target
@@ -37,7 +37,7 @@ def _load(target_folder: Path | None, specs: Sequence[str] | None, allow_pickle:
             )
     if repeated := {spec for spec in specs if specs.count(spec) > 1}:
         raise UsageError(f"argument --drafter: expected each once, got {', '.join(sorted(repeated))} again")
-    with _Console(stderr=True).status("loading", spinner="line"):  # which an ASCII terminal can show, too
+    with _Console(stderr=True).status("loading", spinner="line"):  # this spinner works in ASCII terminals
         if target_folder is None:
             target, tokenizer = load_target()
         else:
@@ -77,14 +77,14 @@ def _load_drafter(spec: str, target: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """A causal LM from a local folder of safetensors: never the network, never a pickle, never weights made up."""
+    """Loads a causal language model from a local folder of safetensors. No network, no pickles, no missing weights."""
     from transformers import AutoModelForCausalLM
 
     with _reading(folder, "a folder with a causal language model in safetensors"):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-        if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
+        if missing := sorted(report["missing_keys"]):  # transformers would use random ones
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
     return model.eval()
 
@@ -97,7 +97,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _find_tokenizer(spec: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder, or by the name of a repository of the hub."""
+    """Loads a tokenizer from a folder or a repository of the hub."""
     from hedgespec.drafters.checkpoint_files import REPOSITORY
 
     if Path(spec).is_dir() or not REPOSITORY.fullmatch(spec):
@@ -123,7 +123,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_stdin() -> str:
-    """The text on stdin, read as UTF-8 whatever the terminal's encoding, with any ends of lines."""
+    """Returns the text on stdin, read as UTF-8 in any terminal, with any line ends."""
     if not hasattr(sys.stdin, "buffer"):
         return sys.stdin.read()
     try:
@@ -133,7 +133,7 @@ def _read_stdin() -> str:
 
 
 def _argument(name: str, value: str) -> str:
-    """An argument as text, also where Python read the bytes of the command line in another encoding than UTF-8."""
+    """Returns an argument as text, also if Python decoded the command line in another encoding than UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -146,7 +146,7 @@ def _argument(name: str, value: str) -> str:
 
 @contextmanager
 def _reading(folder: Path, expected: str) -> Iterator[None]:
-    """Turns whatever the readers behind transformers raise into one error that says what was expected."""
+    """Turns any error of transformers' readers into a CheckpointError that names what was expected."""
     if not folder.is_dir():
         raise CheckpointError(f"expected {expected}, got {folder}, which is no folder")
     try:
@@ -166,7 +166,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list
 
 
 STORE = "datastore"
-"""Begins the role of one of the zoo's datastores."""
+"""Prefix of the role of the zoo's datastores."""
 
 
 def _is_head(role: str) -> bool:
@@ -174,7 +174,7 @@ def _is_head(role: str) -> bool:
 
 
 def _draft_vocabulary(path: Path) -> int:
-    """Tokens that a head can name, from the head of its file."""
+    """Returns the size of a head's draft vocabulary, from the header of its file."""
     from safetensors import SafetensorError, safe_open
 
     try:

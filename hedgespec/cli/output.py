@@ -1,4 +1,4 @@
-"""TODO."""
+"""What the commands print: streamed text, tables, JSON, and errors in one line."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
     from hedgespec.stats import DecodeStats
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of the system for which there is no room for what is to be written."""
+"""Error codes of a full disk or an exceeded quota."""
 
 
 PACKAGES = {"matplotlib": "zoo", "gguf": "zoo", "accelerate": "zoo", "filelock": "zoo", "scipy": "experiments",
             "sklearn": "experiments"}  # fmt: skip
-"""Packages that commands may lack, and the extra of ours that brings them."""
+"""Optional package -> the extra that installs it."""
 
 
 class TextStream:
-    """Tokens to text as they come, never a part of a character.
+    """Converts tokens to text as they arrive; a character is never split.
 
     Args:
         tokenizer: a transformers tokenizer.
-        prompt_ids: the text goes on from here: some tokenizers write a word differently at the start of a text.
+        prompt_ids: ids of the prompt, because some tokenizers write a word differently at the start of a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._tokens = list(prompt_ids[-8:])
         self._said = len(self._tokens)
-        """Tokens whose text is out; those that follow may end within a character."""
+        """Number of tokens whose text has been returned; the others may end within a character."""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """What these tokens add, short of an unfinished character."""
+        """Returns the text that these tokens add, without an unfinished character."""
         return "".join(self._push_one(token) for token in tokens)
 
     def _push_one(self, token: int) -> str:
@@ -55,13 +55,13 @@ class TextStream:
         piece = self._unsaid()
         if not piece or piece.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        # The next piece is read behind this one alone, so that the cost of a piece does not grow with the text.
+        # Only the tokens of this piece are kept as context, so that the cost does not grow with the text.
         self._tokens = self._tokens[self._said :]
         self._said = len(self._tokens)
         return piece
 
     def end(self) -> str:
-        """What was still held back."""
+        """Returns the text that was held back."""
         return self._unsaid()
 
     def _unsaid(self) -> str:
@@ -91,7 +91,7 @@ def _stats(stats: DecodeStats) -> Group:
 
 
 def _wide_console(stderr: bool = False) -> Console:
-    """One that breaks no line, so that a path can be copied and a line be searched for."""
+    """Returns a console that does not break lines, so that paths can be copied and lines searched for."""
     return _Console(stderr=stderr, width=1000)
 
 
@@ -108,7 +108,7 @@ def _words(value: object) -> str:
 
 
 def _print_json(value: object) -> None:
-    """JSON on stdout, in ASCII where stdout takes no UTF-8."""
+    """Prints JSON on stdout, in ASCII if the encoding of stdout is not UTF-8."""
     print(_to_json(value, ascii_only=not (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")))
 
 
@@ -117,7 +117,7 @@ def _to_json(value: object, *, ascii_only: bool = False) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """NaN and infinity, which JSON has no words for, as null."""
+    """Replaces NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -126,12 +126,12 @@ def _without_nan(value: Any) -> Any:
 
 
 def _say(kind: str, message: object) -> None:
-    """One line on stderr, whatever the message."""
+    """Prints a message as one line on stderr."""
     print(f"hedgespec: {kind}:", " ".join(str(message).split()) or type(message).__name__, file=sys.stderr)
 
 
 def _told(error: BaseException) -> str:
-    """An error in words, with what to do about it where the system's own words do not say."""
+    """Returns the message of an error, with a remedy for a full disk or a missing package."""
     if isinstance(error, OSError) and error.errno in FULL:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}expected room for what is to be written, got: {error.strerror}; free some, or write to another place"
@@ -141,7 +141,7 @@ def _told(error: BaseException) -> str:
 
 
 def _drop_stdout() -> None:
-    """Sends what is still to be written to stdout nowhere: at exit Python would try again, and complain."""
+    """Discards what stdout still buffers, because Python would try to write it at exit and print an error."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -150,7 +150,7 @@ def _drop_stdout() -> None:
 
 @contextmanager
 def _any_text() -> Iterator[None]:
-    """Lets stdout take characters that its encoding lacks: they are escaped, which is told once, with the remedy."""
+    """Escapes characters that the encoding of stdout lacks, and warns once, with a remedy."""
     stdout, missed = sys.stdout, []
     if not isinstance(stdout, io.TextIOWrapper):
         yield
@@ -172,7 +172,7 @@ def _any_text() -> Iterator[None]:
 
 
 class _Console(Console):
-    """A console that leaves a closed pipe to `main`."""
+    """A console that leaves the handling of a closed pipe to `main`."""
 
     def on_broken_pipe(self) -> None:
         raise  # the BrokenPipeError that is being handled
@@ -180,7 +180,7 @@ class _Console(Console):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Only our own words on stderr: a drafter that fails is told in one line, what libraries warn of is not."""
+    """Shows warnings of this package in one line each, and no others."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported, which is later
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with warnings.catch_warnings():

@@ -80,7 +80,7 @@ class DecodeOutput:
 class Decoder:
     """Speculative decoding of a target with a pool of drafters, one of which a learner picks for every round.
 
-    A decoder is also what `model.generate(..., custom_generate=decoder)` takes; see `hedgespec/integrations/transformers.py`.
+    A decoder is also what `model.generate(..., custom_generate=decoder)` takes; see `hedgespec/integrations/transformers/`.
 
     Args:
         target: a transformers decoder-only causal language model in eval mode; it is not modified.

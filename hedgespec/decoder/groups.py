@@ -18,7 +18,8 @@ from hedgespec.decoder.row import Row, draft_width
 from hedgespec.device import to_device
 from hedgespec.drafters import Drafter, DrafterSession, open_session
 from hedgespec.drafters.eagle import EagleHead
-from hedgespec.drafters.stack import HeadStack, is_plain, kind_of
+from hedgespec.drafters.stack import HeadStack
+from hedgespec.drafters.stack_weights import is_plain, kind_of
 
 NON_FINITE_LOGITS = "expected logits with a finite maximum, got NaN, +inf or -inf throughout"
 """The maximum of a row of logits shows all three."""

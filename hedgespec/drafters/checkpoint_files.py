@@ -1,4 +1,4 @@
-"""TODO."""
+"""The files of a checkpoint, in a folder or on the hub: a config.json, and tensors in safetensors or pickles."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ WEIGHTS = (".safetensors", *PICKLES)
 
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-"""Of the hub."""
+"""Name of a repository of the hub."""
 
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64", "BOOL": "bool"}
-"""Of safetensors, as torch calls them."""
+"""Dtype in safetensors -> name in torch."""
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A tensor of a file, read when it is asked for."""
+class Tensor:
+    """A tensor of a file, which `read` loads."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -42,16 +42,26 @@ class _Tensor:
 
 
 @dataclass(frozen=True)
-class _Files:
-    """A configuration and tensors by the names they have there."""
+class Files:
+    """A configuration and the tensors beside it, by their names in the files."""
 
     path: str
     name: str
+    """Name of the folder or repository."""
     config: dict[str, Any]
-    tensors: dict[str, _Tensor]
+    tensors: dict[str, Tensor]
 
 
-def _find(path: str | Path, allow_pickle: bool, revision: str | None, *, local: bool = False) -> _Files:
+def find_files(path: str | Path, allow_pickle: bool, revision: str | None, *, local: bool = False) -> Files:
+    """Returns the configuration and the tensors at a path, see `load_drafter`.
+
+    Args:
+        path: a folder, a file in it, or, unless `local`, a repository of the hub.
+        allow_pickle: also reads pickles, restricted to tensors.
+        revision: of a repository.
+
+    Raises: CheckpointError.
+    """
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"path: expected a folder, a file or a repository of the hub, got {shown(path)}")
     place = Path(path)
@@ -61,7 +71,7 @@ def _find(path: str | Path, allow_pickle: bool, revision: str | None, *, local: 
             raise CheckpointError(f"path: expected a folder, a file or a repository of the hub, found none at {path}")
         place, name = _download(str(path), allow_pickle, revision), str(path).rpartition("/")[2]
     folder = place if place.is_dir() else place.parent
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in _weights_in(place, allow_pickle):
         tensors |= _tensors_in(file)
     try:
@@ -72,11 +82,11 @@ def _find(path: str | Path, allow_pickle: bool, revision: str | None, *, local: 
         raise CheckpointError(f"{path}: expected a config.json that can be read ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected an object in config.json, got {type(config).__name__}")
-    return _Files(str(path), name, config, tensors)
+    return Files(str(path), name, config, tensors)
 
 
 def _download(repository: str, allow_pickle: bool, revision: str | None) -> Path:
-    """The local copy of a repository, fetched where there is none."""
+    """Returns the local copy of a repository, which is downloaded if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -85,7 +95,7 @@ def _download(repository: str, allow_pickle: bool, revision: str | None) -> Path
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, local_files_only=True))
         if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
-            _weights_in(folder, allow_pickle)  # all of them
+            _weights_in(folder, allow_pickle)  # raises if a shard is missing
             return folder
     except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
         pass
@@ -98,7 +108,7 @@ def _download(repository: str, allow_pickle: bool, revision: str | None) -> Path
 
 
 def _weights_in(place: Path, allow_pickle: bool) -> list[Path]:
-    """The files that hold the weights of a folder, or the file itself."""
+    """Returns the files with the weights of a folder, or the file itself."""
     if place.is_file():
         found = [place]
     else:
@@ -118,7 +128,7 @@ def _weights_in(place: Path, allow_pickle: bool) -> list[Path]:
 
 
 def _shards(folder: Path, name: str) -> list[Path]:
-    """The file of this name, or those that its index names."""
+    """Returns the file of this name, or the shards that its index names, or none."""
     if (folder / name).exists():
         return [folder / name]
     index = folder / f"{name}.index.json"
@@ -135,19 +145,17 @@ def _shards(folder: Path, name: str) -> list[Path]:
     return [folder / one for one in sorted(names)]
 
 
-def _tensors_in(file: Path) -> dict[str, _Tensor]:
+def _tensors_in(file: Path) -> dict[str, Tensor]:
     if file.suffix in PICKLES:
         try:
             found = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever the bytes make of the reader
+        except Exception as error:  # an unpickler may raise anything
             raise CheckpointError(f"{file}: expected a pickle of tensors that can be read ({error})") from error
         found = found.get("state_dict", found) if isinstance(found, dict) else {}
         if not found or not all(isinstance(one, torch.Tensor) for one in found.values()):
             raise CheckpointError(f"{file}: expected a pickle of tensors by name, got something else")
         return {
-            key: _Tensor(
-                tuple(one.shape), str(one.dtype).removeprefix("torch."), one.is_floating_point(), partial(_itself, one)
-            )
+            key: Tensor(tuple(one.shape), str(one.dtype).removeprefix("torch."), one.is_floating_point(), partial(_itself, one))
             for key, one in found.items()
         }
     try:
@@ -155,12 +163,12 @@ def _tensors_in(file: Path) -> dict[str, _Tensor]:
             if "hedgespec" in (opened.metadata() or {}).get("format", ""):
                 raise CheckpointError(f"{file}: expected an EAGLE head as on the hub, got a head of HedgeSpec's zoo: "
                                       "hedgespec.zoo.storage.load_head reads it")  # fmt: skip
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  it is no dict
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  not a dict
             about = {key: (tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: expected a readable safetensors file ({error})") from error
     return {
-        key: _Tensor(shape, DTYPES.get(kind, kind), kind != "BOOL" and kind[0] in "FB", partial(_read, file, key))
+        key: Tensor(shape, DTYPES.get(kind, kind), kind != "BOOL" and kind[0] in "FB", partial(_read, file, key))
         for key, (shape, kind) in about.items()
     }
 

@@ -1,4 +1,5 @@
-"""TODO."""
+"""The description of a head's checkpoint: the configuration that its files amount to, and everything that is wrong with
+them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hedgespec.drafters.checkpoint_files import _Files, _Tensor
+from hedgespec.drafters.checkpoint_files import Files, Tensor
+from hedgespec.drafters.checkpoint_names import (
+    FUSED,
+    HARMLESS,
+    IN_LAYER,
+    KNOWN,
+    NORMS,
+    REQUIRED,
+    layer_prefix,
+    parts_of,
+    plain_name,
+    rows_of_parts,
+    version_of,
+)
 from hedgespec.drafters.checkpoint_schema import read_config
 from hedgespec.drafters.eagle import EagleConfig
 from hedgespec.errors import CheckpointError
@@ -18,53 +32,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SCALINGS = ("linear", "llama3", "yarn")
-"""Of positions, those that do not depend on the length."""
-
-
-NORMS = (
-    "input_norm", "fc_norm", "embedding_layernorm", "input_layernorm", "hidden_norm", "q_norm", "k_norm", "norm",
-)  # fmt: skip
-"""Optional ones, in the order in which a configuration names them."""
-
-
-REQUIRED = {1: (), 3: ("input_layernorm", "hidden_norm", "norm")}
-"""Norms that a head of this version always has."""
-
-
-KNOWN = re.compile(
-    r"((?P<matrix>(fc|embed_tokens|lm_head|layer\.(self_attn|mlp)\.\w+_proj)\.weight)|(?P<map>d2t|t2d)|.*norm(\.\d)?\.weight|.*\.bias)$"
-)
-"""Plain names of tensors whose number of dimensions is known: matrices have two, maps, norms and biases one."""
-FUSED = {"qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o_proj": ("self_attn.o_proj",),
-         "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"), "down_proj": ("mlp.down_proj",), "fc": ("fc",)}  # fmt: skip
-"""The head's matrices and what they are made of in a file."""
-
-
-IN_LAYER = {"input_layernorm": "input_layernorm", "hidden_norm": "hidden_norm", "q_norm": "self_attn.q_norm",
-            "k_norm": "self_attn.k_norm", "post_attention_layernorm": "post_attention_layernorm"}  # fmt: skip
-"""The layer's norms, likewise."""
-
-
-HARMLESS = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached)$")
-"""Buffers that are worked out anew."""
-
-
-WRAPPERS = re.compile(r"^((model|module|_orig_mod|drafter|draft_model|ea_layer|eagle_module)\.)+")
-
-
-LAYER = re.compile(r"^(midlayer|transformer|layers\.(?P<number>\d+))\.")
-
-
-SYNONYMS = {
-    "fusion_fc.weight": "fc.weight", "fusion_fc.bias": "fc.bias", "pre_lm_head_layernorm.weight": "norm.weight",
-    "aux_norm_low.weight": "fc_norm.0.weight", "aux_norm_mid.weight": "fc_norm.1.weight",
-    "aux_norm_high.weight": "fc_norm.2.weight",
-}  # fmt: skip
+"""Supported kinds of scaled positions: those that do not depend on the length of the sequence."""
 
 
 @dataclass(frozen=True)
-class _Target:
-    """What a head has to fit."""
+class TargetShapes:
+    """The sizes of a target that a head must fit."""
 
     layers: int
     hidden_size: int
@@ -73,7 +46,7 @@ class _Target:
     output: tuple[int, ...]
 
     @classmethod
-    def of(cls, target: PreTrainedModel) -> _Target:
+    def of(cls, target: PreTrainedModel) -> TargetShapes:
         config, output = target.config.get_text_config(decoder=True), target.get_output_embeddings()
         return cls(
             config.num_hidden_layers, config.hidden_size, config.vocab_size, tuple(target.get_input_embeddings().weight.shape),
@@ -81,44 +54,24 @@ class _Target:
         )  # fmt: skip
 
 
-def _plain(name: str) -> tuple[str, int | None]:
-    """A tensor's name without what wraps it, and the number of the layer that it is in: `layer.` in front says so."""
-    name = WRAPPERS.sub("", name)
-    found = LAYER.match(name)
-    if found:
-        return f"layer.{name[found.end() :]}", int(found["number"] or 0)
-    return SYNONYMS.get(name, name), None
-
-
-def _version_of(files: _Files) -> int | None:
-    """3 for EAGLE-3, 1 for EAGLE-1 and -2, None for what is no EAGLE head."""
-    shapes = {_plain(key)[0]: one.shape for key, one in files.tensors.items()}
-    if not {"fc.weight", "layer.self_attn.q_proj.weight"} & shapes.keys() or "layer.self_attn.o_proj.weight" not in shapes:
-        return None
-    queries, output = (shapes.get(f"layer.self_attn.{one}_proj.weight", (0, 0)) for one in "qo")
-    if "layer.hidden_norm.weight" in shapes or any("midlayer." in key for key in files.tensors):
-        return 3
-    if len(queries) == len(output) == 2 and queries[1] == 2 * output[0]:
-        return 3
-    return 1 if "fc.weight" in shapes else None
-
-
-class _Plan:
-    """A checkpoint understood: the head's configuration, what of the file goes where, what is assumed and what is wrong.
+class HeadPlan:
+    """The head that a checkpoint describes: its configuration, the source of every tensor, assumptions and faults.
 
     Args:
-        files: what lies there.
-        target: what it has to fit, if known.
-        aux_layers: instead of the configuration's.
+        files: the configuration and the tensors.
+        target: the target's sizes, if known.
+        aux_layers: replaces the aux layers of the configuration.
 
-    Raises: CheckpointError for what cannot be described at all.
+    Raises: CheckpointError if the files cannot be described at all.
     """
 
-    def __init__(self, files: _Files, target: _Target | None, aux_layers: Sequence[int] | None):
+    def __init__(self, files: Files, target: TargetShapes | None, aux_layers: Sequence[int] | None):
         self.files, self.target = files, target
         self.assumed: list[str] = []
+        """What the files leave open and a reader has to assume."""
         self.faults: list[str] = []
-        self.version: Any = _version_of(files)
+        """Why the head cannot be loaded."""
+        self.version: Any = version_of(files)
         if self.version is None:
             shown = ", ".join(sorted(files.tensors)[:5]) or "none"
             raise CheckpointError(
@@ -140,11 +93,12 @@ class _Plan:
         self._compare()
 
     def check(self) -> None:
+        """Raises CheckpointError if there are faults."""
         if self.faults:
             raise CheckpointError(f"{self.files.path}: " + "; ".join(self.faults))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The head's tensors by their names in the module, and `embed_tokens.weight` where the file has one."""
+        """Reads the head's tensors, by parameter name, and `embed_tokens.weight` if the file has one."""
         weights = {key: torch.cat([self.there[one].read() for one in parts]) for key, parts in self.sources.items()}
         if "embed_tokens.weight" in self.there:
             weights["embed_tokens.weight"] = self.there["embed_tokens.weight"].read()
@@ -155,12 +109,12 @@ class _Plan:
         return None if found is None else found.shape
 
     def _name_tensors(self) -> None:
-        """`there`: the tensors by plain names."""
-        self.there: dict[str, _Tensor] = {}
+        """Sets `there`, plain name -> tensor, and `origin`, plain name -> name in the file."""
+        self.there: dict[str, Tensor] = {}
         self.origin: dict[str, str] = {}
         numbers = set()
         for key, tensor in self.files.tensors.items():
-            name, number = _plain(key)
+            name, number = plain_name(key)
             if HARMLESS.search(name):
                 continue
             numbers |= {number} - {None}
@@ -174,8 +128,8 @@ class _Plan:
             self.faults += flaws
             self.check()
 
-    def _flaw(self, name: str, tensor: _Tensor) -> str | None:
-        """What is wrong with a tensor whatever the configuration says: its number of dimensions, and the dtype of a map."""
+    def _flaw(self, name: str, tensor: Tensor) -> str | None:
+        """Returns the fault of a tensor that no configuration allows, in its number of dimensions or its dtype, or None."""
         found = KNOWN.match(name)
         if found is None:
             return None
@@ -189,7 +143,7 @@ class _Plan:
         return None
 
     def _setting(self, name: str, default: Any, why: str = "") -> Any:
-        """What the configuration says, or the default, which is then assumed."""
+        """Returns the value in the configuration, or the default, which is then listed in `assumed`."""
         found = self.settings.get(name)
         if found is None:
             self.assumed.append(f"{name} {default}" + (f", {why}" if why else ""))
@@ -247,7 +201,7 @@ class _Plan:
         )  # fmt: skip
 
     def _integer(self, name: str, default: int | None, why: str = "") -> Any:
-        """A size; without one nothing else can be said."""
+        """Returns a size; raises CheckpointError if it is missing, because no shape can be checked without it."""
         found = self.settings.get(name) if default is None else self._setting(name, default, why)
         if found is None or found < 1:
             self.faults.append(f"expected {name} >= 1 in config.json, got {found}")
@@ -255,7 +209,7 @@ class _Plan:
         return found
 
     def _norms(self, eagle: dict[str, Any]) -> tuple[str, ...]:
-        """Those that are there, or have to be."""
+        """Returns the optional norms that the head has or must have."""
         flags = {"input_norm": eagle.get("norm_before_fc", self.settings.get("norm_before_fc")),
                  "fc_norm": self.settings.get("fc_norm", self.settings.get("use_aux_norm"))}  # fmt: skip
         found = []
@@ -272,7 +226,7 @@ class _Plan:
         return tuple(found)
 
     def _knows(self, norm: str) -> bool:
-        """Whether a head of this version can have the norm; else its tensors are extra."""
+        """Returns whether a head of this version may have the norm."""
         return norm not in (("input_norm", "fc_norm", "hidden_norm") if self.version == 1 else ("embedding_layernorm",))
 
     def _biases(self) -> tuple[str, ...]:
@@ -307,7 +261,7 @@ class _Plan:
             self.assumed.append("original_max_position_embeddings as max_position_embeddings")
         needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ("factor",))
         if missing := [key for key in needed if key not in given]:
-            if not self.misread:  # else one of them may be there and be at fault
+            if not self.misread:  # else a fault in one of them may be the reason
                 self.faults.append(f"expected {', '.join(missing)} for rope_type {kind}, found none")
             return float(theta), ()
         if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
@@ -319,7 +273,8 @@ class _Plan:
         return float(theta), (("rope_type", kind), *sorted((key, given[key]) for key in given))
 
     def _vocabularies(self, hidden: int) -> None:
-        """`vocab_size`, `draft_vocab_size` (None: the whole output matrix of the target) and `vocabulary`, draft ids to ids."""
+        """Sets `vocab_size`, `draft_vocab_size` (None: the whole output matrix of the target) and `vocabulary`, the target's
+        id of every draft id."""
         maps, target = {name: self.there.get(name) for name in ("d2t", "t2d")}, self.target
         embedded, said = self._shape("embed_tokens.weight"), self.settings.get("vocab_size")
         sizes = [None if maps["t2d"] is None else maps["t2d"].shape[0], embedded and embedded[0], said]
@@ -376,7 +331,7 @@ class _Plan:
             self.vocabulary = None
 
     def _find_aux_layers(self, eagle: dict[str, Any], given: Sequence[int] | None, read: int) -> int:
-        """`aux_layers`, or None where they depend on the target; returns how many they are."""
+        """Sets `aux_layers`, None if they depend on an unknown target. Returns their number."""
         name, target = "eagle_aux_hidden_state_layer_ids", self.target
         layers = None if target is None else target.layers
         if self.version == 1:
@@ -414,32 +369,22 @@ class _Plan:
         return count
 
     def _compare(self) -> None:
-        """`sources`: of each of the head's tensors the file's, all of which have their shapes."""
+        """Sets `sources`, parameter name -> plain names of its parts, and compares all shapes and dtypes."""
         config, known = self.config, {"d2t", "t2d"}
-        kv, heads = config.num_key_value_heads * config.head_dim, config.num_attention_heads * config.head_dim
-        split = {"qkv_proj": (heads, kv, kv), "gate_up_proj": (config.intermediate_size,) * 2}
+        split = rows_of_parts(config)
         self.sources: dict[str, list[str]] = {}
         expected: dict[str, tuple[int, ...]] = {}
         for name, shape in config.shapes.items():
             stem, kind = name.rsplit(".", 1)
-            if stem in FUSED:
-                parts = [one if stem == "fc" else f"layer.{one}" for one in FUSED[stem]]
-            elif stem in IN_LAYER:
-                parts = [f"layer.{IN_LAYER[stem]}"]
-            else:
-                parts = [re.sub(r"^fc_norm_", "fc_norm.", stem)]
             if stem == "lm_head" and "lm_head.weight" not in self.there:
                 continue
-            names = [f"{part}.{kind}" for part in parts]
+            names = [f"{part}.{kind}" for part in parts_of(stem)]
             self.sources[name] = names
             for one, rows in zip(names, split.get(stem, shape[:1])):
                 expected[one] = (rows, *shape[1:])
         if "embed_tokens.weight" in self.there:
-            expected["embed_tokens.weight"] = (
-                self.vocab_size or self.there["embed_tokens.weight"].shape[0],
-                config.hidden_size,
-            )
-        said = {name: self.origin.get(name, name.replace("layer.", self._layer_prefix())) for name in expected}
+            expected["embed_tokens.weight"] = self.vocab_size or self.there["embed_tokens.weight"].shape[0], config.hidden_size
+        said = {name: self.origin.get(name, name.replace("layer.", layer_prefix(self.origin))) for name in expected}
         for name, shape in expected.items():
             found = self.there.get(name)
             if found is None:
@@ -450,8 +395,3 @@ class _Plan:
                 self.faults.append(f"{said[name]} is {found.dtype}, expected floating point")
         extra = sorted(self.origin[name] for name in self.there.keys() - expected.keys() - known)
         self.faults += [f"{name} is not known" for name in extra]
-
-    def _layer_prefix(self) -> str:
-        """What stands in front of the layer's tensors in this file."""
-        name, origin = next((name, origin) for name, origin in self.origin.items() if name.startswith("layer."))
-        return origin.removesuffix(name.removeprefix("layer."))

@@ -16,10 +16,10 @@ MOST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key may hold."""
+    """The values that a key may have."""
 
     expected: str
-    """As it continues "expected"."""
+    """Description for errors, after "expected"."""
     holds: Callable[[Any], bool]
 
 
@@ -55,11 +55,11 @@ ROPE: dict[str, Kind] = {
     "high_freq_factor": POSITIVE, "attention_factor": POSITIVE, "beta_fast": POSITIVE, "beta_slow": POSITIVE,
     "mscale": ANY_NUMBER, "mscale_all_dim": ANY_NUMBER, "truncate": FLAG,
 }  # fmt: skip
-"""Of `rope_parameters` and `rope_scaling`."""
+"""Keys of `rope_parameters` and `rope_scaling`."""
 EAGLE: dict[str, Kind] = {
     "eagle_aux_hidden_state_layer_ids": LAYERS, "use_aux_hidden_state": FLAG, "norm_before_fc": FLAG,
 }  # fmt: skip
-"""Of `eagle_config`."""
+"""Keys of `eagle_config`."""
 HEAD: dict[str, Kind] = {
     "hidden_size": SIZE, "num_attention_heads": SIZE, "num_key_value_heads": SIZE, "head_dim": SIZE, "intermediate_size": SIZE,
     "target_hidden_size": SIZE, "vocab_size": SIZE, "draft_vocab_size": SIZE, "max_position_embeddings": SIZE,
@@ -69,33 +69,33 @@ HEAD: dict[str, Kind] = {
     "norm_before_fc": FLAG, "fc_norm": FLAG, "use_aux_norm": FLAG, "eagle_aux_hidden_state_layer_ids": LAYERS,
     "eagle_config": OBJECT,
 }  # fmt: skip
-"""Of the file itself, and of `transformer_layer_config`."""
+"""Keys of config.json and of `transformer_layer_config`."""
 FILE: dict[str, Kind] = HEAD | {
     "speculators_model_type": TEXT, "speculators_config": OBJECT, "transformer_layer_config": OBJECT,
 }  # fmt: skip
-"""Of the file itself."""
+"""Keys of config.json."""
 NESTED: dict[str, dict[str, Kind]] = {
     "transformer_layer_config": HEAD, "eagle_config": EAGLE, "rope_parameters": ROPE, "rope_scaling": ROPE,
 }  # fmt: skip
-"""What the objects hold."""
+"""Key of an object -> its keys."""
 SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-"""Keys without which no tensor's shape can be judged."""
+"""Keys without which no shape can be checked."""
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What a config.json says, of its types and ranges; keys that are absent, null or at fault are left out."""
+    """The valid values of a config.json. Keys that are absent, null or at fault are left out."""
 
     values: dict[str, Any]
-    """By key; a value of the file goes before one of its `transformer_layer_config`."""
+    """By key; a value of config.json itself has precedence over one of its `transformer_layer_config`."""
     faults: tuple[str, ...]
-    """One for each key that holds something else than it may, with its place in the file."""
+    """One for each key of a wrong type or range, with its place in the file."""
     unjudged: bool
     """Whether a size is among the faults."""
     is_speculators: bool
-    """Whether the file is of the `speculators` library."""
+    """Whether the file was written by the `speculators` library."""
     unread: tuple[str, ...] = field(default=())
-    """Keys of positions that no table has, with their places."""
+    """Unknown keys of rotary positions, with their places in the file."""
 
 
 def read_config(config: Mapping[str, Any]) -> HeadSettings:
@@ -104,14 +104,14 @@ def read_config(config: Mapping[str, Any]) -> HeadSettings:
     Args:
         config: the object in config.json.
 
-    Returns: what can be used of it, and every fault.
+    Returns: the valid values, and every fault.
     """
     faults: list[str] = []
     unread: list[str] = []
     sizes: list[str] = []
 
     def read(found: Mapping[str, Any], table: Mapping[str, Kind], place: str) -> dict[str, Any]:
-        """The entries of one object that are in its table and hold what they may."""
+        """Returns the valid entries of one object."""
         kept: dict[str, Any] = {}
         for key, value in found.items():
             if value is None:
@@ -135,5 +135,5 @@ def read_config(config: Mapping[str, Any]) -> HeadSettings:
 
 
 def _shown(value: Any) -> str:
-    told = repr(value)
-    return told if len(told) <= 60 else f"{told[:57]}..."
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,7 +1,7 @@
-"""EAGLE heads as other projects store them: read as they lie on the hub, and written so that other engines run them.
+"""Reads and writes EAGLE heads in the formats of other projects.
 
-A head is known by the names of its tensors; what its configuration leaves open is taken as vLLM takes it, and told. Formats:
-`eagle3` (the official layout, which SpecForge shares), `eagle` (EAGLE-1 and EAGLE-2), and `speculators` of either kind.
+A head is recognised by the names of its tensors. What its configuration leaves open is assumed as in vLLM, and reported.
+Formats: `eagle3` (the official layout, also SpecForge's), `eagle` (EAGLE-1 and EAGLE-2), and `speculators` for both.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hedgespec.drafters.checkpoint_files import _find
-from hedgespec.drafters.checkpoint_layout import FUSED, IN_LAYER, _Plan, _Target, _version_of
+from hedgespec.drafters.checkpoint_files import find_files
+from hedgespec.drafters.checkpoint_layout import HeadPlan, TargetShapes
+from hedgespec.drafters.checkpoint_names import FUSED, IN_LAYER, rows_of_parts, version_of
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError
 from hedgespec.utils.files import replacing, write_tensors
@@ -33,23 +34,24 @@ LAYOUTS = ("eagle3", "eagle", "speculators")
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint holds and what a reader has to make up."""
+    """Contents of a checkpoint, and what a reader has to assume."""
 
     path: str
     format: str
     """`eagle3`, `eagle`, `speculators eagle3` or `speculators eagle`."""
     tensors: dict[str, tuple[int, ...]]
-    """Shapes by name, as they lie."""
+    """Shapes by name in the files."""
     dtype: str
     vocab_size: int | None
-    """The target's as the file has it; None if it does not say."""
+    """The target's vocabulary according to the files; None if they do not say."""
     draft_vocab_size: int | None
-    """None where the output matrix is the target's."""
+    """None if the output matrix is the target's."""
     aux_layers: tuple[int, ...] | None
-    """Layers of the target whose inputs are read; None where that depends on the target."""
+    """Layers of the target whose inputs are read; None if they depend on the target."""
     variant: dict[str, Any]
-    """What tells this head's arithmetic from others of its format."""
+    """Options of `EagleConfig` in which heads of one format differ."""
     assumed: tuple[str, ...]
+    """What the files leave open."""
     faults: tuple[str, ...]
     """Why `load_drafter` would refuse it."""
 
@@ -65,29 +67,29 @@ def load_drafter(
 ) -> EagleHead:
     """Reads an EAGLE head of any known format for a target, in the target's dtype and on its device.
 
-    An embedding or output matrix that the file lacks, or that equals the target's, is the target's own, shared. What had to be
-    assumed stands in the head's `assumed`.
+    An embedding or output matrix that the files lack, or that equals the target's, is shared with the target. What had to be
+    assumed is listed in the head's `assumed`.
 
     Args:
         path: a folder, a file in it, or a repository of the hub.
         target: a transformers causal language model.
         name: shown in statistics; by default that of the folder or repository.
-        aux_layers: layers whose inputs an EAGLE-3 head reads, instead of those that its configuration names. Heads trained for
-            SGLang count the layers whose output is read: add 1 to each.
+        aux_layers: layers whose inputs an EAGLE-3 head reads; replaces those of its configuration. Heads trained for SGLang
+            number the layers whose output is read: add 1 to each.
         allow_pickle: reads pickled weights where there are no safetensors, with `weights_only`.
         revision: of a repository.
 
     Raises:
-        CheckpointError: nothing that can be read there, or a head that does not fit; it names every key of config.json with a
-            wrong type or value, and every missing, extra or mis-shaped tensor.
-        TypeError, ValueError: aux_layers or name is of another type, or outside its range.
-        ImportError: a repository of the hub is asked for and huggingface_hub is not installed.
+        CheckpointError: the files cannot be read, or the head does not fit the target. The message names every key of
+            config.json with a wrong type or value, and every missing, extra or mis-shaped tensor.
+        TypeError, ValueError: aux_layers or name has a wrong type or value.
+        ImportError: `path` is a repository of the hub and huggingface_hub is not installed.
     """
     if name is not None:
         text("name", name, otherwise=" or None")
-    files = _find(path, allow_pickle, revision)
-    about = _Target.of(target)
-    plan = _Plan(files, about, _given_layers(aux_layers))
+    files = find_files(path, allow_pickle, revision)
+    about = TargetShapes.of(target)
+    plan = HeadPlan(files, about, _given_layers(aux_layers))
     plan.check()
     weights = {key: one.to(device=target.device, dtype=target.dtype) for key, one in plan.weights().items()}
     embedding, output = target.get_input_embeddings(), target.get_output_embeddings()
@@ -116,7 +118,7 @@ def load_drafter(
 
 
 def _given_layers(aux_layers: Sequence[int] | None) -> tuple[int, ...] | None:
-    """The argument as plain ints. Raises: TypeError or ValueError."""
+    """Returns the argument as plain ints. Raises TypeError or ValueError."""
     return None if aux_layers is None else integers("aux_layers", aux_layers, 0, otherwise=" or None")
 
 
@@ -132,12 +134,13 @@ def inspect_drafter(
     allow_pickle: bool = False,
     revision: str | None = None,
 ) -> Inspection:
-    """What `load_drafter` finds and assumes, without a target as far as that goes. Arguments as there.
+    """Describes a checkpoint without loading it: what `load_drafter` finds, assumes and refuses. Arguments as there; without a
+    target, what depends on it is left open.
 
-    Raises: CheckpointError where there is no EAGLE head that could be described.
+    Raises: CheckpointError if the files hold no EAGLE head.
     """
-    files = _find(path, allow_pickle, revision)
-    plan = _Plan(files, None if target is None else _Target.of(target), _given_layers(aux_layers))
+    files = find_files(path, allow_pickle, revision)
+    plan = HeadPlan(files, None if target is None else TargetShapes.of(target), _given_layers(aux_layers))
     config, names = plan.config, ("version", "norms", "biases", "norm_before_residual", "feeds_back_norm")
     variant = {name: getattr(config, name) for name in names}
     variant |= {"head_dim": config.head_dim, "rope_theta": config.rope_theta, "rope_scaling": dict(config.rope_scaling)}
@@ -150,9 +153,9 @@ def inspect_drafter(
 
 
 def is_head(path: str | Path, *, allow_pickle: bool = False) -> bool:
-    """Whether a local folder or file holds an EAGLE head, by the names of its tensors; False where nothing can be read."""
+    """Returns whether a local folder or file holds an EAGLE head, by the names of its tensors; False if it cannot be read."""
     try:
-        return _version_of(_find(path, allow_pickle, None, local=True)) is not None
+        return version_of(find_files(path, allow_pickle, None, local=True)) is not None
     except CheckpointError:
         return False
 
@@ -166,24 +169,24 @@ def save_drafter(
     verifier: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Writes `config.json` and `model.safetensors` in a layout of other projects and returns the folder. Both files are
-    written whole or not at all.
+    """Writes `config.json` and `model.safetensors` in a layout of other projects and returns the folder. Either both files are
+    written completely or neither is.
 
-    `load_drafter` reads it. vLLM 0.32 runs EAGLE-3 heads in both layouts. Of EAGLE-1 heads it takes, by its source, those of
-    layout "eagle" whose `fc` has no bias.
+    `load_drafter` reads the result. vLLM 0.32 runs EAGLE-3 heads in both layouts; according to its source it also runs EAGLE-1
+    heads in layout "eagle" if `fc` has no bias.
 
     Args:
-        head: what to write.
-        folder: made if it is not there.
-        layout: "eagle3" (official), "eagle" (EAGLE-1 and -2), or "speculators" for either; by default the official one.
-        target: the head's target, for what a head does not know: its name and its context. What equals the target's is left out
-            where engines take it from there: an output matrix over the whole vocabulary.
-        verifier: the target's name in speculators' files, which an engine may load it by; by default the one that `target` was
-            loaded by, unless that is a folder of this machine.
+        head: the head.
+        folder: is created if it does not exist.
+        layout: "eagle3" (official), "eagle" (EAGLE-1 and -2), or "speculators" for all; by default the official one.
+        target: the head's target, for its name and its context length. An output matrix over the whole vocabulary that equals
+            the target's is left out, because engines take it from the target.
+        verifier: name of the target in speculators' files, by which an engine may load it; by default the one that `target` was
+            loaded by, unless that is a local folder.
         dtype: of the tensors; the head's by default.
 
     Raises:
-        TypeError: an argument of another type.
+        TypeError: an argument has a wrong type.
         ValueError: a layout that cannot hold this head, or an EAGLE-3 head that other engines cannot run.
         OSError: the files cannot be written.
     """
@@ -193,7 +196,23 @@ def save_drafter(
         raise TypeError(f"folder: expected a str or a path, got {shown(folder)}")
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: expected a torch.dtype or None, got {shown(dtype)}")
-    config, folder = head.config, Path(folder)
+    layout, dtype = _layout_for(head.config, layout, target), head.fc.weight.dtype if dtype is None else dtype
+    tensors = _tensors_of(head, layout)
+    if target is not None and head.draft_to_target is None:
+        output = target.get_output_embeddings().weight
+        if output.shape == head.lm_head.weight.shape and torch.equal(head.lm_head.weight, output):
+            del tensors["lm_head.weight"]
+    tensors = {key: (one.to(dtype) if one.is_floating_point() else one).cpu().contiguous() for key, one in tensors.items()}
+    tensors = {key: one.clone() for key, one in tensors.items()}  # tensors that share memory cannot go into one file
+    if verifier is None:
+        verifier = getattr(target, "name_or_path", None) or None
+        verifier = None if verifier and Path(verifier).exists() else verifier
+    settings = _config_of(head.config, layout, target, verifier, str(dtype).removeprefix("torch."))
+    return _write(Path(folder), settings, tensors)
+
+
+def _layout_for(config: EagleConfig, layout: str | None, target: PreTrainedModel | None) -> str:
+    """Returns the layout, the official one by default. Raises ValueError if it cannot hold the head."""
     official = "eagle" if config.version == 1 else "eagle3"
     layout = official if layout is None else layout
     if layout not in (official, "speculators"):
@@ -201,26 +220,19 @@ def save_drafter(
     strange = sorted({"embedding_layernorm", "input_layernorm", "norm"} & {*config.norms}) if layout == "eagle" else []
     if strange:
         raise ValueError(f"layout: expected speculators for a head with {', '.join(strange)}, which eagle has no place for")
-    if target is not None and config.version == 3 and max(config.aux_layers) >= _Target.of(target).layers:
+    if target is not None and config.version == 3 and max(config.aux_layers) >= TargetShapes.of(target).layers:
         raise ValueError(f"head: expected aux layers below {max(config.aux_layers)}, whose final norm other engines leave out")
-    tensors = _tensors_of(head, layout)
-    if target is not None and head.draft_to_target is None:
-        output = target.get_output_embeddings().weight
-        if output.shape == head.lm_head.weight.shape and torch.equal(head.lm_head.weight, output):
-            del tensors["lm_head.weight"]
-    dtype = head.fc.weight.dtype if dtype is None else dtype
-    tensors = {key: (one.to(dtype) if one.is_floating_point() else one).cpu().contiguous() for key, one in tensors.items()}
-    tensors = {key: one.clone() for key, one in tensors.items()}  # tensors that share memory cannot go into one file
-    if verifier is None:
-        verifier = getattr(target, "name_or_path", None) or None
-        verifier = None if verifier and Path(verifier).exists() else verifier
-    written = _config_of(config, layout, target, verifier, str(dtype).removeprefix("torch."))
+    return layout
+
+
+def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+    """Writes both files, or neither, and returns the folder."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with replacing(folder / "config.json") as about, replacing(folder / "model.safetensors") as weights:
+        with replacing(folder / "config.json") as config, replacing(folder / "model.safetensors") as weights:
             write_tensors(save_file, tensors, weights, {"format": "pt"})
-            about.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     except BaseException:
         if is_new:
             folder.rmdir()
@@ -228,21 +240,11 @@ def save_drafter(
     return folder
 
 
-# Files
-
-
-# What they mean
-
-
-# Writing
-
-
 def _tensors_of(head: EagleHead, layout: str) -> dict[str, torch.Tensor]:
     config = head.config
     legacy = layout == "speculators" and config.version == 1
     prefix = "transformer." if legacy else "midlayer." if layout == "eagle3" else "layers.0."
-    kv, heads = config.num_key_value_heads * config.head_dim, config.num_attention_heads * config.head_dim
-    split = {"qkv_proj": (heads, kv, kv), "gate_up_proj": (config.intermediate_size,) * 2}
+    split = rows_of_parts(config)
     renamed = {"fc": "fusion_fc", "norm": "pre_lm_head_layernorm"} if legacy else {}
     tensors = {}
     for name, tensor in head.state_dict().items():
@@ -262,7 +264,7 @@ def _tensors_of(head: EagleHead, layout: str) -> dict[str, torch.Tensor]:
 
 
 def _config_of(config: EagleConfig, layout: str, target: PreTrainedModel, verifier: str | None, dtype: str) -> dict[str, Any]:
-    """`config.json`, with all that vLLM 0.32, SGLang and we ourselves would otherwise have to assume."""
+    """Returns the contents of `config.json`, with every key that vLLM 0.32, SGLang or `load_drafter` would otherwise assume."""
     about = None if target is None else target.config.get_text_config(decoder=True)
     kind = "qwen3" if "q_norm" in config.norms else "llama"
     rope = {"rope_type": "default", **dict(config.rope_scaling), "rope_theta": config.rope_theta}

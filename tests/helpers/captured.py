@@ -92,5 +92,5 @@ def as_on_a_gpu(monkeypatch):
             return stack_linear(x, weight, which, index=index, backend="reference")
         return torch.bmm(weight[which], x[:, :, None])[:, :, 0]
 
-    monkeypatch.setattr("hedgespec.drafters.stack.stack_linear", product)
+    monkeypatch.setattr("hedgespec.drafters.stack_weights.stack_linear", product)
     monkeypatch.setattr("hedgespec.ops.head_layers.check_ids", lambda *_: None)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Checks of vLLM's configuration, and the configuration of every head of a pool."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Head:
     model: Any = None
 
 
-def _speculative(spec: Any, folder: str) -> Any:
+def speculative_with(spec: Any, folder: str) -> Any:
     """vLLM's speculative configuration with another head, by vLLM's own reading of it."""
     try:
         # What vLLM worked out of the first head's is left out; 0 for the prompt lookup is its own, and no value it accepts.
@@ -64,11 +64,11 @@ def _speculative(spec: Any, folder: str) -> Any:
         raise PoolError(f"drafters: expected a folder with an EAGLE-3 head that vLLM reads, got {folder} ({error})") from error
 
 
-def _width(config: Any) -> int:
+def width_of(config: Any) -> int:
     return config.get_hidden_size()
 
 
-def _layers(config: Any) -> tuple[int, ...] | str:
+def layers_of(config: Any) -> tuple[int, ...] | str:
     """The target's layers that a head reads: vLLM hands one choice to all."""
     own = config.hf_config
     nested = getattr(own, "eagle_config", None) or {}
@@ -78,5 +78,5 @@ def _layers(config: Any) -> tuple[int, ...] | str:
     return tuple(found) if found else "default"
 
 
-def _same(one: str, other: str) -> bool:
+def same_folder(one: str, other: str) -> bool:
     return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()

@@ -17,50 +17,38 @@ of a draft.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from hedgespec.errors import EngineError, PoolError
-from hedgespec.integrations.vllm.head_pool import SILENT, HeadLearning
+from hedgespec.integrations.vllm.eagle_steps import HeadResult, Reading, Step
+from hedgespec.integrations.vllm.head_pool import HeadLearning
 from hedgespec.integrations.vllm.pool_config import read_pool
-from hedgespec.integrations.vllm.prometheus import Exporter
+from hedgespec.integrations.vllm.reporter import Reporter
 from hedgespec.integrations.vllm.request_learner import EngineClock
-from hedgespec.integrations.vllm.token_proposer import EXPORT_EVERY, TESTED, check_sampling, check_version
+from hedgespec.integrations.vllm.token_proposer import TESTED, check_version
 from hedgespec.integrations.vllm.worker import PlatformWorker
 from hedgespec.ops.evaluate import evaluate
 from hedgespec.selection.costs import Costs
 
 check_version((TESTED,), "hedgespec.integrations.vllm.eagle_proposer.Worker")
 
-from vllm.compilation.backends import set_model_tag  # noqa: E402  only of a version that is known
-from vllm.config import VllmConfig  # noqa: E402
+from vllm.config import VllmConfig  # noqa: E402  after the check of the version
 from vllm.distributed.parallel_state import get_tp_group  # noqa: E402
-from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
-from vllm.model_executor.model_loader import get_model  # noqa: E402
-from vllm.model_executor.model_loader.utils import get_draft_load_config  # noqa: E402
-from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
 from vllm.v1.sample.metadata import SamplingMetadata  # noqa: E402
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p  # noqa: E402
 from vllm.v1.sample.sampler import _SAMPLING_EPS  # noqa: E402
 from vllm.v1.spec_decode.eagle import EagleProposer  # noqa: E402
 
-from hedgespec.integrations.vllm.eagle_config import (  # noqa: E402
-    Head,
-    _layers,
-    _same,
-    _speculative,
-    _width,
-    check_config,
-)
-from hedgespec.integrations.vllm.samplers import _RejectionSampler, _Sampler  # noqa: E402
+from hedgespec.integrations.vllm.eagle_config import check_config  # noqa: E402
+from hedgespec.integrations.vllm.eagle_heads import HeadsProposer  # noqa: E402
+from hedgespec.integrations.vllm.samplers import RecordingRejectionSampler, RecordingSampler  # noqa: E402
 
 MOST_WARM = 512
 """Most positions that the warm start looks at in one step, whose logits [V] are held for the target and one head at a time."""
@@ -92,23 +80,7 @@ class Worker(PlatformWorker):
         return self.model_runner.drafter.report()
 
 
-@dataclass
-class _Step:
-    """What the engine did in the step that is under way, as far as the proposer was told."""
-
-    names: list[str]
-    """Of the requests, [B]."""
-    emitted: list[list[int]]
-    """What each emitted; nothing where its prompt is still being read."""
-    lengths: list[int]
-    """Tokens of each, with these."""
-    drafted: list[int]
-    """Drafted tokens that were verified."""
-    rows: torch.Tensor | None = None
-    """Of the target's forward, those that are no rejected draft's, int64 [T]; None: all."""
-
-
-class HedgeSpecEagleProposer(EagleProposer):
+class HedgeSpecEagleProposer(HeadsProposer):
     """vLLM's proposer, for all heads of a pool.
 
     A step: each head reads the step's verified tokens, shifted by one, beside the target's hidden states, which writes its keys
@@ -130,29 +102,13 @@ class HedgeSpecEagleProposer(EagleProposer):
     Raises: PoolError for a pool that cannot be read, or heads that cannot work side by side.
     """
 
-    model: Any
-    _draft_attn_layer_names: set[str]
-
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
         spec = vllm_config.speculative_config
-        self.pool = read_pool(spec.num_speculative_tokens, ("eagle3",), seed=vllm_config.model_config.seed or 0)
-        objective, ranks = self.pool.decode.objective, vllm_config.parallel_config.tensor_parallel_size
-        if objective != "tokens" and ranks > 1:  # every rank has a clock of its own, by which picks would differ
-            raise PoolError(
-                f"{self.pool.source}: objective: expected tokens with tensor_parallel_size {ranks}, got {objective}"
-            )
-        folders = [entry.options["model"] for entry in self.pool.drafters]
-        chosen = [place for place, folder in enumerate(folders) if _same(folder, spec.model)]
-        if not chosen:
-            raise PoolError(
-                f"{self.pool.source}: drafters: expected speculative_config's model {spec.model} among them, got none"
-            )
-        super().__init__(vllm_config, device, runner)
-        self.runner = runner
-        self.heads = [Head(entry.name, _speculative(spec, entry.options["model"])) for entry in self.pool.drafters]
-        self.first = self.heads[chosen[0]]
-        """The one of vLLM's own configuration, whose layers of the target are read."""
-        self._check_heads()
+        pool = read_pool(spec.num_speculative_tokens, ("eagle3",), seed=vllm_config.model_config.seed or 0)
+        objective, ranks = pool.decode.objective, vllm_config.parallel_config.tensor_parallel_size
+        if objective != "tokens" and ranks > 1:  # every rank has its own clock, so picks would differ
+            raise PoolError(f"{pool.source}: objective: expected tokens with tensor_parallel_size {ranks}, got {objective}")
+        super().__init__(vllm_config, device, runner, pool)
         self.learning = HeadLearning(self.pool.names, self.pool.decode, self.pool.seed, logger.warning)
         self._clock: EngineClock | None = None
         """What rounds cost. That all heads read is part of verifying: they do, whoever drafts."""
@@ -163,25 +119,16 @@ class HedgeSpecEagleProposer(EagleProposer):
         self._target_hidden: Any = None
         self._sampler: Any = None
         self._rejection_sampler: Any = None
-        self._loading: Head = self.first
-        self._tells = get_tp_group().rank_in_group == 0
-        """Whether this rank's figures are told: all have the same."""
-        self._exporter = Exporter(self.pool.names)
-        self._logged = self._exported = time.monotonic()
-
-    def _check_heads(self) -> None:
-        for what, of in (("hidden size", _width), ("layers of the target", _layers)):
-            expected = of(self.first.speculative.draft_model_config)
-            for head in self.heads:
-                if (got := of(head.speculative.draft_model_config)) != expected:
-                    of_first = f"the {what} {expected} of {self.first.name}"
-                    raise PoolError(f"{self.pool.source}: drafter {head.name}: expected {of_first}, got {got}")
+        self._reporter: Reporter | None = None
+        """All ranks have the same figures, and the first one reports them."""
+        if get_tp_group().rank_in_group == 0:
+            self._reporter = Reporter(self.learning.tally, pool.log_every, logger)
 
     def listen(self) -> None:
         """Puts samplers in the runner's place for its own, and looks at the hidden states it drafts with."""
         runner = self.runner
-        self._sampler = _Sampler(runner.sampler.logprobs_mode, runner.sampler.use_fp64_gumbel)
-        self._rejection_sampler = _RejectionSampler(self._sampler, self.speculative_config, self.device)
+        self._sampler = RecordingSampler(runner.sampler.logprobs_mode, runner.sampler.use_fp64_gumbel)
+        self._rejection_sampler = RecordingRejectionSampler(self._sampler, self.speculative_config, self.device)
         runner.sampler, runner.rejection_sampler = self._sampler, self._rejection_sampler
         propose = runner.propose_draft_token_ids
 
@@ -196,41 +143,6 @@ class HedgeSpecEagleProposer(EagleProposer):
 
         runner.propose_draft_token_ids = with_hidden_states
 
-    # Loading.
-
-    def load_model(self, target_model: torch.nn.Module) -> None:
-        """Loads all heads; each shares the target's embedding, and its LM head, where it has none."""
-        layers: set[str] = set()
-        for head in self.heads:
-            self._loading = head
-            super().load_model(target_model)  # calls `_get_model`
-            head.model = self.model
-            layers |= self._draft_attn_layer_names
-        self.model, self._draft_attn_layer_names = self.first.model, layers
-        context = self.vllm_config.compilation_config.static_forward_context
-        specs = {name: context[name].get_kv_cache_spec(self.vllm_config) for name in sorted(layers)}
-        if len(set(specs.values())) > 1:
-            raise PoolError(f"{self.pool.source}: drafters: expected heads whose keys and values have one shape, got {specs}")
-        check_sampling(self.device)
-
-    def _get_model(self) -> torch.nn.Module:
-        head = self._loading
-        index = self.heads.index(head)
-        config = copy.copy(self._create_draft_vllm_config())
-        config.speculative_config = head.speculative
-        with set_model_tag(f"eagle_head_{index}"):  # compiled graphs are kept by it, and name their layers
-            return get_model(
-                vllm_config=config, model_config=head.speculative.draft_model_config, prefix=f"drafter{index}",
-                load_config=get_draft_load_config(config),
-            )  # fmt: skip
-
-    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
-        """For memory profiling and the capture of CUDA graphs: all heads', one after another."""
-        for head in self.heads:
-            self.model = head.model
-            super().dummy_run(*args, **kwargs)
-        self.model = self.first.model
-
     # A step: `prepare_next_token_ids_cpu`, `prepare_inputs` if anything was drafted, `propose`.
 
     def prepare_next_token_ids_cpu(
@@ -238,7 +150,7 @@ class HedgeSpecEagleProposer(EagleProposer):
     ) -> Any:
         names = list(gpu_input_batch.req_ids[: len(sampled_token_ids)])
         lengths = [requests[name].num_tokens for name in names]
-        self._step = _Step(names, sampled_token_ids, lengths, [0] * len(names))
+        self._step = Step(names, sampled_token_ids, lengths, [0] * len(names))
         return super().prepare_next_token_ids_cpu(sampled_token_ids, requests, gpu_input_batch, num_scheduled_tokens)
 
     def prepare_inputs(self, common_attn_metadata: Any, sampled_token_ids: Any, num_draft_tokens: Any) -> Any:
@@ -270,7 +182,8 @@ class HedgeSpecEagleProposer(EagleProposer):
         )
         self._learn(step, active, reading, sampling_metadata)
         drafts = self._draft(step, active, reading, metadata)
-        self._tell()
+        if self._reporter is not None:
+            self._reporter.update()
         return drafts
 
     def _read(
@@ -280,14 +193,14 @@ class HedgeSpecEagleProposer(EagleProposer):
         hidden_states: torch.Tensor,
         next_token_ids: torch.Tensor,
         metadata: Any,
-        step: _Step,
+        step: Step,
         ends: list[int],
         active: Sequence[int],
-    ) -> _Reading:
+    ) -> Reading:
         """All heads read the step's verified tokens."""
         counts = [len(step.emitted[row]) for row in active]
         wanted = [place for row, count in zip(active, counts) for place in range(ends[row + 1] - count, ends[row + 1])]
-        reading = _Reading(np.cumsum([0, *counts]), self._warm_rows(step, ends, active))
+        reading = Reading(np.cumsum([0, *counts]), self._warm_rows(step, ends, active))
         here = self._on_device(wanted)
         last = self._on_device([ends[row + 1] - 1 for row in active])
         warm = self._on_device([place for places in reading.warm.values() for place in places])
@@ -300,7 +213,7 @@ class HedgeSpecEagleProposer(EagleProposer):
         mode, size, across = self._determine_batch_execution_and_padding(num_tokens)
         slots = self._get_slot_mapping(size, metadata.slot_mapping)
         for index, head in enumerate(self.heads):
-            said = _Said.silent(len(wanted), len(warm), self.device)
+            said = HeadResult.silent(len(wanted), len(warm), self.device)
             if index not in self.learning.lost:
                 try:
                     self.hidden_states[:num_tokens] = head.model.combine_hidden_states(hidden_states)
@@ -317,7 +230,7 @@ class HedgeSpecEagleProposer(EagleProposer):
             reading.said.append(said)
         return reading
 
-    def _learn(self, step: _Step, active: Sequence[int], reading: _Reading, sampling: SamplingMetadata) -> None:
+    def _learn(self, step: Step, active: Sequence[int], reading: Reading, sampling: SamplingMetadata) -> None:
         """Scores the words, and lets the learners know."""
         if not active:
             return
@@ -373,7 +286,7 @@ class HedgeSpecEagleProposer(EagleProposer):
                 done += count
             learning.hear(name, step.lengths[row], words[:, tokens][:, -1], np.logical_and.reduce(sound[:, tokens], axis=1))
 
-    def _draft(self, step: _Step, active: Sequence[int], reading: _Reading, metadata: Any) -> list[list[int]]:
+    def _draft(self, step: Step, active: Sequence[int], reading: Reading, metadata: Any) -> list[list[int]]:
         """The picked heads go on from their words."""
         drafts: list[list[int]] = [[] for _ in step.names]
         most, costs = self.num_speculative_tokens, None if self._clock is None else self._clock.costs
@@ -400,29 +313,14 @@ class HedgeSpecEagleProposer(EagleProposer):
         return drafts
 
     def _go_on(
-        self, index: int, own: Sequence[int], rows: Sequence[int], length: int, reading: _Reading, metadata: Any
+        self, index: int, own: Sequence[int], rows: Sequence[int], length: int, reading: Reading, metadata: Any
     ) -> torch.Tensor:
         """One head's drafts for some rows, [rows, length]. It writes keys and values of its own layers only, behind what these
         rows have verified; what is verified then is written over them."""
         head, said, count = self.heads[index], reading.said[index], len(own)
-        here, host_rows = self._on_device(own), torch.tensor(rows)
-        device_rows = self._on_device(rows)
+        here = self._on_device(own)
         mode, size, across = self._determine_batch_execution_and_padding(count)
-        bound, local = metadata.seq_lens_cpu_upper_bound, metadata.dcp_local_seq_lens
-        metadata = CommonAttentionMetadata(
-            query_start_loc=self.arange[: count + 1],
-            query_start_loc_cpu=torch.arange(count + 1, dtype=torch.int32),
-            seq_lens=metadata.seq_lens[device_rows],
-            seq_lens_cpu_upper_bound=None if bound is None else bound[host_rows],
-            num_reqs=count,
-            num_actual_tokens=count,
-            max_query_len=1,
-            max_seq_len=metadata.max_seq_len,
-            block_table_tensor=metadata.block_table_tensor[device_rows],
-            slot_mapping=self._slot_mapping_buffer[:count],
-            causal=True,
-            dcp_local_seq_lens=None if local is None else local[device_rows],
-        )
+        metadata = self._metadata_of_rows(metadata, rows)
         ends = self._on_device(reading.offsets[1:] - 1)
         assert said.features is not None and reading.positions is not None  # or the head would be lost
         tokens, features, positions = [said.words[ends[here]]], said.features[here], reading.positions[here]
@@ -436,26 +334,7 @@ class HedgeSpecEagleProposer(EagleProposer):
             tokens.append(self._words(head, output[:count]))
         return torch.stack(tokens, dim=1)
 
-    def _forward(
-        self, head: Head, size: int, layers: Any, mode: Any, across: Any, slots: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A head's output and features, [size, H] each, of what is in the proposer's buffers."""
-        with set_forward_context(
-            layers, self.vllm_config, num_tokens=size, num_tokens_across_dp=across, cudagraph_runtime_mode=mode,
-            slot_mapping=slots,
-        ):  # fmt: skip
-            return head.model(
-                input_ids=self.input_ids[:size], positions=self._get_positions(size), inputs_embeds=None,
-                hidden_states=self.hidden_states[:size],
-            )  # fmt: skip
-
-    def _words(self, head: Head, output: torch.Tensor) -> torch.Tensor:
-        """The head's argmax, in the target's ids, int64 [rows]."""
-        if self.use_local_argmax_reduction:
-            return head.model.get_top_tokens(output).long()
-        return head.model.compute_logits(output).argmax(-1)
-
-    def _warm_rows(self, step: _Step, ends: Sequence[int], active: Sequence[int]) -> dict[int, range]:
+    def _warm_rows(self, step: Step, ends: Sequence[int], active: Sequence[int]) -> dict[int, range]:
         """Of requests whose prompt was read just now, the places of its last tokens but one, after which both the target and
         the heads are asked what comes. What a prefix in the cache holds is not looked at."""
         fresh = [row for row in active if self.learning.is_new(step.names[row]) and not step.drafted[row]]
@@ -463,12 +342,12 @@ class HedgeSpecEagleProposer(EagleProposer):
         places = {row: range(max(ends[row], ends[row + 1] - 1 - most), ends[row + 1] - 1) for row in fresh}
         return {row: some for row, some in places.items() if some}
 
-    def _target_logits(self, step: _Step, places: torch.Tensor) -> torch.Tensor:
+    def _target_logits(self, step: Step, places: torch.Tensor) -> torch.Tensor:
         """The target's logits at places among the verified tokens, [places, V]."""
         rows = places if step.rows is None else step.rows[places]
         return self.runner.model.compute_logits(self._target_hidden[rows])
 
-    def _probs(self, step: _Step, rows: Sequence[int], words: torch.Tensor, sampling: SamplingMetadata) -> torch.Tensor:
+    def _probs(self, step: Step, rows: Sequence[int], words: torch.Tensor, sampling: SamplingMetadata) -> torch.Tensor:
         """What the target thinks of the words for all tokens that these rows emitted, [N, tokens]: its probability as the
         request has it sampled. At temperature 0 that is whether the word was emitted."""
         final, before = self._sampler.heard, np.cumsum([0, *step.drafted])
@@ -500,51 +379,6 @@ class HedgeSpecEagleProposer(EagleProposer):
             raise error
         self.learning.lose(index, f"{type(error).__name__}: {error}")
 
-    def _on_device(self, numbers: ArrayLike) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(numbers, dtype=np.int64)).to(self.device, non_blocking=True)
-
     def report(self) -> dict:
         """The sums over all requests, and how many requests are known."""
         return self.learning.tally.to_dict() | {"kept_requests": len(self.learning.requests)}
-
-    def _tell(self) -> None:
-        now = time.monotonic()
-        if now - self._exported >= EXPORT_EVERY and self._tells:
-            self._exported = now
-            self._exporter.update(self.learning.tally)
-        if self._tells and self.pool.log_every and now - self._logged >= self.pool.log_every:
-            self._logged = now
-            logger.info(self.learning.tally.line())
-
-
-@dataclass(eq=False)
-class _Said:
-    """What one head said in a step."""
-
-    words: torch.Tensor
-    """After each new token of the active rows, row after row, int64 [T]."""
-    sound: torch.Tensor
-    """Whether its output there was finite, bool [T]."""
-    prompt: torch.Tensor
-    """Its acceptance at the prompts' positions of the warm start, [positions]."""
-    features: torch.Tensor | None = None
-    """It goes on from these after the last tokens, [A, H]."""
-
-    @classmethod
-    def silent(cls, tokens: int, positions: int, device: torch.device) -> _Said:
-        words = torch.full((tokens,), SILENT, device=device)
-        return cls(words, torch.zeros(tokens, dtype=torch.bool, device=device), torch.zeros(positions, device=device))
-
-
-@dataclass(eq=False)
-class _Reading:
-    """What all heads said in a step."""
-
-    offsets: NDArray[np.int64]
-    """Where the tokens of each active row begin among all of them, and where the last one's end, [A + 1]."""
-    warm: dict[int, range]
-    """Of new requests, by row: places for the warm start."""
-    said: list[_Said] = field(default_factory=list)
-    """Of each head."""
-    positions: torch.Tensor | None = None
-    """Of the last tokens, [A]."""

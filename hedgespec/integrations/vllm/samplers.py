@@ -1,4 +1,4 @@
-"""TODO."""
+"""vLLM's samplers, which also keep the logits after vLLM's processors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 
 
-class _Sampler(Sampler):
+class RecordingSampler(Sampler):
     """vLLM's, which keeps the processed logits of every row's last position, [B, V], where a request samples."""
 
     heard: torch.Tensor | None = None
@@ -23,7 +23,7 @@ class _Sampler(Sampler):
         return logits
 
 
-class _RejectionSampler(RejectionSampler):
+class RecordingRejectionSampler(RejectionSampler):
     """vLLM's, which keeps the processed logits of all drafted positions, [positions, V], where a request samples."""
 
     heard: torch.Tensor | None = None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from hedgespec.errors import EngineError, PoolError
 from hedgespec.integrations.vllm.drafters import CausalLMs, Datastores, NGrams, Sessions, TokenDrafter
 from hedgespec.integrations.vllm.pool_config import TOKENS_ONLY, DrafterEntry, Pool, read_pool
-from hedgespec.integrations.vllm.prometheus import Exporter
+from hedgespec.integrations.vllm.reporter import Reporter
 from hedgespec.integrations.vllm.token_pool import TokenProposer
 
 TESTED = "0.32.0"
@@ -31,8 +30,6 @@ KNOWN = ("0.32.", "0.33.")
 """Versions that call a custom proposer as the tested one does."""
 TYPES = ("causal_lm", "ngram", "datastore", "drafter")
 """Of drafters that need tokens only."""
-EXPORT_EVERY = 1.0
-"""Seconds between two updates of the exported metrics."""
 
 logger = logging.getLogger("vllm.hedgespec")
 
@@ -72,8 +69,6 @@ class HedgeSpecProposer:
         self.runner = None
         """vLLM's model runner, where our worker lends it: it knows the requests by name."""
         self.core: TokenProposer | None = None
-        self._logged = self._exported = time.monotonic()
-        self._rounds = 0
 
     def load_model(self, target: torch.nn.Module) -> None:
         """Loads the drafters beside the target.
@@ -89,7 +84,7 @@ class HedgeSpecProposer:
             max_requests=2 * self.vllm_config.scheduler_config.max_num_seqs, ends=_ends(self.model_config), seed=self.pool.seed,
             warn=logger.warning,
         )  # fmt: skip
-        self.exporter = Exporter(self.core.tally.drafters)
+        self.reporter = Reporter(self.core.tally, self.pool.log_every, logger)
         check_sampling(device)
         logger.info("HedgeSpec drafts with %s, as %s has it", ", ".join(self.pool.names), self.pool.source)
 
@@ -113,7 +108,7 @@ class HedgeSpecProposer:
         names = None if self.runner is None else self.runner.input_batch.req_ids[:count]
         drafts = self.core.propose(tokens, [len(new) for new in sampled_token_ids], names)
         self.forget()
-        self._tell()
+        self.reporter.update()
         return drafts
 
     def forget(self) -> None:
@@ -121,7 +116,7 @@ class HedgeSpecProposer:
         if self.core is not None and self.runner is not None and self.core.requests:
             self.core.retain(list(self.runner.requests))
             if not self.core.requests:
-                self._export()  # it may be long until there is another step
+                self.reporter.export()  # it may be long until the next step
 
     def report(self) -> dict:
         """The sums over all requests (`Tally`), and how many something is kept of."""
@@ -131,21 +126,6 @@ class HedgeSpecProposer:
 
     def _kept(self) -> dict[str, int]:
         return {drafter.name: drafter.requests for drafter in self.core.drafters} if self.core is not None else {}
-
-    def _export(self) -> None:
-        assert self.core is not None  # or nothing would have called
-        self._exported = time.monotonic()
-        self.exporter.update(self.core.tally)
-
-    def _tell(self) -> None:
-        assert self.core is not None
-        now = time.monotonic()
-        if now - self._exported >= EXPORT_EVERY:
-            self._export()
-        tally = self.core.tally
-        if self.pool.log_every and now - self._logged >= self.pool.log_every and tally.rounds > self._rounds:
-            self._logged, self._rounds = now, tally.rounds
-            logger.info(tally.line())
 
 
 def make(entry: DrafterEntry, model_config: Any, device: torch.device, source: str) -> TokenDrafter:
