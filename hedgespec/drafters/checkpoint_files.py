@@ -173,6 +173,25 @@ def _tensors_in(file: Path) -> dict[str, Tensor]:
     }
 
 
+def read_safetensors(path: str | Path, framework: str, expected: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns the metadata and the tensors of a file.
+
+    Args:
+        path: the file.
+        framework: "pt" for torch tensors, "np" for NumPy arrays.
+        expected: description of the file for errors, such as "a readable safetensors file".
+
+    Raises: CheckpointError if there is no such file or it cannot be read.
+    """
+    try:
+        with safe_open(path, framework) as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except FileNotFoundError as error:
+        raise CheckpointError(f"path: expected {expected}, found none at {path}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"path: expected {expected}, got {path} ({error})") from error
+
+
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 

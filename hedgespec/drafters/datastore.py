@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from hedgespec.drafters.checkpoint_files import read_safetensors
 from hedgespec.drafters.ngram import one_hot
 from hedgespec.errors import CheckpointError, VocabularyMismatchError
 from hedgespec.utils.files import replacing, write_tensors
@@ -129,14 +130,7 @@ class Datastore:
         """
         if not isinstance(path, (str, os.PathLike)):
             raise CheckpointError(f"path: expected a datastore in a safetensors file, got {shown(path)}")
-        try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-        except FileNotFoundError as error:
-            raise CheckpointError(f"path: expected a datastore in a safetensors file, found none at {path}") from error
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"path: expected a datastore in a safetensors file, got {path} ({error})") from error
+        metadata, tensors = read_safetensors(path, "np", "a datastore in a safetensors file")
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path}: expected format {FORMAT}, got {metadata.get('format')}")
         if metadata.get("version") != VERSION:

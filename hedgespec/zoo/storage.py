@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hedgespec.drafters.checkpoint_files import PICKLES
+from hedgespec.drafters.checkpoint_files import PICKLES, read_safetensors
 from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.errors import CheckpointError
 from hedgespec.utils.files import replacing, write_tensors
@@ -70,14 +69,7 @@ def load_head(path: str | Path, target: PreTrainedModel) -> EagleHead:
     path = Path(path)
     if path.suffix in PICKLES:
         raise CheckpointError(f"path: expected a safetensors file, got the pickle {path.name}, which may run code when read")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-    except FileNotFoundError as error:
-        raise CheckpointError(f"path: expected a readable safetensors file, found none at {path}") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"path: expected a readable safetensors file, got {path} ({error})") from error
+    metadata, tensors = read_safetensors(path, "pt", "a readable safetensors file")
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {metadata.get('format')}")
     try:

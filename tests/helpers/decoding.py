@@ -6,46 +6,18 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from hedgespec.drafters.causal_lm import CausalLMDrafter
-from hedgespec.drafters.eagle import EagleConfig, EagleHead
 from hedgespec.drafters.ngram import NGramDrafter
+from helpers.tiny_models import AUX_LAYERS as AUX
+from helpers.tiny_models import DRAFT_VOCABULARY, VOCABULARY, WIDTH, tiny_head, tiny_llama
+from helpers.tiny_models import tiny_pool as pool
 
-VOCABULARY, WIDTH, DRAFT_VOCABULARY = 53, 16, 29
-AUX = (1, 2, 3)
+__all__ = ["AUX", "DRAFT_VOCABULARY", "VOCABULARY", "WIDTH", "pool", "tiny_head", "tiny_llama"]
 
 
 @pytest.fixture(scope="module")
 def target():
     return tiny_llama(seed=0, layers=4)
-
-
-def tiny_llama(seed: int, layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.25, eos_token_id=None, bos_token_id=None,
-        pad_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).double().eval()
-
-
-def tiny_head(target, seed: int) -> EagleHead:
-    generator = torch.Generator().manual_seed(seed)
-    config = EagleConfig(WIDTH, WIDTH, 4, 2, 4, 24, VOCABULARY, DRAFT_VOCABULARY, AUX)
-    ids = torch.randperm(VOCABULARY, generator=generator)[:DRAFT_VOCABULARY].sort().values
-    head = EagleHead(config, target.get_input_embeddings(), ids, name=f"head-{seed}").double()
-    for weight in head.parameters():
-        if weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=0.3, generator=generator)
-    return head.requires_grad_(False).eval()
-
-
-def pool(target):
-    """Heads over two draft vocabularies' worth of maps, a small language model, and prompt lookup."""
-    small = CausalLMDrafter(tiny_llama(seed=7, layers=1), target, name="small")
-    return [tiny_head(target, 1), tiny_head(target, 2), small, NGramDrafter(VOCABULARY)]
 
 
 def prompt_of(seed: int, length: int = 11) -> torch.Tensor:
