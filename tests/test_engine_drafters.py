@@ -27,7 +27,7 @@ from transformers import (
 from hedgespec.drafters.causal_lm import CausalLMDrafter
 from hedgespec.drafters.datastore import Datastore
 from hedgespec.errors import VocabularyMismatchError
-from hedgespec.integrations.vllm import drafters
+from hedgespec.integrations.vllm import causal_lms
 from hedgespec.integrations.vllm.drafters import NOTHING, CausalLMs, Datastores, NGrams, Sessions, TokenDrafter
 from hedgespec.runtime.cache import RowCache
 
@@ -114,7 +114,7 @@ def test_every_request_is_told_what_it_would_be_told_alone(kind, steps):
     over: set[int] = set()
     with ExitStack() as changes:
         for name, value in sizes.items():
-            changes.enter_context(mock.patch.object(drafters, name, value))
+            changes.enter_context(mock.patch.object(causal_lms, name, value))
         drafter = make()
         for what, work in steps:
             if what == "extend":

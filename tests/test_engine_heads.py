@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hedgespec.config import DecodeConfig
-from hedgespec.integrations.vllm.head_pool import SILENT, HeadLearning
+from hedgespec.integrations.vllm.head_pool import ABSTAINS, HeadLearning
 from hedgespec.learners import NormalHedge
 from hedgespec.records import NO_DRAFT
 
@@ -55,10 +55,10 @@ def test_a_prompt_is_heard_first():
 def test_words_are_of_a_place():
     heads, _ = learning()
     heads.begin("a")
-    assert heads.words("a", 7) is None
-    heads.hear("a", 7, np.array([5, 6, SILENT]), np.ones(3, dtype=bool))
-    assert heads.words("a", 7).tolist() == [5, 6, SILENT]
-    assert heads.words("a", 8) is None  # the engine went on without asking
+    assert heads.proposals("a", 7) is None
+    heads.propose("a", 7, np.array([5, 6, ABSTAINS]), np.ones(3, dtype=bool))
+    assert heads.proposals("a", 7).tolist() == [5, 6, ABSTAINS]
+    assert heads.proposals("a", 8) is None  # the engine went on without asking
 
 
 def test_evaluations_may_be_rarer():
@@ -78,8 +78,8 @@ def test_a_head_that_is_not_finite_is_out_of_its_request():
     heads.begin("a")
     heads.begin("b")
     for _ in range(2):
-        heads.hear("a", 3, np.arange(3), np.array([False, True, True]))
-    assert warned == ["drafter good said what is not finite and is out of the request"]
+        heads.propose("a", 3, np.arange(3), np.array([False, True, True]))
+    assert warned == ["drafter good returned values that are not finite and is out of the request"]
     assert all(heads.choose("a", 4).drafter != 0 for _ in range(20))
     assert any(heads.choose("b", 4).drafter == 0 for _ in range(20))
     assert heads.tally.failures == {"good": "not finite"}
@@ -89,11 +89,11 @@ def test_a_head_that_fails_is_out_of_all():
     heads, warned = learning()
     heads.begin("a")
     for head in (0, 0, 1):
-        heads.lose(head, "no memory")
+        heads.drop(head, "no memory")
     heads.begin("b")
-    assert warned == [f"drafter {name} failed and is out for good: no memory" for name in HEADS[:2]]
+    assert warned == [f"drafter {name} failed and is out of all requests: no memory" for name in HEADS[:2]]
     assert {heads.choose(name, 4).drafter for name in "ab" for _ in range(20)} == {2}
-    heads.lose(2, "no memory")
+    heads.drop(2, "no memory")
     assert heads.choose("a", 4) == NO_DRAFT
     heads.learn("a", np.zeros((3, 1)), np.zeros((3, 1)), 0)  # the text goes on
     assert heads.tally.emitted == 1 and heads.tally.rounds == 0

@@ -1,4 +1,4 @@
-"""Any transformers causal language model over the target's tokens as a drafter."""
+"""A causal language model of transformers as a drafter."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
-"""Ids that both must agree on; padding is never drafted from."""
+"""Ids that drafter and target must agree on. Padding is never drafted."""
 
 
 class CausalLMDrafter:
     """A small language model that shares the target's tokenizer.
 
     Args:
-        model: a transformers causal LM in eval mode, on the target's device. Where its table of positions ends it leaves the
-            request.
+        model: a causal language model of transformers in eval mode, on the target's device. It is dropped from a request that
+            exceeds its table of positions.
         target: the target.
         name: shown in statistics.
-        tokenizer, target_tokenizer: the two models' transformers tokenizers. With both, every id is compared; without
-            them only what the models' configurations tell: the sizes of the vocabularies, which may differ by padding (a
-            tenth), and the ids of special tokens.
+        tokenizer, target_tokenizer: the tokenizers of both models. If given, every id is compared; otherwise only the
+            configurations: the sizes of the vocabularies, which may differ by padding (a tenth), and the ids of special tokens.
 
     Raises:
         ValueError: one tokenizer without the other.
-        VocabularyMismatchError: ids that do not mean the same; the first difference is named.
+        VocabularyMismatchError: an id means different tokens; the message names the first one.
     """
 
     aux_layers: tuple[int, ...] = ()
@@ -57,7 +56,7 @@ class CausalLMDrafter:
         self.model: PreTrainedModel = few_row_view(model)
         self.name, self.vocab_size = text("name", name), usable
         self.table = table_size(model)
-        """Positions in the model's table; None: it has none."""
+        """Number of positions in the model's table; None if it has no table."""
         self.draft_to_target = None if usable == wanted else torch.arange(usable, device=model.device)
 
     def session(self) -> CausalLMSession:
@@ -65,7 +64,7 @@ class CausalLMDrafter:
 
 
 class CausalLMSession:
-    """One request's KV cache."""
+    """The state of one request: its key-value cache."""
 
     def __init__(self, drafter: CausalLMDrafter):
         self.drafter = drafter
@@ -99,17 +98,17 @@ def usable_vocabulary(
     tokenizer: PreTrainedTokenizerBase | None = None,
     target_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> int:
-    """How many ids a transformers causal LM and a target share, which are the first ones.
+    """Returns the number of ids that a causal language model shares with a target: ids 0 to this number minus 1.
 
     Args:
         model: the drafter.
         wanted: size of the target's vocabulary.
-        name: the drafter's, for errors.
-        tokenizer, target_tokenizer: with both, every id is compared, else only the sizes, which may differ by a tenth.
+        name: name of the drafter, for errors.
+        tokenizer, target_tokenizer: if given, every id is compared; otherwise only the sizes, which may differ by a tenth.
 
     Raises:
         ValueError: one tokenizer without the other.
-        VocabularyMismatchError: ids that do not mean the same.
+        VocabularyMismatchError: an id means different tokens.
     """
     if (tokenizer is None) != (target_tokenizer is None):
         raise ValueError("tokenizer: expected both tokenizers or neither, got one")
@@ -122,9 +121,8 @@ def usable_vocabulary(
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Whether two transformers tokenizers give the same ids the same meaning.
-
-    Raises: VocabularyMismatchError that names the drafter `name` and the first difference.
+    """Raises VocabularyMismatchError, with the drafter's name and the first difference, unless two tokenizers have the same
+    ids.
     """
     own, wanted = ({id: token for token, id in one.get_vocab().items()} for one in (tokenizer, target_tokenizer))
     for id in sorted(own.keys() | wanted.keys()):
@@ -137,7 +135,7 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreT
 
 
 def _check_special(own: object, wanted: object, name: str) -> None:
-    """Special ids of two tokenizers or two configurations; one that either does not tell is passed over."""
+    """Compares the special ids of two tokenizers or configurations; an id that one of them lacks is skipped."""
     for special in SPECIAL:
         ours, theirs = getattr(own, special, None), getattr(wanted, special, None)
         if ours is not None and theirs is not None and ours != theirs:

@@ -1,10 +1,13 @@
-"""EAGLE heads: one decoder layer over the target's own hidden states drafts the target's next tokens.
+"""EAGLE heads: one decoder layer that reads the target's hidden states and drafts its next tokens.
 
-At position t the head reads a feature of the target beside the embedding of the next token x_{t+1}, and predicts x_{t+2}.
-When it drafts on, its own output takes the feature's place. What the feature is, and where the two meet, tells the
-architectures apart. EAGLE-3: the hidden states of several layers (the aux layers' inputs, concatenated), projected by `fc`;
-the attention reads both, side by side. EAGLE-1 and EAGLE-2: the target's last hidden state; `fc` makes one of both, and what
-follows is a plain decoder layer.
+At position t the head reads a feature of the target and the embedding of the next token x_{t+1}, and predicts x_{t+2}. From the
+second drafted token on, its own output replaces the feature. The architectures differ in the feature and in how it is combined
+with the embedding:
+
+- EAGLE-3: the feature is the hidden states of several layers (the inputs of the aux layers, concatenated), projected by `fc`.
+  The attention reads feature and embedding, concatenated.
+- EAGLE-1 and EAGLE-2: the feature is the target's last hidden state. `fc` projects feature and embedding to one vector, and a
+  plain decoder layer follows.
 
 Source: Li et al., "EAGLE", arXiv 2401.15077, "EAGLE-2", arXiv 2406.16858 and "EAGLE-3", arXiv 2503.01840.
 """
@@ -27,12 +30,12 @@ SIZES = (
     "hidden_size", "target_hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
     "vocab_size", "draft_vocab_size",
 )  # fmt: skip
-"""Fields of `EagleConfig` that count something."""
+"""Fields of `EagleConfig` that are sizes."""
 
 
 @dataclass(frozen=True)
 class EagleConfig:
-    """Shapes of a head, and which of the known variants it is. Units: elements, except `rope_theta` and `rms_norm_eps`."""
+    """Shapes and variant of a head. Sizes are numbers of elements."""
 
     hidden_size: int
     target_hidden_size: int
@@ -43,27 +46,27 @@ class EagleConfig:
     vocab_size: int
     draft_vocab_size: int
     aux_layers: tuple[int, ...]
-    """Hidden states of the target that are read, in the order of `fc`'s columns: l is the input of layer l, and the number of
+    """Hidden states of the target that are read, in the order of the columns of `fc`: l is the input of layer l; the number of
     layers is the state after the final norm."""
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     version: int = 3
-    """Of the architecture: 3, or 1 for EAGLE-1 and EAGLE-2."""
+    """Architecture: 3, or 1 for EAGLE-1 and EAGLE-2."""
     norms: tuple[str, ...] = ("input_layernorm", "hidden_norm", "norm")
-    """Which of the optional norms are there. `input_norm` of all the hidden states together and `fc_norm` of each, before
-    `fc`; `embedding_layernorm` of the embedding before `fc` (EAGLE-1); `input_layernorm` of the embedding (EAGLE-1: of what the
-    layer reads); `hidden_norm` of the feature; `q_norm` and `k_norm` of each attention head; `norm` before the output."""
+    """The optional norms that the head has: `input_norm` of the concatenated hidden states and `fc_norm` of each, before `fc`;
+    `embedding_layernorm` of the embedding before `fc` (EAGLE-1); `input_layernorm` of the embedding (EAGLE-1: of the layer's
+    input); `hidden_norm` of the feature; `q_norm` and `k_norm` of each attention head; `norm` before the output matrix."""
     biases: tuple[str, ...] = ()
-    """The matrices that have one."""
+    """The matrices that have a bias."""
     norm_before_residual: bool = False
-    """Whether the residual stream starts with the feature's norm and not with the feature (EAGLE-3)."""
+    """Whether the residual stream starts with the normalised feature instead of the feature (EAGLE-3)."""
     feeds_back_norm: bool = False
-    """Whether the head drafts on from its output's norm and not from its output."""
+    """Whether the next drafted token reads the normalised output instead of the output."""
     rope_scaling: tuple[tuple[str, Any], ...] = ()
-    """transformers' `rope_parameters` but for `rope_theta`, where positions are scaled: items, `rope_type` among them."""
+    """Items of transformers' `rope_parameters` except `rope_theta`, `rope_type` included; empty if positions are not scaled."""
 
     def __post_init__(self) -> None:
-        """Keeps plain ints, floats, bools and tuples, whatever numbers came. Raises: TypeError or ValueError."""
+        """Converts the fields to plain ints, floats, bools and tuples. Raises TypeError or ValueError."""
         kept: dict[str, Any] = {name: integer(name, getattr(self, name), 0) for name in SIZES}
         kept |= {name: real(name, getattr(self, name)) for name in ("rope_theta", "rms_norm_eps")}
         kept |= {name: flag(name, getattr(self, name)) for name in ("norm_before_residual", "feeds_back_norm")}
@@ -108,16 +111,16 @@ class EagleConfig:
 
 
 class EagleLayer:
-    """The arithmetic of all variants, of whoever has the weights: one head, or a stack of them for the rows at hand."""
+    """The arithmetic of all variants. Subclasses hold the weights: those of one head, or of a stack of heads."""
 
     config: EagleConfig
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """x times the matrix of this name, and its bias if there is one."""
+        """Returns the product of x with the matrix of this name, plus its bias if it has one."""
         raise NotImplementedError
 
     def rms(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """x under the RMS norm of this name."""
+        """Returns x normalised by the RMS norm of this name."""
         raise NotImplementedError
 
     def activate(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -125,7 +128,7 @@ class EagleLayer:
         return F.silu(gate) * up
 
     def fuse(self, states: torch.Tensor) -> torch.Tensor:
-        """The target's hidden states [..., W] as the feature, [..., H]."""
+        """Returns the feature [..., H] of the target's hidden states [..., W]."""
         if self.config.version == 1:
             return states
         if "input_norm" in self.config.norms:
@@ -136,8 +139,8 @@ class EagleLayer:
         return self.linear("fc", states)
 
     def mix(self, embedded: torch.Tensor, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the residual stream starts, [..., H], and what the attention reads, from a token's embedding and the feature
-        before it."""
+        """Returns the start of the residual stream [..., H] and the input of the attention, for a token's embedding and the
+        feature at the position before it."""
         norms = self.config.norms
         if self.config.version == 1:
             if "embedding_layernorm" in norms:
@@ -149,7 +152,7 @@ class EagleLayer:
         return residual, torch.cat([self.rms("input_layernorm", embedded), normed], -1)
 
     def qkv(self, mixed: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values side by side, [..., (A + 2 KV) D], not yet rotated."""
+        """Returns queries, keys and values, concatenated, [..., (A + 2 KV) D], not rotated."""
         config, qkv = self.config, self.linear("qkv_proj", mixed)
         if "q_norm" not in config.norms:
             return qkv
@@ -158,26 +161,26 @@ class EagleLayer:
         return torch.cat([self.rms("q_norm", queries), self.rms("k_norm", keys), values], -2).flatten(-2)
 
     def leave(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The rest of the layer: `attended` [..., A D] to the head's own hidden state [..., H]."""
+        """Runs the rest of the layer: from `attended` [..., A D] to the head's hidden state [..., H]."""
         hidden = residual + self.linear("o_proj", attended)
         gate_up = self.linear("gate_up_proj", self.rms("post_attention_layernorm", hidden))
         return hidden + self.linear("down_proj", self.activate(gate_up))
 
     def answer(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the head drafts on from, [..., H], and its draft logits [..., Vd]."""
+        """Returns the feature for the next drafted token [..., H], and the draft logits [..., Vd]."""
         normed = self.rms("norm", hidden) if "norm" in self.config.norms else hidden
         return normed if self.config.feeds_back_norm else hidden, self.linear("lm_head", normed)
 
 
 class EagleHead(EagleLayer, nn.Module):
-    """The weights of one head; a request's state lives in an `EagleSession`.
+    """The weights of one head. `EagleSession` holds the state of a request.
 
     Args:
-        config: shapes.
-        embed: the target's token embedding, shared, not owned.
+        config: shapes and variant.
+        embed: the target's token embedding, which is shared.
         draft_to_target: int64 [Vd], the target's id of each draft id; None when the vocabularies are the same.
         name: shown in statistics.
-        owns_embedding: whether `embed` is the head's own instead, to be moved and saved with it.
+        owns_embedding: `embed` is the head's own, and is moved and saved with it.
     """
 
     draft_to_target: torch.Tensor | None
@@ -197,7 +200,7 @@ class EagleHead(EagleLayer, nn.Module):
         super().__init__()
         self.config, self.name = config, name
         self.assumed: tuple[str, ...] = ()
-        """What a reader of its file had to make up."""
+        """What `load_drafter` had to assume."""
         self.vocab_size, self.aux_layers = config.vocab_size, config.aux_layers
         self._shared = (embed,)  # in a tuple: not registered, so neither saved nor moved with the head
         for name, shape in config.shapes.items():
@@ -217,8 +220,8 @@ class EagleHead(EagleLayer, nn.Module):
         self.set_rope_frequency()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EagleHead:
-        """Copies what the head owns. An embedding that it shares with its target is shared by the copy, too, unless the target
-        is copied in the same call, before the head."""
+        """Copies what the head owns. The copy shares the target's embedding, too, unless the target was copied earlier in the
+        same call."""
         copied = memo[id(self)] = type(self).__new__(type(self))
         vars(copied).update(copy.deepcopy({name: value for name, value in vars(self).items() if name != "_shared"}, memo))
         own = copied.embed_tokens if self.owns_embedding else memo.get(id(self.embedding), self.embedding)
@@ -226,7 +229,7 @@ class EagleHead(EagleLayer, nn.Module):
         return copied
 
     def set_rope_frequency(self) -> None:
-        """`rope_frequency` float32 [D/2], and `rope_factor`, by which cosine and sine are multiplied."""
+        """Sets `rope_frequency`, float32 [D/2], and `rope_factor`, the factor of cosine and sine."""
         config, half = self.config, self.config.head_dim // 2
         if not config.rope_scaling:
             self.rope_frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
@@ -248,7 +251,7 @@ class EagleHead(EagleLayer, nn.Module):
 
     @property
     def embedding(self) -> nn.Module:
-        """The target's, or the head's own."""
+        """The embedding: the target's, or the head's own."""
         return self._shared[0]
 
     @property
@@ -256,7 +259,8 @@ class EagleHead(EagleLayer, nn.Module):
         return "embed_tokens" in self._modules
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding matrix as they are. Gemma's module scales what it gives out; heads are trained without."""
+        """Returns unscaled rows of the embedding matrix. Gemma's module scales its output; heads are trained without the
+        scale."""
         embedding = self.embedding
         if not hasattr(embedding, "embed_scale"):
             return embedding(tokens)
@@ -271,7 +275,7 @@ class EagleHead(EagleLayer, nn.Module):
         return getattr(self, name)(x)
 
     def rotate(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding of `states` [B, heads, T, head_dim] at `positions` [T]."""
+        """Applies the rotary embedding to `states` [B, heads, T, head_dim] at `positions` [T]."""
         angle = positions[:, None] * self.rope_frequency.to(positions.device)
         cos, sin = angle.cos(), angle.sin()
         if self.rope_factor != 1:
@@ -281,7 +285,8 @@ class EagleHead(EagleLayer, nn.Module):
         return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
     def project(self, embedded: torch.Tensor, feature: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Rotated queries and keys, and values, each [B, heads or kv_heads, T, head_dim]; and the residual [B, T, H]."""
+        """Returns rotated queries and keys, and values, each [B, heads or kv_heads, T, head_dim], and the residual [B, T,
+        H]."""
         residual, mixed = self.mix(embedded, feature)
         qkv = self.qkv(mixed).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
         kv = self.config.num_key_value_heads
@@ -289,26 +294,27 @@ class EagleHead(EagleLayer, nn.Module):
         return rotated[:, :-kv], rotated[:, -kv:], qkv[:, -kv:], residual
 
     def finish(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The rest of the layer: `attended` [B, heads, T, head_dim] to the head's own hidden state [B, T, H]."""
+        """Runs the rest of the layer: from `attended` [B, heads, T, head_dim] to the head's hidden state [B, T, H]."""
         return self.leave(residual, attended.transpose(1, 2).flatten(2))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Draft logits [..., Vd] of hidden states [..., H]."""
+        """Returns the draft logits [..., Vd] of hidden states [..., H]."""
         return self.answer(hidden)[1]
 
     def teacher_forced_logits(self, input_ids: torch.Tensor, aux_hidden_states: torch.Tensor) -> torch.Tensor:
-        """The draft logits of every position of texts that are known, none of them drafted: what a head is checked by.
+        """Returns the draft logits at every position of known sequences, in one pass and with gradients.
 
-        Position t reads the target's hidden states `aux_hidden_states[:, t]` beside the embedding of `input_ids[:, t]`, the
-        token that follows them, and attends to the positions up to its own. Its logits are those of the token after that. Of a
-        text x_0..x_T and the target's states at it, that is `teacher_forced_logits(x[:, 1:], states[:, :-1])`, whose t-th
-        logits are for x_{t+2}: all that a session sees, in one pass, with gradients.
+        Position t reads the target's hidden states `aux_hidden_states[:, t]` and the embedding of `input_ids[:, t]`, which is
+        the token after them, and attends to the positions up to its own. Its logits are for the token after that. For a
+        sequence x_0..x_T and the target's states at it, call `teacher_forced_logits(x[:, 1:], states[:, :-1])`; entry t of the
+        result is for x_{t+2}. A session returns the same logits.
 
         Args:
             input_ids: int64 [B, T], the target's ids.
-            aux_hidden_states: [B, T, k * Ht], the aux layers' hidden states in `aux_layers`' order, of the head's dtype.
+            aux_hidden_states: [B, T, k * Ht], the hidden states of the aux layers in the order of `aux_layers`, in the head's
+                dtype.
         Returns: [B, T, Vd].
-        Raises: ValueError.
+        Raises: ValueError for other shapes.
         """
         width = len(self.aux_layers) * self.config.target_hidden_size
         if input_ids.ndim != 2 or aux_hidden_states.shape != (*input_ids.shape, width):
@@ -326,7 +332,7 @@ class EagleHead(EagleLayer, nn.Module):
 
 
 class EagleSession:
-    """One request's view of a head: its KV cache and the feature it drafts on from."""
+    """The state of one request: the key-value cache and the feature of the next drafted token."""
 
     def __init__(self, head: EagleHead):
         self.head = head
@@ -347,7 +353,7 @@ class EagleSession:
         return logits
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        assert self._own_feature is not None, "`consume` comes first"
+        assert self._own_feature is not None, "consume comes first"
         return self._forward(token, self._own_feature, 1)[0]
 
     def _forward(self, tokens: torch.Tensor, feature: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
@@ -355,8 +361,7 @@ class EagleSession:
         positions = torch.arange(start, start + count, device=tokens.device)
         queries, keys, values, residual = head.project(head.embed(tokens)[None], feature, positions)
         keys, values = self.cache.append(keys, values)
-        # With a single layer, positions whose logits nobody asks for are keys and values and nothing more: of a prompt, all
-        # but the last.
+        # The head has one layer, so for positions whose logits are not returned only keys and values are computed.
         queries, residual = queries[:, :, -logits_to_keep:], residual[:, -logits_to_keep:]
         mask = None
         if logits_to_keep > 1:

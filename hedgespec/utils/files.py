@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are either written completely or not changed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a path to write to, which becomes `path` in one step when the block ends without an error.
 
-    Until then, and after an error, what was at `path` stays as it was, and nothing else is left behind. Of a link the file it
-    names is replaced. A device, a pipe, or a file in a folder that cannot be written to is written in place.
+    Until then, and after an error, `path` is unchanged, and no other file remains. If `path` is a link, the file that it names
+    is replaced. A device, a pipe, or a file in a folder without write permission is written in place.
 
     Raises: OSError if the file cannot be written; IsADirectoryError if there is a folder.
     """
@@ -27,7 +27,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if path.exists() and not (path.is_file() and os.access(path.parent, os.W_OK)):
         yield path
         return
-    # Beside the file: a rename replaces it in one step within a file system only.
+    # In the same folder, because a rename is atomic only within a file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".hedgespec-") as folder:
         fresh = Path(folder, path.name)
         yield fresh
@@ -35,7 +35,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file in UTF-8, as `replacing` does. What UTF-8 has no bytes for, as in names of files, is escaped.
+    """Writes a text file in UTF-8 through `replacing`. Characters that UTF-8 cannot encode, as in file names, are escaped.
 
     Raises: OSError.
     """
@@ -44,7 +44,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_tensors(save_file: Callable[..., None], tensors: Mapping[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    """Calls safetensors' `save_file`, of torch or of NumPy, whose failures to write are OSErrors here as everywhere else."""
+    """Calls safetensors' `save_file`, of torch or NumPy. Errors of the operating system are raised as OSError."""
     from safetensors import SafetensorError
 
     try:

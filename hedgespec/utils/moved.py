@@ -1,4 +1,4 @@
-"""Old names of modules, which work for one release with a DeprecationWarning."""
+"""Old names of modules. They work for one release, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOVED = {
 
 
 class _Redirect(MetaPathFinder, Loader):
-    """Imports the new module under the old name."""
+    """Imports the new module under its old name."""
 
     def __init__(self) -> None:
         self._specs: dict[str, ModuleSpec | None] = {}
@@ -44,16 +44,16 @@ class _Redirect(MetaPathFinder, Loader):
         new = f"hedgespec.{MOVED[spec.name.removeprefix('hedgespec.')]}"
         warnings.warn(f"{spec.name} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
-        self._specs[spec.name] = module.__spec__  # importlib is about to overwrite it
+        self._specs[spec.name] = module.__spec__  # importlib overwrites it after this
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Gives the module, which was executed under its new name, its own specification back."""
+        """Restores the specification of the module, which was executed under its new name."""
         assert module.__spec__ is not None
         module.__spec__ = self._specs.pop(module.__spec__.name)
 
 
 def redirect() -> None:
-    """Lets the old names be imported."""
+    """Makes the old names importable."""
     if not any(isinstance(finder, _Redirect) for finder in sys.meta_path):
         sys.meta_path.append(_Redirect())

@@ -1,4 +1,4 @@
-"""Where things are kept from one run to the next."""
+"""The cache folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The folder that holds what is made once: `$HEDGESPEC_CACHE`, else the user's cache folder."""
+    """Returns the folder for downloaded and converted files: `$HEDGESPEC_CACHE`, or `hedgespec` in the user's cache folder."""
     if path := os.environ.get("HEDGESPEC_CACHE"):
         return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hedgespec"

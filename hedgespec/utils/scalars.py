@@ -1,8 +1,8 @@
-"""Numbers as callers hand them over: Python's, NumPy's scalars and arrays of one element, torch's tensors of one element.
+"""Converts arguments of callers to plain Python values: numbers of Python and NumPy, arrays and tensors with one element.
 
-Every public entry reads its integers with `integer`, its other numbers with `real` and its token ids with `integers`. What is
-kept is then a plain `int` or `float`, so that comparisons, hashes, JSON and set membership mean what they say. A bool is
-refused where a number is meant. This module imports neither torch nor NumPy.
+Every public function reads its integers with `integer`, its other numbers with `real` and its token ids with `integers`, and
+keeps a plain `int` or `float`, which can be compared, hashed and written to JSON. A bool is not accepted as a number. This
+module imports neither torch nor NumPy.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def integers(name: str, value: Any, low: int | None = None, high: int | None = N
 
 
 def text(name: str, value: Any, *, otherwise: str = "") -> str:
-    """Returns `value`, which has to be a str.
+    """Returns `value`, which must be a str.
 
     Raises: TypeError.
     """
@@ -110,17 +110,17 @@ def flag(name: str, value: Any, *, otherwise: str = "") -> bool:
 
 
 def shown(value: Any) -> str:
-    """What came, for a message: a value that is short as it is, anything else by its type, and a tensor by dtype and shape."""
+    """Returns a description of a value for messages: a short value itself, a tensor's dtype and shape, otherwise the type."""
     if hasattr(value, "dtype") and hasattr(value, "shape") and math.prod(value.shape) > 1:
         return f"{type(value).__name__} of {value.dtype} {list(value.shape)}"
     if value is None or isinstance(value, (bool, int, float, str, tuple, list)) or hasattr(value, "dtype"):
-        told = " ".join(repr(value).split())
-        return told if len(told) <= 60 else f"{type(value).__name__} {told[:57]}..."
+        text = " ".join(repr(value).split())
+        return text if len(text) <= 60 else f"{type(value).__name__} {text[:57]}..."
     return type(value).__name__
 
 
 def _item(value: Any) -> Any:
-    """The number in an array or tensor of one element; anything else as it is.
+    """Returns the number in an array or tensor of one element; any other value unchanged.
 
     Raises: TypeError for more than one element, or none.
     """
@@ -132,7 +132,7 @@ def _item(value: Any) -> Any:
 
 
 def _is_integral(value: Any) -> bool:
-    """Whether an array or tensor holds integers, by its dtype."""
+    """Returns whether the dtype of an array or tensor is an integer one."""
     kind = getattr(value.dtype, "kind", None)
     if kind is not None:
         return kind in "iu"

@@ -13,7 +13,7 @@ from hedgespec.errors import EngineError, PoolError
 
 
 def check_config(config: VllmConfig) -> None:
-    """Raises EngineError for a configuration of vLLM in which the heads cannot work, or were never tried."""
+    """Raises EngineError for a configuration of vLLM that is not supported or was not tested."""
     spec, parallel = config.speculative_config, config.parallel_config
     if spec is None or spec.method != "eagle3":
         raise EngineError(f'speculative_config: expected method "eagle3", got {spec and spec.method!r}')
@@ -49,9 +49,9 @@ class Head:
 
 
 def speculative_with(spec: Any, folder: str) -> Any:
-    """vLLM's speculative configuration with another head, by vLLM's own reading of it."""
+    """Returns vLLM's speculative configuration for another head, which vLLM reads itself."""
     try:
-        # What vLLM worked out of the first head's is left out; 0 for the prompt lookup is its own, and no value it accepts.
+        # Values that vLLM derived from the first head are reset, and so are its defaults of 0, which it does not accept.
         return replace(
             spec,
             model=folder,
@@ -69,7 +69,7 @@ def width_of(config: Any) -> int:
 
 
 def layers_of(config: Any) -> tuple[int, ...] | str:
-    """The target's layers that a head reads: vLLM hands one choice to all."""
+    """Returns the target's layers that a head reads. They must be the same for all heads, because vLLM passes one set."""
     own = config.hf_config
     nested = getattr(own, "eagle_config", None) or {}
     if not nested.get("use_aux_hidden_state", True):

@@ -58,7 +58,7 @@ class HeadsProposer(EagleProposer):
                     raise PoolError(f"{self.pool.source}: drafter {head.name}: expected {of_first}, got {got}")
 
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """Loads all heads; each shares the target's embedding, and its LM head, where it has none."""
+        """Loads all heads. A head without an embedding or output matrix shares the target's."""
         layers: set[str] = set()
         for head in self.heads:
             self._loading = head
@@ -77,14 +77,14 @@ class HeadsProposer(EagleProposer):
         index = self.heads.index(head)
         config = copy.copy(self._create_draft_vllm_config())
         config.speculative_config = head.speculative
-        with set_model_tag(f"eagle_head_{index}"):  # compiled graphs are kept by it, and name their layers
+        with set_model_tag(f"eagle_head_{index}"):  # vLLM keys compiled graphs, which name their layers, by it
             return get_model(
                 vllm_config=config, model_config=head.speculative.draft_model_config, prefix=f"drafter{index}",
                 load_config=get_draft_load_config(config),
             )  # fmt: skip
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
-        """For memory profiling and the capture of CUDA graphs: all heads', one after another."""
+        """Runs all heads one after another, for memory profiling and the capture of CUDA graphs."""
         for head in self.heads:
             self.model = head.model
             super().dummy_run(*args, **kwargs)
@@ -93,7 +93,7 @@ class HeadsProposer(EagleProposer):
     def _forward(
         self, head: Head, size: int, layers: Any, mode: Any, across: Any, slots: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A head's output and features, [size, H] each, of what is in the proposer's buffers."""
+        """Runs a head over the proposer's input buffers. Returns its output and features, [size, H] each."""
         with set_forward_context(
             layers, self.vllm_config, num_tokens=size, num_tokens_across_dp=across, cudagraph_runtime_mode=mode,
             slot_mapping=slots,
@@ -103,8 +103,8 @@ class HeadsProposer(EagleProposer):
                 hidden_states=self.hidden_states[:size],
             )  # fmt: skip
 
-    def _words(self, head: Head, output: torch.Tensor) -> torch.Tensor:
-        """The head's argmax, in the target's ids, int64 [rows]."""
+    def _argmax_tokens(self, head: Head, output: torch.Tensor) -> torch.Tensor:
+        """Returns the argmax of a head's output, in the target's ids, int64 [rows]."""
         if self.use_local_argmax_reduction:
             return head.model.get_top_tokens(output).long()
         return head.model.compute_logits(output).argmax(-1)

@@ -1,15 +1,16 @@
-"""vLLM with several EAGLE-3 heads at once: all of them read all verified tokens, the best one for each request drafts.
+"""Several EAGLE-3 heads in vLLM: all of them consume all verified tokens, and for each request the best one drafts.
 
     HEDGESPEC_POOL=pool.json vllm serve MODEL --worker-cls hedgespec.integrations.vllm.eagle_proposer.Worker \\
         --speculative-config '{"method": "eagle3", "model": HEAD, "num_speculative_tokens": 5,
           "disable_padded_drafter_batch": true}'
 
-The pool's drafters are of type "eagle3", each with the `model` folder of a head; HEAD is one of them. vLLM is not patched: the
-worker is a subclass of the platform's, and gives its model runner a subclass of vLLM's proposer and of its samplers, before
-weights are loaded. vLLM's own code loads the heads, gives their layers pages of its KV cache, and verifies what is drafted.
+The pool's drafters are of type "eagle3", each with the `model` folder of a head; HEAD is one of them. vLLM is not patched. The
+worker is a subclass of the platform's. Before weights are loaded, it gives its model runner subclasses of vLLM's proposer and
+samplers. vLLM's own code loads the heads, allocates their layers in its key-value cache, and verifies the drafts.
 
-What the host sees: a step's words (see `head_pool.py`) come to it in one copy, learners pick, and the drafts follow in another.
-With `disable_padded_drafter_batch` vLLM has the step's tokens there already, and leaves async scheduling off.
+A step waits for the device twice: one copy brings the heads' proposals to the host, where the learners choose, and one brings
+the drafts. With `disable_padded_drafter_batch` vLLM has the step's tokens on the host already, and does not use async
+scheduling.
 
 Sizes: B rows of a step, A of them with new tokens, T such tokens, N heads, H their width, V the target's vocabulary, K tokens
 of a draft.
@@ -51,13 +52,13 @@ from hedgespec.integrations.vllm.eagle_heads import HeadsProposer  # noqa: E402
 from hedgespec.integrations.vllm.samplers import RecordingRejectionSampler, RecordingSampler  # noqa: E402
 
 MOST_WARM = 512
-"""Most positions that the warm start looks at in one step, whose logits [V] are held for the target and one head at a time."""
+"""Most positions of the warm start in one step. Their logits [V] are held for the target and one head at a time."""
 
 logger = init_logger("vllm.hedgespec")
 
 
 class Worker(PlatformWorker):
-    """The platform's worker with our proposer in its model runner."""
+    """The platform's worker; its model runner has a `HedgeSpecEagleProposer`."""
 
     model_runner: Any
 
@@ -71,35 +72,36 @@ class Worker(PlatformWorker):
         runner.drafter.listen()
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        # Also called, without a token, once the last request has ended.
+        # Also called after the last request has ended, without tokens.
         self.model_runner.drafter.learning.forget(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output)
 
     def hedgespec_report(self) -> dict:
-        """The sums over all requests (`Tally`), for `LLM.collective_rpc("hedgespec_report")`."""
+        """Returns the sums over all requests (`Tally`), for `LLM.collective_rpc("hedgespec_report")`."""
         return self.model_runner.drafter.report()
 
 
 class HedgeSpecEagleProposer(HeadsProposer):
-    """vLLM's proposer, for all heads of a pool.
+    """vLLM's proposer for a pool of heads.
 
-    A step: each head reads the step's verified tokens, shifted by one, beside the target's hidden states, which writes its keys
-    and values, and says its word for the token after each. The words for tokens that the target has emitted meanwhile are
-    scored; from those for the next tokens the picked heads go on drafting, each for its own rows.
+    In a step each head consumes the new verified tokens, shifted by one, with the target's hidden states. This writes its keys
+    and values and gives its argmax token after each of them. The proposals for tokens that the target has emitted are scored.
+    From the proposals for the next tokens the chosen heads continue to draft, each for its own rows.
 
-    Prefix caching: the heads' layers are in one group of the KV cache, as one head's would be, so a block of it holds all
-    heads' keys and values of its tokens, and a prefix found in the cache has been read by every head. A head reads a token
-    together with the one after it, so the last token of a block depends on the first of the next one; for that reason vLLM
-    leaves out the last block found with any EAGLE method. A head that fails is out for good: blocks lack its part from then on.
+    Prefix caching: the layers of all heads are in one group of the key-value cache, so a block holds the keys and values of all
+    heads, and every head has consumed a prefix that is found in the cache. A head reads a token together with the next one, so
+    the last token of a block depends on the next block. For this reason vLLM does not use the last cached block with EAGLE. A
+    head that fails is dropped from all requests, because blocks lack its keys and values from then on.
 
-    Steps without a draft: where any row of a batch is within K tokens of the context's end, vLLM asks no proposer, so the heads
-    miss tokens of all rows, as vLLM's own head does; the round is not counted, and the head's keys there are of nothing.
+    Steps without a draft: vLLM does not call the proposer in a step in which a row is within K tokens of the end of the
+    context. The heads then miss tokens of all rows, as vLLM's own head does. The round is not counted, and the missing keys
+    are undefined.
 
-    Tensor parallelism: embeddings, LM heads and attention are shared out among ranks, so all must run the same heads on the
-    same rows. Picks follow from the scores and a generator of the same seed everywhere; the scores are taken from the first
-    rank, or a float that differs in its last bit might part the ranks.
+    Tensor parallelism: embeddings, output matrices and attention are divided among ranks, so all ranks must run the same heads
+    on the same rows. Choices depend on the scores and on generators with the same seed. All ranks use the scores of the first
+    one, because rounding may differ between ranks.
 
-    Raises: PoolError for a pool that cannot be read, or heads that cannot work side by side.
+    Raises: PoolError for a pool that cannot be read, or heads that cannot be loaded together.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
@@ -111,21 +113,21 @@ class HedgeSpecEagleProposer(HeadsProposer):
         super().__init__(vllm_config, device, runner, pool)
         self.learning = HeadLearning(self.pool.names, self.pool.decode, self.pool.seed, logger.warning)
         self._clock: EngineClock | None = None
-        """What rounds cost. That all heads read is part of verifying: they do, whoever drafts."""
+        """Measures rounds. The passes of all heads over verified tokens count as verification, because they always run."""
         if objective == "throughput":
             self._clock = EngineClock(Costs(len(self.heads), spec.num_speculative_tokens))
-        # Of a step alone, None between them: what vLLM calls sets and reads them in an order of its own.
+        # Set and used by the methods that vLLM calls during a step; None between steps.
         self._step: Any = None
         self._target_hidden: Any = None
         self._sampler: Any = None
         self._rejection_sampler: Any = None
         self._reporter: Reporter | None = None
-        """All ranks have the same figures, and the first one reports them."""
+        """Only on the first rank: all ranks have the same figures."""
         if get_tp_group().rank_in_group == 0:
             self._reporter = Reporter(self.learning.tally, pool.log_every, logger)
 
     def listen(self) -> None:
-        """Puts samplers in the runner's place for its own, and looks at the hidden states it drafts with."""
+        """Replaces the runner's samplers, and keeps the hidden states that it passes to `propose_draft_token_ids`."""
         runner = self.runner
         self._sampler = RecordingSampler(runner.sampler.logprobs_mode, runner.sampler.use_fp64_gumbel)
         self._rejection_sampler = RecordingRejectionSampler(self._sampler, self.speculative_config, self.device)
@@ -143,7 +145,7 @@ class HedgeSpecEagleProposer(HeadsProposer):
 
         runner.propose_draft_token_ids = with_hidden_states
 
-    # A step: `prepare_next_token_ids_cpu`, `prepare_inputs` if anything was drafted, `propose`.
+    # vLLM calls these in a step: `prepare_next_token_ids_cpu`, `prepare_inputs` if anything was drafted, `propose`.
 
     def prepare_next_token_ids_cpu(
         self, sampled_token_ids: Any, requests: Any, gpu_input_batch: Any, num_scheduled_tokens: Any
@@ -172,7 +174,7 @@ class HedgeSpecEagleProposer(HeadsProposer):
         num_rejected_tokens_gpu: Any = None,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """As vLLM calls it. Returns: each row's draft, of 0..K tokens."""
+        """Called by vLLM. Returns the draft of each row, 0..K tokens."""
         self.num_speculative_tokens = num_speculative_tokens
         step, metadata = self._step, common_attn_metadata
         ends = metadata.query_start_loc_cpu.tolist()
@@ -197,7 +199,7 @@ class HedgeSpecEagleProposer(HeadsProposer):
         ends: list[int],
         active: Sequence[int],
     ) -> Reading:
-        """All heads read the step's verified tokens."""
+        """Runs all heads over the step's verified tokens."""
         counts = [len(step.emitted[row]) for row in active]
         wanted = [place for row, count in zip(active, counts) for place in range(ends[row + 1] - count, ends[row + 1])]
         reading = Reading(np.cumsum([0, *counts]), self._warm_rows(step, ends, active))
@@ -208,72 +210,73 @@ class HedgeSpecEagleProposer(HeadsProposer):
         num_tokens, _, metadata = self.set_inputs_first_pass(
             token_ids, next_token_ids, positions, self.first.model.combine_hidden_states(hidden_states), None, metadata, None
         )
-        reading.positions = self._get_positions(num_tokens)[last]  # a copy: drafting writes there
-        _, layers = self.build_per_group_and_layer_attn_metadata(metadata)  # one for all heads, whose layers are in one group
+        reading.positions = self._get_positions(num_tokens)[last]  # a copy, because drafting writes there
+        _, layers = self.build_per_group_and_layer_attn_metadata(metadata)  # the same for all heads: their layers are one group
         mode, size, across = self._determine_batch_execution_and_padding(num_tokens)
         slots = self._get_slot_mapping(size, metadata.slot_mapping)
         for index, head in enumerate(self.heads):
-            said = HeadResult.silent(len(wanted), len(warm), self.device)
+            result = HeadResult.empty(len(wanted), len(warm), self.device)
             if index not in self.learning.lost:
                 try:
                     self.hidden_states[:num_tokens] = head.model.combine_hidden_states(hidden_states)
                     output, features = self._forward(head, size, layers, mode, across, slots)
-                    # Everything is copied: the next head's CUDA graph may write where this one's output is.
+                    # Everything is copied, because the CUDA graph of the next head may overwrite the output.
                     if wanted:
-                        said.words = self._words(head, spoken := output[here])
-                        said.sound, said.features = spoken.isfinite().all(-1), features[last]
+                        result.proposals = self._argmax_tokens(head, new := output[here])
+                        result.finite, result.features = new.isfinite().all(-1), features[last]
                     if target is not None:
                         logits = head.model.compute_logits(output[warm])
-                        said.prompt = evaluate(target[None], logits[None, None], warm[None] * 0).acceptance_prob[0, 0]
+                        result.prompt = evaluate(target[None], logits[None, None], warm[None] * 0).acceptance_prob[0, 0]
                 except Exception as error:
-                    self._lose(index, error)
-            reading.said.append(said)
+                    self._drop_head(index, error)
+            reading.results.append(result)
         return reading
 
     def _learn(self, step: Step, active: Sequence[int], reading: Reading, sampling: SamplingMetadata) -> None:
-        """Scores the words, and lets the learners know."""
+        """Scores the proposals and updates the learners."""
         if not active:
             return
         learning, offsets = self.learning, reading.offsets
-        rounds: list[tuple[int, int]] = []  # place in `active`, column of its first token's words
+        rounds: list[tuple[int, int]] = []  # place in `active`, column in `before` of its first token
         before: list[NDArray[np.int64]] = []
         for place, row in enumerate(active):
             name = step.names[row]
             if learning.is_new(name):
                 continue
-            earlier = learning.words(name, step.lengths[row] - len(step.emitted[row]))
+            earlier = learning.proposals(name, step.lengths[row] - len(step.emitted[row]))
             if earlier is not None:
                 rounds.append((place, len(before)))
                 before.append(earlier)
-        own_words = torch.stack([said.words for said in reading.said])
-        own_sound = torch.stack([said.sound for said in reading.said])
-        own_prompt = torch.stack([said.prompt for said in reading.said])
+        own_proposals = torch.stack([one.proposals for one in reading.results])
+        own_finite = torch.stack([one.finite for one in reading.results])
+        own_prompt = torch.stack([one.prompt for one in reading.results])
         own_probs = own_prompt[:, :0]
         if not sampling.all_greedy and rounds:
-            # The columns of `before`, then those of `own_words`: the first word of a round is for the token after its first.
-            known = torch.cat([self._on_device(np.stack(before, axis=1)), own_words], dim=1)
+            # The first emitted token of a round was proposed in an earlier step (`before`), the others in this one.
+            known = torch.cat([self._on_device(np.stack(before, axis=1)), own_proposals], dim=1)
             columns = [
                 column
                 for place, first in rounds
                 for column in (first, *range(len(before) + offsets[place], len(before) + offsets[place + 1] - 1))
             ]
-            own_probs = self._probs(step, [active[place] for place, _ in rounds], known[:, self._on_device(columns)], sampling)
-        parts = [part.double() for part in (own_words, own_sound, own_prompt, own_probs)]
+            rows = [active[place] for place, _ in rounds]
+            own_probs = self._proposal_probs(step, rows, known[:, self._on_device(columns)], sampling)
+        parts = [part.double() for part in (own_proposals, own_finite, own_prompt, own_probs)]
         joined = torch.cat(parts, dim=1)
         if (group := get_tp_group()).world_size > 1:
             joined = group.broadcast(joined, src=0)
-        told = joined.cpu().numpy()  # the step's first wait for the device
+        host = joined.cpu().numpy()  # the step's first wait for the device
         seconds = None
         if self._clock is not None:
             self._clock.enter(len(active))
             seconds = self._clock.costs.of(len(active))
-        words, sound, prompt, probs = np.split(told, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
-        words, sound = words.astype(np.int64), sound.astype(bool)
+        proposals, finite, prompt, probs = np.split(host, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+        proposals, finite = proposals.astype(np.int64), finite.astype(bool)
         done = 0
         for place, column in rounds:
             row, tokens = active[place], slice(offsets[place], offsets[place + 1] - 1)
             emitted = step.emitted[row]
-            ratio = (np.column_stack([before[column], words[:, tokens]]) == np.array(emitted)).astype(np.float64)
+            ratio = (np.column_stack([before[column], proposals[:, tokens]]) == np.array(emitted)).astype(np.float64)
             prob = probs[:, done : done + len(emitted)] if probs.size else ratio
             done += len(emitted)
             learning.learn(step.names[row], prob, ratio, step.drafted[row], seconds)
@@ -284,10 +287,11 @@ class HedgeSpecEagleProposer(HeadsProposer):
                 count = len(reading.warm.get(row, ()))
                 learning.begin(name, prompt[:, done : done + count], seconds)
                 done += count
-            learning.hear(name, step.lengths[row], words[:, tokens][:, -1], np.logical_and.reduce(sound[:, tokens], axis=1))
+            all_finite = np.logical_and.reduce(finite[:, tokens], axis=1)
+            learning.propose(name, step.lengths[row], proposals[:, tokens][:, -1], all_finite)
 
     def _draft(self, step: Step, active: Sequence[int], reading: Reading, metadata: Any) -> list[list[int]]:
-        """The picked heads go on from their words."""
+        """Runs the chosen heads from their proposals on."""
         drafts: list[list[int]] = [[] for _ in step.names]
         most, costs = self.num_speculative_tokens, None if self._clock is None else self._clock.costs
         measure = costs.to_measure(len(active), most) if costs is not None and active else None
@@ -297,13 +301,13 @@ class HedgeSpecEagleProposer(HeadsProposer):
             own = [place for place, choice in enumerate(choices) if choice.drafter == index and choice.draft_length]
             length, began = max(choices[place].draft_length for place in own), time.perf_counter()
             try:
-                tokens = self._go_on(index, own, [active[place] for place in own], length, reading, metadata)
+                tokens = self._draft_with_head(index, own, [active[place] for place in own], length, reading, metadata)
                 if costs is not None:
-                    tokens = tokens.cpu()  # waits, or nothing would be measured
+                    tokens = tokens.cpu()  # waits for the device, so that the time is measured
                     costs.drafted(len(active), index, (time.perf_counter() - began) / length)
                 done.append((own, torch.nn.functional.pad(tokens, (0, most - length))))
             except Exception as error:
-                self._lose(index, error)
+                self._drop_head(index, error)
         if done:
             drafted = torch.cat([tokens for _, tokens in done]).tolist()  # the second wait
             for place, draft in zip((place for own, _ in done for place in own), drafted):
@@ -312,18 +316,21 @@ class HedgeSpecEagleProposer(HeadsProposer):
             self._clock.leave(len(active), max(map(len, drafts), default=0))
         return drafts
 
-    def _go_on(
+    def _draft_with_head(
         self, index: int, own: Sequence[int], rows: Sequence[int], length: int, reading: Reading, metadata: Any
     ) -> torch.Tensor:
-        """One head's drafts for some rows, [rows, length]. It writes keys and values of its own layers only, behind what these
-        rows have verified; what is verified then is written over them."""
-        head, said, count = self.heads[index], reading.said[index], len(own)
+        """Returns one head's drafts for some rows, int64 [rows, length].
+
+        It writes keys and values of its own layers only, behind the verified tokens of these rows; the next verified tokens
+        overwrite them.
+        """
+        head, result, count = self.heads[index], reading.results[index], len(own)
         here = self._on_device(own)
         mode, size, across = self._determine_batch_execution_and_padding(count)
         metadata = self._metadata_of_rows(metadata, rows)
         ends = self._on_device(reading.offsets[1:] - 1)
-        assert said.features is not None and reading.positions is not None  # or the head would be lost
-        tokens, features, positions = [said.words[ends[here]]], said.features[here], reading.positions[here]
+        assert result.features is not None and reading.positions is not None  # otherwise the head was dropped
+        tokens, features, positions = [result.proposals[ends[here]]], result.features[here], reading.positions[here]
         for depth in range(1, length):
             positions = self._update_positions_dependent_metadata(positions, metadata, count, size, self.block_size)
             _, layers = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=depth)
@@ -331,26 +338,28 @@ class HedgeSpecEagleProposer(HeadsProposer):
             self.hidden_states[:count] = features
             output, features = self._forward(head, size, layers, mode, across, self._get_slot_mapping(size))
             features = features[:count]
-            tokens.append(self._words(head, output[:count]))
+            tokens.append(self._argmax_tokens(head, output[:count]))
         return torch.stack(tokens, dim=1)
 
     def _warm_rows(self, step: Step, ends: Sequence[int], active: Sequence[int]) -> dict[int, range]:
-        """Of requests whose prompt was read just now, the places of its last tokens but one, after which both the target and
-        the heads are asked what comes. What a prefix in the cache holds is not looked at."""
+        """Returns row -> positions of the warm start, for requests whose prompt was read in this step: the last positions of
+        the prompt, without the very last one. Positions in a cached prefix are not used."""
         fresh = [row for row in active if self.learning.is_new(step.names[row]) and not step.drafted[row]]
         most = min(self.learning.warm, MOST_WARM // max(len(fresh), 1))
         places = {row: range(max(ends[row], ends[row + 1] - 1 - most), ends[row + 1] - 1) for row in fresh}
         return {row: some for row, some in places.items() if some}
 
     def _target_logits(self, step: Step, places: torch.Tensor) -> torch.Tensor:
-        """The target's logits at places among the verified tokens, [places, V]."""
+        """Returns the target's logits at positions among the verified tokens, [positions, V]."""
         rows = places if step.rows is None else step.rows[places]
         return self.runner.model.compute_logits(self._target_hidden[rows])
 
-    def _probs(self, step: Step, rows: Sequence[int], words: torch.Tensor, sampling: SamplingMetadata) -> torch.Tensor:
-        """What the target thinks of the words for all tokens that these rows emitted, [N, tokens]: its probability as the
-        request has it sampled. At temperature 0 that is whether the word was emitted."""
-        final, before = self._sampler.heard, np.cumsum([0, *step.drafted])
+    def _proposal_probs(
+        self, step: Step, rows: Sequence[int], proposals: torch.Tensor, sampling: SamplingMetadata
+    ) -> torch.Tensor:
+        """Returns the target's probability of the proposals for all tokens that these rows emitted, [N, tokens], after the
+        sampling options of the request. At temperature 0 it is whether the proposal was emitted."""
+        final, before = self._sampler.kept_logits, np.cumsum([0, *step.drafted])
         drafted, last, of = [], [], []
         for row in rows:
             for place in range(len(step.emitted[row])):
@@ -361,24 +370,24 @@ class HedgeSpecEagleProposer(HeadsProposer):
         logits = final[self._on_device(last)]
         places = self._on_device(drafted)
         if any(place >= 0 for place in drafted):
-            heard = self._rejection_sampler.heard
-            logits = torch.where((places >= 0)[:, None], heard[places.clamp(min=0)], logits)
+            draft_logits = self._rejection_sampler.kept_logits
+            logits = torch.where((places >= 0)[:, None], draft_logits[places.clamp(min=0)], logits)
         of_row = self._on_device(of)
         temperature = sampling.temperature[of_row]
         greedy = temperature < _SAMPLING_EPS
         logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
         top_k, top_p = (None if bound is None else bound[of_row] for bound in (sampling.top_k, sampling.top_p))
         log_probs = apply_top_k_top_p(logits, top_k, top_p).log_softmax(-1)
-        found = log_probs.gather(1, words.clamp(min=0).T).exp().T
+        found = log_probs.gather(1, proposals.clamp(min=0).T).exp().T
         emitted = self._on_device([token for row in rows for token in step.emitted[row]])
-        return torch.where(greedy, (words == emitted).to(found.dtype), found).where(words >= 0, 0)
+        return torch.where(greedy, (proposals == emitted).to(found.dtype), found).where(proposals >= 0, 0)
 
-    def _lose(self, index: int, error: Exception) -> None:
-        """Goes on without a head that failed; not with tensor parallelism, where the other ranks wait for this one."""
+    def _drop_head(self, index: int, error: Exception) -> None:
+        """Drops a head that failed. With tensor parallelism the error is raised, because the other ranks wait for this one."""
         if get_tp_group().world_size > 1:
             raise error
-        self.learning.lose(index, f"{type(error).__name__}: {error}")
+        self.learning.drop(index, f"{type(error).__name__}: {error}")
 
     def report(self) -> dict:
-        """The sums over all requests, and how many requests are known."""
+        """Returns the sums over all requests, and the number of current ones."""
         return self.learning.tally.to_dict() | {"kept_requests": len(self.learning.requests)}

@@ -1,4 +1,7 @@
-"""What one step of an engine and its EAGLE heads yields, for `eagle_proposer.py`: containers of numbers and tensors."""
+"""Records of one step of an engine and its EAGLE heads, for `eagle_proposer.py`.
+
+Sizes: B rows of the step, A of them with new tokens, T such tokens, H the width of a head.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +11,54 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hedgespec.integrations.vllm.head_pool import SILENT
+from hedgespec.integrations.vllm.head_pool import ABSTAINS
 
 
 @dataclass
 class Step:
-    """What the engine did in the step that is under way, as far as the proposer was told."""
+    """What the engine did in the current step."""
 
     names: list[str]
-    """Of the requests, [B]."""
+    """Names of the B requests."""
     emitted: list[list[int]]
-    """What each emitted; nothing where its prompt is still being read."""
+    """Tokens that each request emitted; empty while its prompt is being read."""
     lengths: list[int]
-    """Tokens of each, with these."""
+    """Number of tokens of each request, the emitted ones included."""
     drafted: list[int]
-    """Drafted tokens that were verified."""
+    """Number of drafted tokens of each request that were verified."""
     rows: torch.Tensor | None = None
-    """Of the target's forward, those that are no rejected draft's, int64 [T]; None: all."""
+    """int64: rows of the target's forward without those of rejected tokens; None: all."""
 
 
 @dataclass(eq=False)
 class HeadResult:
-    """What one head said in a step."""
+    """What one head computed in a step."""
 
-    words: torch.Tensor
-    """After each new token of the active rows, row after row, int64 [T]."""
-    sound: torch.Tensor
-    """Whether its output there was finite, bool [T]."""
+    proposals: torch.Tensor
+    """int64 [T]: the head's argmax token after each new token of the active rows, row after row."""
+    finite: torch.Tensor
+    """bool [T]: whether its output there was finite."""
     prompt: torch.Tensor
-    """Its acceptance at the prompts' positions of the warm start, [positions]."""
+    """[positions]: its acceptance_prob at the positions of the warm start."""
     features: torch.Tensor | None = None
-    """It goes on from these after the last tokens, [A, H]."""
+    """[A, H]: its hidden states at the last tokens, from which it drafts; None if it failed or nothing is active."""
 
     @classmethod
-    def silent(cls, tokens: int, positions: int, device: torch.device) -> HeadResult:
-        words = torch.full((tokens,), SILENT, device=device)
-        return cls(words, torch.zeros(tokens, dtype=torch.bool, device=device), torch.zeros(positions, device=device))
+    def empty(cls, tokens: int, positions: int, device: torch.device) -> HeadResult:
+        """Returns the result of a head that proposed nothing."""
+        proposals = torch.full((tokens,), ABSTAINS, device=device)
+        return cls(proposals, torch.zeros(tokens, dtype=torch.bool, device=device), torch.zeros(positions, device=device))
 
 
 @dataclass(eq=False)
 class Reading:
-    """What all heads said in a step."""
+    """What all heads computed in a step."""
 
     offsets: NDArray[np.int64]
-    """Where the tokens of each active row begin among all of them, and where the last one's end, [A + 1]."""
+    """int64 [A + 1]: start of the tokens of each active row among the T new ones, and T."""
     warm: dict[int, range]
-    """Of new requests, by row: places for the warm start."""
-    said: list[HeadResult] = field(default_factory=list)
-    """Of each head."""
+    """Row of a new request -> positions of the warm start."""
+    results: list[HeadResult] = field(default_factory=list)
+    """Results of the heads, in the pool's order."""
     positions: torch.Tensor | None = None
-    """Of the last tokens, [A]."""
+    """[A]: positions of the last tokens."""

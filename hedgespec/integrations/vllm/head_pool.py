@@ -1,9 +1,9 @@
-"""Which of an engine's EAGLE heads drafts in each request, learned from what all of them would have drafted: numbers only.
+"""Learns for each request of an engine which EAGLE head drafts. Numbers only, without models.
 
-The engine takes drafts as they are, one-hot: a head's draft at a verified position is its argmax there, one token, which is
-called its word here. So a word and what the target thinks of it are all there is to know of a head at a position, the numbers
-of `hedgespec.evaluate` for mode "argmax" being p[word] and 1[word = x]; no head's logits need to be held beside another's. Of
-each request only the words for the token that comes next are kept from step to step.
+The engine verifies drafts as one-hot distributions, so a head proposes one token at a position, its argmax d. With proposal
+"argmax" its scores (`hedgespec.evaluate`) are p[d] and 1[d = x], where p is the target's distribution and x the emitted token.
+The proposed token and its probability are therefore all that is needed of a head at a position, and no logits are kept. From
+step to step only the proposals for the next token of each request are kept.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from hedgespec.integrations.vllm.request_learner import RequestLearner, Tally
 from hedgespec.records import NO_DRAFT, Choice
 from hedgespec.selection.arms import Seconds
 
-SILENT = -1
-"""Stands where a head has no word."""
+ABSTAINS = -1
+"""The proposal of a head that has none."""
 
 
 class _Request:
-    """What is kept of a request between two steps. N heads."""
+    """What is kept of a request between two steps, for N heads."""
 
     def __init__(self, learner: RequestLearner) -> None:
         self.learner = learner
-        self.words = np.empty(0, dtype=np.int64)
-        """What the heads say comes next, [N]."""
+        self.proposals = np.empty(0, dtype=np.int64)
+        """int64 [N]: the heads' tokens at `place`."""
         self.place = -1
-        """In the text, of the token they speak of."""
+        """Index of the token that the proposals are for."""
         self.unscored: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
-        """What the learner will hear at the next evaluation."""
+        """Scores for the next evaluation."""
 
 
 class HeadLearning:
-    """The learners of all requests of an engine, by the engine's names of the requests.
+    """The learners of all requests of an engine, by name of the request.
 
     Args:
-        heads: their names, N >= 1, distinct.
-        config: K and the learner; drafts are argmax chains. `evaluate_every` "adaptive" is 1 here: the heads have read the
-            tokens anyway, so a rarer evaluation would save nothing.
-        seed: of the draws of heads.
-        warn: is told once a head that it is out, and why.
+        heads: N >= 1 distinct names.
+        config: K and the learner; drafts are argmax chains. `evaluate_every` "adaptive" is 1 here, because the heads have
+            consumed the tokens anyway.
+        seed: seed of the draws of heads.
+        warn: is called with a message when a head is dropped.
 
-    Raises: ValueError for a learner that does not go with the pool.
+    Raises: ValueError for a learner that does not fit the pool.
     """
 
     def __init__(self, heads: Sequence[str], config: DecodeConfig, seed: int, warn: Callable[[str], None] = print) -> None:
@@ -54,58 +54,61 @@ class HeadLearning:
         self.tally, self.warn = Tally(heads), warn
         self.requests: dict[str, _Request] = {}
         self.lost: dict[int, str] = {}
-        """Heads that failed, in no request's part alone: they have missed tokens, and are out of all requests for good."""
+        """Head -> cause, of the heads that failed. They lack tokens from then on, so they are dropped from all requests."""
         self._random = np.random.default_rng(seed)
-        hears_all = self._learner().selector.full_feedback  # and says now if anything is wrong with it
-        self.warm = self.config.warm_start if hears_all else 0
-        """Positions of a prompt that a learner wants to hear of."""
+        full_feedback = self._learner().selector.full_feedback  # raises here if the learner does not fit
+        self.warm = self.config.warm_start if full_feedback else 0
+        """Number of prompt positions that a learner uses."""
 
     def _learner(self) -> RequestLearner:
         return RequestLearner(self.tally, self.config, self._random)
 
     def is_new(self, name: str) -> bool:
-        """Whether nothing is known of that request."""
+        """Returns whether the request is unknown."""
         return name not in self.requests
 
     def begin(self, name: str, prompt: NDArray[np.float64] | None = None, seconds: Seconds | None = None) -> None:
-        """A request whose prompt is read.
+        """Starts a request after its prompt was read.
 
         Args:
-            name: the engine's.
-            prompt: acceptance of the heads at the prompt's last positions, float64 [N, T]; None or T = 0: not looked at.
-            seconds: what drafting and verifying cost, for objective "throughput".
+            name: the engine's name of the request.
+            prompt: float64 [N, T], acceptance_prob of the heads at the prompt's last positions; None or T = 0: no warm start.
+            seconds: measured costs, for objective "throughput".
         """
         request = self.requests[name] = _Request(self._learner())
         for head, cause in self.lost.items():
-            request.learner.lose(head, cause)
+            request.learner.drop(head, cause)
         if prompt is not None:
             request.learner.warm_up(prompt, seconds)
 
-    def words(self, name: str, place: int) -> NDArray[np.int64] | None:
-        """What the heads said comes at that place of the text, [N]; None where they were not asked: the engine has gone on
-        without drafting since, as it does in steps where a text of the batch nears the end of the context."""
+    def proposals(self, name: str, place: int) -> NDArray[np.int64] | None:
+        """Returns the heads' proposals for the token at index `place`, int64 [N]. None if there are none because the engine ran
+        steps without drafting, as it does when a row of the batch is near the end of the context."""
         request = self.requests[name]
-        return request.words if request.place == place else None
+        return request.proposals if request.place == place else None
 
-    def hear(self, name: str, place: int, words: NDArray[np.int64], sound: NDArray[np.bool_]) -> None:
-        """Takes what the heads say comes at that place, [N], and whether they have been sound in this step, [N]."""
+    def propose(self, name: str, place: int, proposals: NDArray[np.int64], finite: NDArray[np.bool_]) -> None:
+        """Stores the heads' proposals for the token at index `place`, int64 [N].
+
+        Heads whose output was not finite in this step (`finite`, bool [N]) are dropped from the request.
+        """
         request = self.requests[name]
-        request.words, request.place = words, place
-        for head in np.flatnonzero(~sound & request.learner.alive):
-            if request.learner.lose(int(head), "not finite"):
-                self.warn(f"drafter {self.tally.drafters[head]} said what is not finite and is out of the request")
+        request.proposals, request.place = proposals, place
+        for head in np.flatnonzero(~finite & request.learner.alive):
+            if request.learner.drop(int(head), "not finite"):
+                self.warn(f"drafter {self.tally.drafters[head]} returned values that are not finite and is out of the request")
 
     def learn(
         self, name: str, acceptance_prob: NDArray[np.float64], acceptance_ratio: NDArray[np.float64], drafted: int,
         seconds: Seconds | None = None,
     ) -> None:  # fmt: skip
-        """Ends a round that emitted T tokens, the first of which was drafted by `words`, if any was.
+        """Ends a round that emitted T tokens, and scores the heads on them.
 
         Args:
-            name: the request's.
-            acceptance_prob, acceptance_ratio: of all heads at these tokens, float64 [N, T >= 1].
-            drafted: tokens that came before the engine, 0..K.
-            seconds: what drafting and verifying cost, for objective "throughput".
+            name: name of the request.
+            acceptance_prob, acceptance_ratio: float64 [N, T >= 1], scores of all heads at these tokens.
+            drafted: number of drafted tokens that the engine verified, 0..K.
+            seconds: measured costs, for objective "throughput".
         """
         request, emitted = self.requests[name], acceptance_prob.shape[1]
         learner = request.learner
@@ -118,20 +121,20 @@ class HeadLearning:
         learner.end_round(emitted, drafted, min(emitted - 1, drafted))  # the last token is recovered, or the bonus
 
     def choose(self, name: str, room: int, measure: Choice | None = None) -> Choice:
-        """Who drafts in the request's next round, which may emit `room` tokens."""
+        """Returns head and draft length of the request's next round, which may emit up to `room` tokens."""
         choice = self.requests[name].learner.choose(room, measure)
         return NO_DRAFT if choice.drafter in self.lost else choice
 
-    def lose(self, head: int, cause: str) -> None:
-        """Goes on without a head, in all requests."""
+    def drop(self, head: int, cause: str) -> None:
+        """Drops a head from all requests, those to come included."""
         if head not in self.lost:
             self.lost[head] = cause
-            self.warn(f"drafter {self.tally.drafters[head]} failed and is out for good: {cause}")
+            self.warn(f"drafter {self.tally.drafters[head]} failed and is out of all requests: {cause}")
         for request in self.requests.values():
-            request.learner.lose(head, cause)
+            request.learner.drop(head, cause)
 
     def forget(self, names: Iterable[str]) -> None:
-        """These requests have ended; unknown names are fine."""
+        """Ends these requests. Unknown names are ignored."""
         for name in names:
             request = self.requests.pop(name, None)
             if request is not None:

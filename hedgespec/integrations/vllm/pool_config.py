@@ -1,11 +1,11 @@
-"""The pool of drafters that an engine is given: one JSON object, in a file or in an environment variable.
+"""Reads the pool of drafters of an engine: a JSON object, in a file or in an environment variable.
 
     {"drafters": [{"name": "small", "type": "causal_lm", "model": "/models/small"},
                   {"name": "lookup", "type": "ngram", "max_ngram": 3},
                   {"name": "sql", "type": "datastore", "path": "/stores/sql.safetensors"}],
      "learner": "normal_hedge", "objective": "throughput", "log_every": 60}
 
-Beside `drafters` it may hold the fields of `DecodeConfig` in `LEARNING`, `seed`, and `log_every`.
+It may also have the keys in `LEARNING`, `seed`, and `log_every`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ VARIABLE = "HEDGESPEC_POOL"
 LEARNING = ("learner", "learner_options", "prior", "objective", "evaluate_every", "warm_start")
 """Keys of a pool that configure selection: fields of `DecodeConfig`, and options and prior of the learner."""
 TOKENS_ONLY = MappingProxyType({"warm_start": 4, "evaluate_every": 1})
-"""Defaults where only tokens are seen: a prompt's tell little, and nothing of what prompt lookup will be worth once there is
-text to look up; and most drafters that need tokens only are scored at next to no cost. Measured in docs/engines.md."""
+"""Defaults for engines that show only tokens. The warm start is short, because tokens of the prompt say little about the
+drafters, and nothing about prompt lookup; every round is evaluated, because that costs little. Measured in docs/engines.md."""
 OPTIONS: dict[str, dict[str, type]] = {
     "causal_lm": {"model": str, "dtype": str, "max_cache_tokens": int},
     "ngram": {"max_ngram": int},
@@ -57,16 +57,16 @@ class DrafterEntry:
 
 @dataclass(frozen=True)
 class Pool:
-    """What an engine is to draft with."""
+    """The drafters and options of an engine."""
 
     drafters: tuple[DrafterEntry, ...]
     decode: DecodeConfig
     seed: int
-    """Of the draws of drafters."""
+    """Seed of the draws of drafters."""
     log_every: float
     """Seconds between two lines in the log; 0 for none."""
     source: str
-    """Where it was found, for messages."""
+    """Place where it was found, for messages."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,16 +77,16 @@ def read_pool(
     draft_length: int, types: tuple[str, ...], *, defaults: Mapping[str, Any] = MappingProxyType({}),
     environment: Mapping[str, str] = os.environ, seed: int = 0,
 ) -> Pool:  # fmt: skip
-    """The pool that the environment variable `HEDGESPEC_POOL` names or holds.
+    """Returns the pool in the environment variable `HEDGESPEC_POOL`, or in the file that it names.
 
     Args:
         draft_length: K, the engine's number of speculative tokens.
-        types: of drafters that can run there.
-        defaults: where the pool has none of `LEARNING`, and `DecodeConfig` another; `TOKENS_ONLY`, say.
-        environment: where the variable is looked for.
-        seed: where the pool has none.
+        types: types of drafters that the engine can run.
+        defaults: values of keys in `LEARNING` that the pool leaves out; other keys have the defaults of `DecodeConfig`.
+        environment: the environment variables.
+        seed: the seed if the pool has none.
 
-    Raises: PoolError, a ValueError, that says what is wrong and where.
+    Raises: PoolError, a ValueError, that names the place and the fault.
     """
     given = environment.get(VARIABLE, "").strip()
     if not given:

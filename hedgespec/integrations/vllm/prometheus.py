@@ -1,8 +1,9 @@
-"""What all requests of an engine did, as Prometheus metrics, where `prometheus_client` is installed.
+"""Exports the sums over all requests of an engine as Prometheus metrics, if `prometheus_client` is installed.
 
-An engine's web server shows what is registered in its own process, and vLLM's engine runs in another. What is counted there is
-shown only where PROMETHEUS_MULTIPROC_DIR names an empty folder before vLLM starts: then all processes write into files there,
-of which `/metrics` is the sum. Files stay when their processes end, so the folder must be emptied between two servers.
+The web server of an engine shows the metrics of its own process, but vLLM's engine runs in another one. Its metrics are shown
+only
+if PROMETHEUS_MULTIPROC_DIR names an empty folder before vLLM starts: all processes then write to files in it, and `/metrics`
+shows their sum. The files remain when the processes end, so the folder must be emptied before the next server starts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ COUNTERS = {
 
 @cache
 def _metrics() -> dict | None:
-    """The metrics, made once a process; None without the library."""
+    """Returns the metrics, which are created once a process; None without the library."""
     try:
         from prometheus_client import Counter, Gauge
     except ImportError:
@@ -34,37 +35,37 @@ def _metrics() -> dict | None:
     made["requests"] = Counter("hedgespec_requests", "Requests that ended.")
     made["emitted"] = Counter("hedgespec_emitted", "Tokens emitted in all rounds.")
     text = "Sum over the requests that ended of the learner's loss less that of the request's best drafter."
-    # "sum", as counters are: what a process counted that has ended stays in both.
+    # "sum", as for counters: the values of processes that have ended are kept.
     made["regret"] = Gauge("hedgespec_regret", text, multiprocess_mode="sum")
     return made
 
 
 class Exporter:
-    """Hands what is new in a tally to Prometheus.
+    """Passes the changes of a tally to Prometheus.
 
     Args:
-        drafters: their names.
+        drafters: names.
     """
 
     def __init__(self, drafters: Sequence[str]) -> None:
-        self._told = Tally(drafters)
+        self._exported = Tally(drafters)
         metrics = _metrics()
-        # Made now: a series that begins with its first count has no rate until its second.
+        # Created with a count of 0: a series that starts with its first count has no rate until the second.
         self._series = {} if metrics is None else {name: [metrics[name].labels(one) for one in drafters] for name in COUNTERS}
 
     def update(self, tally: Tally) -> None:
-        """Adds what happened since the last call."""
+        """Adds the changes since the last call."""
         metrics = _metrics()
         if metrics is None:
             return
         for name, series in self._series.items():
-            now, told = getattr(tally, name), getattr(self._told, name)
-            for one, more in zip(series, now - told):
+            now, before = getattr(tally, name), getattr(self._exported, name)
+            for one, more in zip(series, now - before):
                 if more > 0:
                     one.inc(float(more))
-            told[:] = now
+            before[:] = now
         for name in ("requests", "emitted"):
-            metrics[name].inc(getattr(tally, name) - getattr(self._told, name))
-            setattr(self._told, name, getattr(tally, name))
-        metrics["regret"].inc(tally.regret - self._told.regret)
-        self._told.regret = tally.regret
+            metrics[name].inc(getattr(tally, name) - getattr(self._exported, name))
+            setattr(self._exported, name, getattr(tally, name))
+        metrics["regret"].inc(tally.regret - self._exported.regret)
+        self._exported.regret = tally.regret

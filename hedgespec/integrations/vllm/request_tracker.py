@@ -1,4 +1,4 @@
-"""Which request a row of an engine's step belongs to, where the engine's rows move, vanish and come back."""
+"""Identifies the request of every row of an engine's step, while rows move, disappear and return."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from numpy.typing import NDArray
 State = TypeVar("State")
 
 PATIENCE = 64
-"""Steps that a request without a name may be away before it is taken to have ended."""
+"""Steps without a row after which a request without a name counts as ended."""
 
 
 class Tracked(Generic[State]):
-    """A request and its text."""
+    """A request and its tokens."""
 
     def __init__(self, key: int, name: str | None, tokens: NDArray[np.integer], state: State) -> None:
         self.key, self.name, self.state = key, name, state
-        """A number of its own, the engine's name for it, if it tells one, and what the owner keeps with it."""
+        """A unique number, the engine's name of the request or None, and the owner's state."""
         self.length = 0
         self._tokens = np.empty(max(64, 2 * len(tokens)), dtype=np.int64)
         self.row = -1
-        """Where it was last."""
+        """Its row in step `step`."""
         self.step = -1
-        """When."""
+        """The last step in which it had a row; -1 for none."""
         self.missed = 0
-        """Steps without a row that it had just before the last one with a row."""
+        """Number of steps without a row directly before `step`."""
         self.append(tokens)
 
     @property
     def tokens(self) -> NDArray[np.int64]:
-        """Its verified tokens, int64 [length], prompt included."""
+        """int64 [length]: its verified tokens, prompt included."""
         return self._tokens[: self.length]
 
     def append(self, tokens: NDArray[np.integer]) -> None:
-        """Verified tokens that follow."""
+        """Appends verified tokens."""
         end = self.length + len(tokens)
         if end > len(self._tokens):
             self._tokens = np.concatenate((self.tokens, np.empty(end, dtype=np.int64)))
@@ -44,19 +44,18 @@ class Tracked(Generic[State]):
         self.length = end
 
     def begins(self, tokens: NDArray[np.integer]) -> bool:
-        """Whether that text begins with this one's."""
+        """Returns whether `tokens` begins with the tokens of this request."""
         return self.length <= len(tokens) and np.array_equal(self.tokens, tokens[: self.length])
 
 
 class Tracker(Generic[State]):
     """Finds the request of every row.
 
-    Engines reuse rows, move them, drop a request's row while it is preempted or waits for its turn, and give it another one
-    later. Where the engine tells a name for each row that is the request, provided that its text goes on from what is known.
-    Where it does not, the text itself is: a row goes on with the request whose tokens are, one for one, those that the row had
-    before this step, looked for first where the row was last. Two requests of the same text cannot be told apart that way, nor
-    need they be: whatever is learned from one's text is true of the other's. A row that fits nothing known begins a new
-    request, so nothing learned ever passes to another text.
+    Engines reuse and move rows. A request that is preempted or waits has no row, and gets another one later. If the engine
+    gives names, a row belongs to the request of its name, provided that its tokens continue those of the request. Without
+    names, a row belongs to the request whose tokens are exactly those that the row had before this step; the request that had
+    this row last is tried first. Two requests with equal tokens cannot be distinguished then, but what is learned from one is
+    true of the other. A row that fits no request starts a new one, so that nothing learned passes to another sequence.
 
     Args:
         most: requests that are kept at once, >= 1, rows of one step not counted: those longest away go first.
@@ -74,17 +73,17 @@ class Tracker(Generic[State]):
         self._next = 0
 
     def begin_step(self) -> None:
-        """The rows asked for from here on are of one step."""
+        """Starts a step; `find` is then called for every row, in order."""
         self.step += 1
         self._seen: list[Tracked[State] | None] = []
 
     def find(self, before: NDArray[np.integer], name: str | None) -> Tracked[State] | None:
-        """The request of the next row.
+        """Returns the request of the next row, or None for a new one.
 
         Args:
-            before: the row's tokens before what this step emitted, [P].
-            name: the engine's, if it tells one.
-        Returns: None where it is new. The text of what is returned begins `before`; without names it is `before`.
+            before: [P], the row's tokens without those that this step emitted.
+            name: the engine's name of the request, or None.
+        Returns: a request whose tokens are a prefix of `before`; without names, equal to `before`.
         """
         row = len(self._seen)
         found = self._named(before, name) if name is not None else self._nameless(before, row)
@@ -92,7 +91,7 @@ class Tracker(Generic[State]):
         return found
 
     def begin(self, before: NDArray[np.integer], name: str | None, state: State) -> Tracked[State]:
-        """A new request in the row that was just asked for."""
+        """Adds a new request in the row of the last call of `find`."""
         tracked = Tracked(self._next, name, before, state)
         self._next += 1
         self.known[tracked.key] = tracked
@@ -124,8 +123,8 @@ class Tracker(Generic[State]):
         return free and one.length == len(before) and one.begins(before)
 
     def end_step(self) -> list[Tracked[State]]:
-        """Requests that are taken to have ended, in the order they came; they are known no more. A name that has another text
-        now ends what had it before."""
+        """Ends a step. Returns the requests that count as ended, oldest first, and removes them. A request also ends if its
+        name now belongs to another sequence."""
         self._rows = self._seen
         gone = []
         for one in self.known.values():
@@ -142,12 +141,12 @@ class Tracker(Generic[State]):
         return self._forget(gone)
 
     def retain(self, names: Sequence[str]) -> list[Tracked[State]]:
-        """The requests with a name that is none of these; they are known no more."""
+        """Removes and returns the requests whose name is not among these; requests without a name stay."""
         alive = set(names)
         return self._forget([one for one in self.known.values() if one.name is not None and one.name not in alive])
 
     def clear(self) -> list[Tracked[State]]:
-        """All requests; none is known any more."""
+        """Removes and returns all requests."""
         return self._forget(list(self.known.values()))
 
     def _forget(self, gone: list[Tracked[State]]) -> list[Tracked[State]]:
@@ -158,5 +157,5 @@ class Tracker(Generic[State]):
         return gone
 
     def away(self, steps: int) -> list[Tracked[State]]:
-        """Requests without a row for just so many steps."""
+        """Returns the requests that have had no row for exactly this number of steps."""
         return [one for one in self.known.values() if self.step - one.step == steps]

@@ -11,24 +11,24 @@ from vllm.v1.sample.sampler import Sampler
 
 
 class RecordingSampler(Sampler):
-    """vLLM's, which keeps the processed logits of every row's last position, [B, V], where a request samples."""
+    """Keeps the processed logits of the last position of every row, [B, V], in `kept_logits`; None if all are greedy."""
 
-    heard: torch.Tensor | None = None
+    kept_logits: torch.Tensor | None = None
 
     def apply_logits_processors(
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, predict_bonus_token: bool
     ) -> torch.Tensor:
         logits = super().apply_logits_processors(logits, sampling_metadata, predict_bonus_token)
-        self.heard = None if sampling_metadata.all_greedy else logits.clone()  # a copy: what follows works in place
+        self.kept_logits = None if sampling_metadata.all_greedy else logits.clone()  # vLLM changes them in place
         return logits
 
 
 class RecordingRejectionSampler(RejectionSampler):
-    """vLLM's, which keeps the processed logits of all drafted positions, [positions, V], where a request samples."""
+    """Keeps the processed logits of all drafted positions, [positions, V], in `kept_logits`; None if all are greedy."""
 
-    heard: torch.Tensor | None = None
+    kept_logits: torch.Tensor | None = None
 
     def apply_logits_processors(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, metadata: Any) -> torch.Tensor:
         logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
-        self.heard = None if sampling_metadata.all_greedy else logits.clone()
+        self.kept_logits = None if sampling_metadata.all_greedy else logits.clone()
         return logits

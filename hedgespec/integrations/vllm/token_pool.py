@@ -1,9 +1,9 @@
-"""Who drafts for the running requests of an engine that shows its tokens and nothing else.
+"""Selection and drafting for the requests of an engine that shows only token ids.
 
-The engine takes drafts as they are, one-hot, and verifies them by itself. A drafter's token d at a verified position is then
-accepted with the probability that the target gives it, and the emitted token x is drawn from that same distribution: 1[x = d]
-has it as its mean. So every drafter is scored at every emitted token without the target's logits: this is the acceptance_ratio
-of the argmax mode in `hedgespec.evaluate` (docs/notation.md, "Scores and losses").
+The engine treats drafts as one-hot distributions and verifies them itself. A drafted token d at a verified position is accepted
+with its probability under the target, and the emitted token x is drawn from the same distribution, so 1[x = d] has this
+probability as its mean. Every drafter can therefore be scored at every emitted token without the target's logits: 1[x = d] is
+the acceptance_ratio of `hedgespec.evaluate` with proposal "argmax" (docs/notation.md, "Scores and losses").
 """
 
 from __future__ import annotations
@@ -22,50 +22,50 @@ from hedgespec.selection.arms import Seconds
 from hedgespec.selection.costs import Costs
 
 CACHED = 8
-"""Steps for which drafters keep what they have of a request that has no row; they read it again when it comes back."""
+"""Steps for which drafters keep the state of a request without a row. If it returns later, they read it again."""
 
 
 class _Request:
-    """What is kept with a request's text. N drafters."""
+    """What is kept of a request, for N drafters."""
 
     def __init__(self, learner: RequestLearner, count: int, prompt: int, warm: int) -> None:
         self.learner = learner
         self.prompt = prompt
-        """Tokens of the prompt."""
+        """Number of tokens of the prompt."""
         self.scored = max(prompt - warm, 1)
-        """Tokens before this place are scored, or never will be."""
+        """Index of the first token that is still to be scored."""
         self.taken = [0] * count
-        """Verified tokens that each drafter has taken in."""
+        """Number of verified tokens that each drafter has consumed."""
         self.guesses = [np.empty(0, dtype=np.int64) for _ in range(count)]
-        """What each drafter would have had at the places up to the one after those it has taken in."""
+        """Each drafter's proposals for the unscored tokens that it has consumed and for the next one, int64."""
         self.draft: list[int] = []
-        """What the engine was handed last."""
+        """The last draft that was passed to the engine."""
 
     @property
     def is_due(self) -> bool:
-        """Whether all drafters are to be scored now. They are at once after the prompt."""
+        """Whether all drafters are to be scored now, as they always are after the prompt."""
         return self.learner.needs_scores and (self.learner.evaluation_is_due or self.scored <= self.prompt)
 
     def forget(self) -> None:
-        """The drafters have nothing of it any more."""
+        """Notes that the drafters have discarded the request."""
         self.taken = [0] * len(self.taken)
         self.guesses = [np.empty(0, dtype=np.int64) for _ in self.guesses]
 
 
 class TokenProposer:
-    """Drafts for the requests of an engine, each by its own learner's pick.
+    """Drafts for the requests of an engine, each of which has its own learner.
 
     Args:
         drafters: the pool, N >= 1; names distinct.
         config: K and the learner, see `DecodeConfig`; a draft is a chain, its mode "argmax".
         max_length: most tokens that a request may have.
         max_requests: most requests that are kept while they have no row.
-        ends: ids that end a text.
-        seed: of the draws of drafters.
-        warn: is told once a drafter that it failed and why.
-        clock: seconds, for objective "throughput".
+        ends: ids that end a sequence.
+        seed: seed of the draws of drafters.
+        warn: is called with a message when a drafter fails.
+        clock: returns seconds, for objective "throughput".
 
-    Raises: ValueError for a learner that does not go with the pool.
+    Raises: ValueError for a learner that does not fit the pool.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TokenProposer:
             self.costs = Costs(len(drafters), config.draft_length, *([] if clock is None else [clock]))
             self.timer = EngineClock(self.costs)
         self._random = np.random.default_rng(seed)
-        self._learner()  # says now what is wrong with it
+        self._learner()  # raises here if the learner does not fit
 
     def _learner(self) -> RequestLearner:
         return RequestLearner(self.tally, self.config, self._random)
@@ -88,13 +88,12 @@ class TokenProposer:
     def propose(
         self, tokens: Sequence[NDArray[np.integer]], emitted: Sequence[int], names: Sequence[str] | None = None
     ) -> list[list[int]]:
-        """One step of the engine.
+        """Runs one step of the engine.
 
         Args:
-            tokens: of each row all its verified tokens, [L_b >= 1], prompt included. Nothing of them is kept.
-            emitted: how many of these, the last ones, this step brought; 0 for a row whose prompt is still being read.
-            names: the engine's names of the rows' requests, if it tells them. It may go on with a request whose steps were not
-                all shown here only if it does.
+            tokens: for each row all its verified tokens, [L_b >= 1], prompt included. The arrays are not kept.
+            emitted: for each row how many of its last tokens are new in this step; 0 while its prompt is being read.
+            names: the engine's names of the requests, if known. Without them every step of a request must be passed here.
         Returns: the drafts, 0..K tokens each.
         """
         known = names if names is not None else [None] * len(tokens)
@@ -109,11 +108,11 @@ class TokenProposer:
         drafts = self._draft(active)
         if self.costs is not None and len(active) == len(tokens):
             self.timer.leave(len(tokens), max(map(len, drafts), default=0))
-        told = iter(drafts)
-        return [[] if row is None else next(told) for row in rows]
+        remaining = iter(drafts)
+        return [[] if row is None else next(remaining) for row in rows]
 
     def retain(self, names: Sequence[str]) -> None:
-        """Ends all requests but those with these names."""
+        """Ends all requests except those with these names."""
         self._end(self.tracker.retain(names))
 
     def close(self) -> None:
@@ -122,29 +121,29 @@ class TokenProposer:
 
     @property
     def requests(self) -> int:
-        """How many requests something is kept of."""
+        """Number of requests of which anything is kept."""
         return len(self.tracker.known)
 
     def _row(self, text: NDArray[np.integer], emitted: int, name: str | None) -> tuple[Tracked[_Request], int] | None:
-        """A row's request, and how many tokens are new to it; None where the engine emitted none."""
+        """Returns the request of a row and the number of its new tokens; None if the engine emitted none."""
         before = text[: len(text) - emitted]
         found = self.tracker.find(before, name)
         if emitted == 0:
-            if found is not None:  # it was preempted, and is being read again
+            if found is not None:  # it was preempted, and its prompt is being read again
                 found.state.draft = []
             return None
         if found is None:
             state = _Request(self._learner(), len(self.drafters), len(before), self.config.warm_start)
             found = self.tracker.begin(before, name, state)
         request = found.state
-        if found.length != len(before) or found.missed:  # what was handed over is not what was verified
+        if found.length != len(before) or found.missed:  # the engine verified another draft than the last one
             request.draft = []
         new = len(text) - found.length
         found.append(text[found.length :])
         return found, new
 
     def _learn(self, active: Sequence[tuple[Tracked[_Request], int]]) -> None:
-        """Scores who is to be scored, and lets the learners know."""
+        """Scores the requests that are due, and updates the learners."""
         due = [one for one, _ in active if one.state.is_due]
         for drafter in range(len(self.drafters)):
             self._bring_up(drafter, due)
@@ -160,11 +159,11 @@ class TokenProposer:
         scores = np.zeros((len(self.drafters), last - first))
         for drafter in np.flatnonzero(request.learner.alive):
             guesses = request.guesses[drafter]
-            known = guesses[len(guesses) - 1 - (last - first) : len(guesses) - 1]  # the very last is of a token to come
+            known = guesses[len(guesses) - 1 - (last - first) : len(guesses) - 1]  # the last one is for the next token
             scores[drafter] = known == text[first:last]
             request.guesses[drafter] = guesses[-1:]
         request.scored = last
-        # The first token comes with the prompt: nobody could have drafted it.
+        # The first token comes with the prompt's forward and cannot be drafted.
         warm = max(min(request.prompt + 1, last) - first, 0)
         request.learner.warm_up(scores[:, :warm], seconds)
         if last - first > warm:
@@ -178,12 +177,12 @@ class TokenProposer:
             request.learner.end_round(new, len(drafted), min(right, new - 1))
 
     def _bring_up(self, drafter: int, some: Sequence[Tracked[_Request]]) -> None:
-        """Has a drafter take in what it lacks of these requests."""
+        """Lets a drafter consume the tokens of these requests that it lacks."""
         some = [one for one in some if one.state.learner.alive[drafter] and one.state.taken[drafter] < one.length]
         if not some:
             return
         new = [one.tokens[one.state.taken[drafter] :] for one in some]
-        # From the place that is scored next to the one after the last token.
+        # Proposals from the next token to be scored to the one after the last token.
         keep = [
             one.length + 1 - max(one.state.taken[drafter] + 1, one.state.scored) if one.state.learner.needs_scores else 1
             for one in some
@@ -196,7 +195,7 @@ class TokenProposer:
                 one.state.taken[drafter] = one.length
 
     def _draft(self, active: Sequence[tuple[Tracked[_Request], int]]) -> list[list[int]]:
-        """Drafts of the active requests."""
+        """Returns the drafts of the active requests."""
         some = [one for one, _ in active]
         rooms = [self.max_length - one.length for one in some]
         measure = self.costs.to_measure(len(some), max(rooms) - 1) if self.costs is not None and some else None
@@ -221,12 +220,12 @@ class TokenProposer:
 
     @contextmanager
     def _quarantine(self, drafter: int, some: Sequence[Tracked[_Request]]) -> Iterator[None]:
-        """Takes a drafter whose code fails out of these requests, which go on."""
+        """Drops a drafter that raises from these requests, which continue without it."""
         try:
             yield
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
-            first = [one.state.learner.lose(drafter, cause) for one in some]
+            first = [one.state.learner.drop(drafter, cause) for one in some]
             if any(first):
                 self.warn(f"drafter {self.drafters[drafter].name} failed and is out of the requests at hand: {cause}")
             self._drop(drafter, some)
@@ -238,7 +237,7 @@ class TokenProposer:
             self.warn(f"drafter {self.drafters[drafter].name} failed to forget: {type(error).__name__}: {error}")
 
     def _let_go(self, some: Sequence[Tracked[_Request]]) -> None:
-        """Has the drafters forget requests."""
+        """Lets the drafters discard the state of requests."""
         if some:
             for drafter in range(len(self.drafters)):
                 self._drop(drafter, some)

