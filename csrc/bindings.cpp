@@ -13,6 +13,7 @@
 
 namespace py = pybind11;
 
+void bind_forward(py::module_& module);
 void bind_suffix_automaton(py::module_& module);
 
 namespace {
@@ -217,6 +218,7 @@ PYBIND11_MODULE(HEDGESPEC_MODULE, module) {
   module.def("stack_rms_norm", &stack_rms_norm, without_the_gil);
   module.def("swiglu", &swiglu, without_the_gil);
   module.def("rotary_append", &rotary_append, without_the_gil);
+  bind_forward(module);
   bind_suffix_automaton(module);
   module.def("instruction_set", &instruction_set);
   module.attr("compiler") =
