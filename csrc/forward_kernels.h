@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include <sched.h>
@@ -59,6 +60,41 @@ FORWARD_INLINE void put(Bfloat16* to, float value) {  // rounds to nearest, ties
   std::uint32_t word;
   std::memcpy(&word, &value, sizeof word);
   *to = static_cast<Bfloat16>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+// What a tensor of the model's dtype would hold. transformers rounds after every operation, and where this forward does so at
+// the same places, its text is the same but for the order of sums.
+template <typename Element>
+FORWARD_INLINE Lanes rounded(Lanes value) {
+  if constexpr (std::is_same_v<Element, float>) {
+    return value;
+  } else {
+    Words words;
+    std::memcpy(&words, &value, sizeof words);
+    words = (words + 0x7fffu + ((words >> 16) & 1u)) & 0xffff0000u;
+    std::memcpy(&value, &words, sizeof value);
+    return value;
+  }
+}
+
+template <typename Element>
+FORWARD_INLINE float rounded(float value) {
+  if constexpr (std::is_same_v<Element, float>) {
+    return value;
+  } else {
+    Bfloat16 held;
+    put(&held, value);
+    return number(held);
+  }
+}
+
+template <typename Element>
+void round_all(float* values, std::int64_t count) {
+  if constexpr (!std::is_same_v<Element, float>) {
+    std::int64_t k = 0;
+    for (; k + lanes <= count; k += lanes) store(values + k, rounded<Element>(load(values + k)));
+    for (; k < count; ++k) values[k] = rounded<Element>(values[k]);
+  }
 }
 
 FORWARD_INLINE float sum(Lanes value) {
@@ -351,8 +387,17 @@ class Forward {
       float total = sum(squares);
       for (; k < inner; ++k) total += x[k] * x[k];
       const float factor = 1.0f / std::sqrt(total / static_cast<float>(inner) + m_.epsilon);
-      for (k = 0; k + lanes <= inner; k += lanes) store(out + k, load(x + k) * factor * (load(scale + k) + m_.norm_offset));
-      for (; k < inner; ++k) out[k] = x[k] * factor * (number(scale[k]) + m_.norm_offset);
+      if (m_.norm_offset == 0.0f) {  // Llama rounds before the weight and after it
+        for (k = 0; k + lanes <= inner; k += lanes) {
+          store(out + k, rounded<Element>(rounded<Element>(load(x + k) * factor) * load(scale + k)));
+        }
+        for (; k < inner; ++k) out[k] = rounded<Element>(rounded<Element>(x[k] * factor) * number(scale[k]));
+      } else {
+        for (k = 0; k + lanes <= inner; k += lanes) {
+          store(out + k, rounded<Element>(load(x + k) * factor * (load(scale + k) + m_.norm_offset)));
+        }
+        for (; k < inner; ++k) out[k] = rounded<Element>(x[k] * factor * (number(scale[k]) + m_.norm_offset));
+      }
     }
   }
 
@@ -360,7 +405,7 @@ class Forward {
     for (std::int64_t row = 0; row < c_.rows; ++row) {
       for (std::int64_t place = 0; place < c_.counts[row]; ++place, residual += m_.hidden) {
         const Element* const from = weights(m_.embedding) + c_.tokens[row * c_.width + place] * m_.hidden;
-        for (std::int64_t k = 0; k < m_.hidden; ++k) residual[k] = number(from[k]) * m_.embedding_scale;
+        for (std::int64_t k = 0; k < m_.hidden; ++k) residual[k] = rounded<Element>(number(from[k]) * m_.embedding_scale);
       }
     }
   }
@@ -403,6 +448,7 @@ class Forward {
         for (std::int64_t d = 0; d < width; ++d) states[token * width + d] += number(bias[head * width + d]);
       }
     }
+    round_all<Element>(states, count_ * width);
     if (scale) norm(states, scale, width, count_, states);
     float* one = states;
     for (std::int64_t row = 0; row < c_.rows; ++row) {
@@ -425,8 +471,9 @@ class Forward {
     const float *const cosine = layer.cosine + position * half, *const sine = layer.sine + position * half;
     for (std::int64_t d = 0; d < half; ++d) {
       const float low = states[d], high = states[d + half];
-      states[d] = low * cosine[d] - high * sine[d];
-      states[d + half] = high * cosine[d] + low * sine[d];
+      const auto product = [](float one, float other) { return rounded<Element>(one * other); };
+      states[d] = rounded<Element>(product(low, cosine[d]) - product(high, sine[d]));
+      states[d + half] = rounded<Element>(product(high, cosine[d]) + product(low, sine[d]));
     }
   }
 
@@ -456,6 +503,9 @@ class Forward {
     const std::int64_t stride = m_.heads * width;
     mix(scores, rows, keys, cache(c_.values, number_of_layer) + offset, width,
         attended_.data() + first_[row] * stride + head * width, stride);
+    for (std::int64_t place = 0; place < rows; ++place) {
+      round_all<Element>(attended_.data() + (first_[row] + place) * stride + head * width, width);
+    }
   }
 
   // Scores of keys that a query does not see become -infinity.
@@ -478,11 +528,10 @@ class Forward {
       const std::int64_t begin = piece * step, columns = std::min(step, m_.hidden - begin);
       float* const out = branch_.data() + begin;
       product(weights(weight) + begin * inner, columns, inner, x, count_, out, m_.hidden);
-      if (!bias) return;
       for (std::int64_t token = 0; token < count_; ++token) {
-        for (std::int64_t column = 0; column < columns; ++column) {
-          out[token * m_.hidden + column] += number(weights(bias)[begin + column]);
-        }
+        float* const row = out + token * m_.hidden;
+        for (std::int64_t column = 0; bias && column < columns; ++column) row[column] += number(weights(bias)[begin + column]);
+        round_all<Element>(row, columns);
       }
     });
   }
@@ -493,7 +542,7 @@ class Forward {
       norm(branch, scale, m_.hidden, count_, own.normed.data());
       branch = own.normed.data();
     }
-    for (std::int64_t k = 0; k < count_ * m_.hidden; ++k) own.residual[k] += branch[k];
+    for (std::int64_t k = 0; k < count_ * m_.hidden; ++k) own.residual[k] = rounded<Element>(own.residual[k] + branch[k]);
   }
 
   void share_mlp(std::int64_t stage, const Layer& layer, Own& own) {
@@ -506,7 +555,8 @@ class Forward {
       product(weights(layer.gate) + begin * m_.hidden, columns, m_.hidden, x, count_, own.piece.data(), columns);
       product(weights(layer.up) + begin * m_.hidden, columns, m_.hidden, x, count_, own.other.data(), columns);
       for (std::int64_t k = 0; k < count_ * columns; k += lanes) {  // the last vector reaches into what is allocated behind
-        store(own.piece.data() + k, activated(load(own.piece.data() + k)) * load(own.other.data() + k));
+        const Lanes gate = rounded<Element>(activated(rounded<Element>(load(own.piece.data() + k))));
+        store(own.piece.data() + k, rounded<Element>(gate * rounded<Element>(load(own.other.data() + k))));
       }
       for (std::int64_t token = 0; token < count_; ++token) {
         std::copy_n(own.piece.data() + token * columns, columns, activations_.data() + token * m_.intermediate + begin);

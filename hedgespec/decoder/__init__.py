@@ -40,6 +40,7 @@ from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import Learner
 from hedgespec.ops.sampling import Sampling
+from hedgespec.runtime.native_forward import NativeForwards
 from hedgespec.runtime.plain_inputs import check_inputs, prepares_by_itself, reread_boundary
 from hedgespec.runtime.positions import context_of, length_dependent, table_size
 from hedgespec.runtime.self_check import may_be_ragged
@@ -127,6 +128,7 @@ class Decoder:
         throughput = self.config.objective == "throughput"
         self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
         self.captures = Captures(self.config.max_drafted + 1) if self.config.compile else None
+        self.native = NativeForwards(model)
         check_inputs(model)
         self.reread_at, self.rereads_all = reread_boundary(model)
         """Number of tokens, padding included, at which the target drops its cache (None: it never does), and whether it then
