@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from helpers.families import FAMILIES, VOCABULARY, WINDOW, own_texts, padded_prompts, pool, texts_of, tiny
 from torch import nn
 
 from hedgespec import DecodeConfig, Decoder, Tree
@@ -16,7 +17,6 @@ from hedgespec.ops.tree_mask import ancestry
 from hedgespec.runtime import native_forward
 from hedgespec.runtime.native_forward import MOST_TOKENS, NativeForward, NativeForwards, Unsupported
 from hedgespec.runtime.target import TargetSession
-from tests.helpers.families import FAMILIES, VOCABULARY, WINDOW, own_texts, padded_prompts, pool, texts_of, tiny
 
 pytestmark = pytest.mark.skipif(not native_forward.available(), reason="the native module was not built")
 

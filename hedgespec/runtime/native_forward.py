@@ -110,6 +110,8 @@ class NativeForward:
         self.config, inner = model.config, model.model
         layers = list(inner.layers[: self.config.num_hidden_layers])
         self.dtype = inner.embed_tokens.weight.dtype
+        if self.dtype not in TOLERANCE:
+            raise Unsupported(f"its dtype is {self.dtype}")
         self.rotary = _Rotary(inner.rotary_emb, self.dtype)
         self.kinds = [getattr(layer.self_attn, "layer_type", None) for layer in layers]
         """Of each layer what its rotary embedding is asked for; None where there is one for all."""
