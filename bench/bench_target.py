@@ -1,5 +1,5 @@
-"""The target's forward over the few tokens of a round, three ways in turn: plain transformers, the session's eager view, and
-captured (compiled layers on a CPU, CUDA graphs on a GPU).
+"""The target's forward over the few tokens of a round, in turn: plain transformers, the session's view of the model, captured
+(compiled layers on a CPU, CUDA graphs on a GPU), on a CPU in one native call, and the reading of all weights.
 
     python bench/bench_target.py --tokens 1 2 6 --batch 1 4 [--device cuda] [--dtype bfloat16] [--json FILE]
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,15 +22,18 @@ from transformers import StaticCache
 
 from hedgespec.ops.linear import few_row_view
 from hedgespec.runtime.compat import cache_argument
+from hedgespec.runtime.native_forward import NativeForward, available
 from hedgespec.runtime.target import Captures, TargetSession
 from hedgespec.zoo.target import load_target
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 """Largest difference of a logit; bfloat16 keeps 8 bits of logits near 30."""
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+"""By the weights' dtype, as what they are read: the largest of integers is found at the speed of memory."""
 
 
 @torch.no_grad()
-def measure(model, batch: int, count: int, prompt: int, rounds: int, clock, tolerance: float) -> dict:
+def measure(model, batch: int, count: int, prompt: int, rounds: int, clock, tolerance: float, captured: bool) -> dict:
     device, random = model.device, torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     ids = torch.randint(vocabulary, (batch, prompt), generator=random).to(device)
@@ -52,23 +56,25 @@ def measure(model, batch: int, count: int, prompt: int, rounds: int, clock, tole
             layer.cumulative_length.sub_(count)
         return logits
 
-    sessions = [TargetSession(few_row_view(model), [], batch, captures=one) for one in (None, Captures(count))]
-    for session in sessions:
+    views = {"view": {}, "captured": {"captures": Captures(count)} if captured else None}
+    views["native"] = {"native": NativeForward(model)} if device.type == "cpu" and available() else None
+    sessions = {name: TargetSession(few_row_view(model), [], batch, **how) for name, how in views.items() if how is not None}
+    for session in sessions.values():
         session.forward(ids, 1)
         session.keep([prompt] * batch)
-    ways = {"plain": plain, "view": lambda: sessions[0].forward(tokens, count)}
-    ways["captured"] = lambda: sessions[1].forward(tokens, count)
-    expected = plain()
-    _, first = synchronised(ways["captured"])
-    assert sessions[1].captured is not None, "the target was not captured"
+    ways = {"plain": plain, **{name: partial(one.forward, tokens, count) for name, one in sessions.items()}}
+    expected, row = plain(), {"batch": batch, "tokens": count}
+    if captured:
+        row["first_captured_s"] = synchronised(ways["captured"])[1] / 1e3
+        assert sessions["captured"].captured is not None, "the target was not captured"
     for name, way in ways.items():
         error = (way() - expected).abs().max().item()
         assert error < tolerance, f"{name}: logits differ by {error}"
+    ways["reading"] = lambda: [weight.view(INTEGERS[weight.dtype]).max() for weight in model.parameters()]
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             times[name].append(synchronised(way)[1])
-    row = {"batch": batch, "tokens": count, "first_captured_s": first / 1e3}
     for name, found in times.items():
         row |= {f"{name}_ms": min(found), f"{name}_median_ms": statistics.median(found)}
     return row
@@ -83,23 +89,26 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--captured", action="store_true", help="on a CPU too, where it takes seconds to compile")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, _ = load_target(dtype=options.dtype, device=options.device)
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[options.clock]
     rows, threads = [], torch.get_num_threads()
     print(f"torch {torch.__version__}, {options.device}, {options.dtype}, {threads} threads, {options.clock} clock")
-    print("rows tokens | ms plain, view, captured (median) | captured: x view's time, x plain's (medians) | first captured s")
+    print("rows tokens | ms: fastest (median) of each way | native: x reading, x view, x plain (fastest)")
     for batch in options.batch:
         for count in options.tokens:
-            row = measure(model, batch, count, options.prompt, options.rounds, clock, TOLERANCE[options.dtype])
+            captured = options.captured or options.device != "cpu"
+            row = measure(
+                model, batch, count, options.prompt, options.rounds, clock, TOLERANCE[options.dtype], captured
+            )  # fmt: skip
             rows.append(row)
-            ms = ", ".join(f"{row[f'{way}_ms']:.1f} ({row[f'{way}_median_ms']:.1f})" for way in ("plain", "view", "captured"))
-            ratios = ", ".join(
-                f"{row['captured_ms'] / row[f'{way}_ms']:.2f} ({row['captured_median_ms'] / row[f'{way}_median_ms']:.2f})"
-                for way in ("view", "plain")
-            )
-            print(f"{batch:4} {count:6} | {ms} | {ratios} | {row['first_captured_s']:.1f}", flush=True)
+            names = [name.removesuffix("_median_ms") for name in row if name.endswith("_median_ms")]
+            ms = ", ".join(f"{name} {row[f'{name}_ms']:.1f} ({row[f'{name}_median_ms']:.1f})" for name in names)
+            best = "native" if "native" in names else "captured"
+            ratios = ", ".join(f"{row[f'{best}_ms'] / row[f'{name}_ms']:.2f}" for name in ("reading", "view", "plain"))
+            print(f"{batch:4} {count:6} | {ms} | {ratios}", flush=True)
     if options.json:
         recorded = {"threads": threads, "clock": options.clock, "dtype": options.dtype, "rows": rows}
         options.json.write_text(json.dumps(recorded, indent=2) + "\n")

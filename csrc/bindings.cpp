@@ -13,6 +13,9 @@
 
 namespace py = pybind11;
 
+void bind_forward(py::module_& module);
+void bind_suffix_automaton(py::module_& module);
+
 namespace {
 
 using Address = std::uintptr_t;  // of a tensor's first element; 0 stands for "not given"
@@ -215,6 +218,8 @@ PYBIND11_MODULE(HEDGESPEC_MODULE, module) {
   module.def("stack_rms_norm", &stack_rms_norm, without_the_gil);
   module.def("swiglu", &swiglu, without_the_gil);
   module.def("rotary_append", &rotary_append, without_the_gil);
+  bind_forward(module);
+  bind_suffix_automaton(module);
   module.def("instruction_set", &instruction_set);
   module.attr("compiler") =
 #if defined(__clang__)

@@ -269,10 +269,23 @@ def test_bad_requests_are_refused(target, arguments, error, message):
         Decoder(target, [NGramDrafter(VOCABULARY)]).generate(**call)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"objective": "throughput"}, {"proposal": "coupled"}, {"tree": Tree(2)}, {"learner": "ucb_spec"}],
+    ids=lambda options: "".join(map(str, options.values())) or "defaults",
+)
+def test_without_drafters_decoding_is_plain(target, options):
+    decoder, prompt = Decoder(target, [], DecodeConfig(**options)), prompt_of(0)
+    out = decoder.generate(prompt, max_new_tokens=12, temperature=0)
+    expected = target.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
+    assert torch.equal(out.sequences, expected)
+    assert out.stats[0].choices == [-1] * 11
+    assert out.stats[0].tokens_per_round == 1.0
+    assert (decoder.generate(prompt, max_new_tokens=12, temperature=1.0, seed=1).sequences[0, prompt.shape[1] :]).numel() == 12
+
+
 def test_bad_pools_and_configurations_are_refused(target):
     lookup = NGramDrafter(VOCABULARY)
-    with pytest.raises(ValueError, match="drafters: expected at least 1"):
-        Decoder(target, [])
     with pytest.raises(ValueError, match="drafters: expected distinct names"):
         Decoder(target, [lookup, lookup])
     with pytest.raises(VocabularyMismatchError, match="drafter ngram"):

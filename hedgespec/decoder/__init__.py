@@ -40,6 +40,7 @@ from hedgespec.drafters.stack import HeadStack
 from hedgespec.errors import VocabularyMismatchError
 from hedgespec.learners import Learner
 from hedgespec.ops.sampling import Sampling
+from hedgespec.runtime.native_forward import NativeForwards
 from hedgespec.runtime.plain_inputs import check_inputs, prepares_by_itself, reread_boundary
 from hedgespec.runtime.positions import context_of, length_dependent, table_size
 from hedgespec.runtime.self_check import may_be_ragged
@@ -112,8 +113,6 @@ class Decoder:
         if isinstance(drafters, (str, bytes)) or not isinstance(drafters, Iterable):
             raise TypeError(f"drafters: expected a sequence of drafters, got {shown(drafters)}")
         self.target, self.drafters, self.config = model, tuple(drafters), config or DecodeConfig()
-        if not self.drafters:
-            raise ValueError("drafters: expected at least 1, got 0")
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.vocabulary = vocabulary_of(model)
         for place, drafter in enumerate(self.drafters):
@@ -125,8 +124,9 @@ class Decoder:
         """Threads take turns with `_stacks`."""
         self._stacks: list[tuple[list[int], HeadStack]] | None = stacks_of(self.drafters)
         throughput = self.config.objective == "throughput"
-        self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput else None
+        self.costs = Costs(len(self.drafters), self.config.draft_length) if throughput and self.drafters else None
         self.captures = Captures(self.config.max_drafted + 1) if self.config.compile else None
+        self.native = NativeForwards(model)
         check_inputs(model)
         self.reread_at, self.rereads_all = reread_boundary(model)
         """Number of tokens, padding included, at which the target drops its cache (None: it never does), and whether it then

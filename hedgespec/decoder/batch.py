@@ -72,6 +72,7 @@ class Batch:
         self.target = TargetSession(
             view, layers, len(requests), captures=decoder.captures, context=decoder.context, follows=decoder.follows_length,
             offsets=[request.padding - plain.padding for request in requests], floor=plain.width - plain.padding,
+            native=decoder.native.current(),
         )  # fmt: skip
         self.rows = [
             Row(index, request, decoder.drafters, self.config, decoder.new_learner(), decoder.vocabulary, features, warned)

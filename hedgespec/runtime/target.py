@@ -17,6 +17,7 @@ from hedgespec.ops.linear import few_row_view
 from hedgespec.runtime import capture, positions
 from hedgespec.runtime.cache import RaggedCache, RowBuffer
 from hedgespec.runtime.compat import CACHE_NAMES, cache_argument, names_cache
+from hedgespec.runtime.native_forward import NativeForward
 from hedgespec.runtime.positions import context_of, plain_lengths
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ class TargetSession:
         offsets: by how much each row's text is shorter than the batch's longest, [B]. Read where the model's rotary factors
             follow the text's length, as is `floor`. None: all are equally long.
         floor: length of the batch's longest prompt.
+        native: computes forwards over few tokens; None leaves all to the model.
     """
 
     def __init__(
@@ -262,6 +264,7 @@ class TargetSession:
         follows: bool | None = None,
         offsets: Sequence[int] | None = None,
         floor: int = 0,
+        native: NativeForward | None = None,
     ):
         self.captures, self.captured = captures, None if captures is None else captures.lend(model, self)
         self.lengths: positions.Lengths | None = None
@@ -273,6 +276,7 @@ class TargetSession:
             self.lengths = positions.follow(self.model)
         else:
             self.model = model
+        self.native = native if self.captured is None and self.lengths is None else None
         self.offsets = [0] * batch if offsets is None else list(offsets)
         self.floors = [floor] * batch
         self.context = context_of(model) if context is None else context
@@ -315,6 +319,10 @@ class TargetSession:
         if min(reach) < count and (self.lengths is not None or max(lengths) + count > (self.context or math.inf)):
             last = [max(length + own - 1, 0) for length, own in zip(lengths, reach)]
             places = torch.minimum(places, to_device(last, tokens.device)[:, None])
+        if self.native is not None:
+            counts = reach if tree is None else [count] * len(lengths)
+            if self.native.takes(self.cache, counts, torch.is_grad_enabled()):
+                return self._forward_native(tokens, logits_to_keep, counts, None if tree is None else (places - first, tree[1]))
         if self.lengths is not None:
             self.lengths.fixed, self.lengths.values = False, plain_lengths(places, self.offsets, self.floors)
             rows = zip(self.floors, self.offsets, lengths, reach)
@@ -340,6 +348,21 @@ class TargetSession:
             states = [out.hidden_states[layer].to(tokens.device) for layer in layers]
             self._chunk[layers] = torch.cat(states, -1)
         return out.logits[:, -logits_to_keep:].to(tokens.device)
+
+    def _forward_native(
+        self, tokens: torch.Tensor, logits_to_keep: int, counts: Sequence[int], tree: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """`forward` by `NativeForward`."""
+        layers = sorted({layer for group in self.aux_layers for layer in group})
+        logits, states = self.native(tokens, self.cache, counts, logits_to_keep, layers, *(tree or ()))
+        width = states.shape[2] // max(len(layers), 1)
+        for group in self.aux_layers:
+            if list(group) == layers:
+                self._chunk[group] = states
+            else:
+                parts = [states.narrow(2, layers.index(layer) * width, width) for layer in group]
+                self._chunk[group] = torch.cat(parts, -1)
+        return logits
 
     def reread(self, texts: Sequence[torch.Tensor | None], floor: int) -> None:
         """Computes rows' keys and values once more from their tokens; their hidden states stay what they were.

@@ -35,6 +35,8 @@ def new_learner(config: DecodeConfig, num_drafters: int) -> Learner:
         TypeError: `config.learner` is a function that returned something else than a learner.
         ValueError: an unknown learner, one over another number of arms, or one that does not support the objective.
     """
+    if num_drafters == 0:
+        return make("fixed", 1)  # nothing is ever chosen
     arms = ARMS[config.objective]
     count = arms.count(num_drafters, config.draft_length)
     learner = make(config.learner, count) if isinstance(config.learner, str) else config.learner(count)
@@ -91,7 +93,7 @@ class Selector:
                     f"{len(drafters)} drafters and draft_length {config.draft_length}, got one over {state.get('num_drafters')}"
                 )
             learner.load_state_dict(state)
-        self.queue = DelayQueue(len(drafters), config.draft_length, lengths=self.arms.needs_seconds)
+        self.queue = DelayQueue(max(len(drafters), 1), config.draft_length, lengths=self.arms.needs_seconds)
         self.unpriced: list[Feedback] = []
         """Completed losses that wait until the costs of a round are known."""
         self.full_feedback = learner.feedback == "full"
@@ -111,6 +113,8 @@ class Selector:
     def weights(self) -> np.ndarray:
         """Returns the weights of the arms, float64 [A]. The weight of failed drafters is shared among the others; if none is
         left, all weights are 0."""
+        if not self.alive.size:
+            return np.zeros(0)
         weights = self.learner.weights()
         if self.stats.failures:
             alive = self.arms.alive
