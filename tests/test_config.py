@@ -18,7 +18,7 @@ from hedgespec.config import DecodeConfig, Tree
 from hedgespec.decoder import Decoder
 from hedgespec.drafters.datastore import MAX_NGRAM, Datastore
 from hedgespec.drafters.ngram import NGramDrafter
-from hedgespec.integrations import transformers as hf
+from hedgespec.integrations.transformers import processors
 from hedgespec.integrations.vllm.pool_config import TOKENS_ONLY, read_pool
 from hedgespec.ops.sampling import Sampling
 
@@ -151,4 +151,4 @@ def test_sampling_refuses_what_is_no_number():
     for name in ("temperature", "top_p", "min_p"):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             Sampling(**{name: float("nan")})
-    assert hf.Sampling is Sampling
+    assert processors.Sampling is Sampling
