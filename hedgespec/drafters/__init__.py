@@ -14,7 +14,7 @@ import torch
 
 
 class DrafterSession(Protocol):
-    """One request's view of a drafter."""
+    """The state of one request in a drafter."""
 
     verified: int
     """Number of verified tokens consumed so far."""
@@ -25,13 +25,13 @@ class DrafterSession(Protocol):
         Args:
             tokens: int64 [T], T >= 1.
             features: [T, num_aux * Ht], the target's hidden states at the position before each token; None for a
-                drafter without `aux_layers`. The row of a request's first token is not read.
-            logits_to_keep: how many of the last positions' logits to return, 1..T.
-        Returns: [logits_to_keep, Vd], the logits for the token after each.
+                drafter without `aux_layers`. The row of a request's first token is ignored.
+            logits_to_keep: number of last positions whose logits are returned, 1..T.
+        Returns: [logits_to_keep, Vd], the logits for the token after each of them.
         """
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        """Takes in one drafted token, as the target's id, int64 [1], and returns the logits [Vd] for the next."""
+        """Consumes one drafted token, int64 [1], the target's id, and returns the logits [Vd] for the next one."""
 
 
 class Drafter(Protocol):
@@ -41,23 +41,23 @@ class Drafter(Protocol):
 
     @property
     def name(self) -> str:
-        """Shown in statistics; distinct within a pool."""
+        """Name in statistics; distinct within a pool."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids the drafter can name, in the target's numbering, lie in 0..vocab_size-1."""
+        """The drafter proposes target ids in 0..vocab_size-1 only."""
 
     @property
     def draft_to_target(self) -> torch.Tensor | None:
-        """int64 [Vd], the target's id of each draft id; None where Vd is the target's V."""
+        """int64 [Vd], the target's id of each draft id; None if draft ids are target ids."""
 
     @property
     def aux_layers(self) -> tuple[int, ...]:
-        """Layers of the target whose inputs the drafter reads, the number of its layers standing for what its final norm gives;
-        empty for a drafter that needs tokens only."""
+        """Layers of the target whose inputs the drafter reads; the number of its layers stands for the output of the final
+        norm. Empty for a drafter that needs tokens only."""
 
     def session(self) -> DrafterSession:
-        """A fresh request."""
+        """Returns the state of a new request."""
 
 
 def open_session(drafter: Drafter) -> DrafterSession:

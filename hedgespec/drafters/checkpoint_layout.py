@@ -276,8 +276,8 @@ class HeadPlan:
         """Sets `vocab_size`, `draft_vocab_size` (None: the whole output matrix of the target) and `vocabulary`, the target's
         id of every draft id."""
         maps, target = {name: self.there.get(name) for name in ("d2t", "t2d")}, self.target
-        embedded, said = self._shape("embed_tokens.weight"), self.settings.get("vocab_size")
-        sizes = [None if maps["t2d"] is None else maps["t2d"].shape[0], embedded and embedded[0], said]
+        embedded, configured = self._shape("embed_tokens.weight"), self.settings.get("vocab_size")
+        sizes = [None if maps["t2d"] is None else maps["t2d"].shape[0], embedded and embedded[0], configured]
         self.vocab_size = target.vocab_size if target else next((one for one in sizes if one), None)
         total, self.vocabulary = self.vocab_size, None
         rows = self._shape("lm_head.weight")
@@ -293,10 +293,10 @@ class HeadPlan:
             self.assumed.append("draft ids in the order of t2d, for want of d2t")
         sizes = [rows and rows[0], None if self.vocabulary is None else len(self.vocabulary)]
         found = next((one for one in sizes if one), None)
-        said = self.settings.get("draft_vocab_size")
-        if said is None and found is not None and rows is not None and found != total:
+        configured = self.settings.get("draft_vocab_size")
+        if configured is None and found is not None and rows is not None and found != total:
             self.assumed.append(f"draft_vocab_size {found}, as the tensors have")
-        self.draft_vocab_size = said or found
+        self.draft_vocab_size = configured or found
         if rows is None:
             which = "rows" if self.vocabulary is not None else "whole"
             self.assumed.append(f"the target's output matrix, {which}, for want of lm_head")
@@ -384,14 +384,14 @@ class HeadPlan:
                 expected[one] = (rows, *shape[1:])
         if "embed_tokens.weight" in self.there:
             expected["embed_tokens.weight"] = self.vocab_size or self.there["embed_tokens.weight"].shape[0], config.hidden_size
-        said = {name: self.origin.get(name, name.replace("layer.", layer_prefix(self.origin))) for name in expected}
+        shown = {name: self.origin.get(name, name.replace("layer.", layer_prefix(self.origin))) for name in expected}
         for name, shape in expected.items():
             found = self.there.get(name)
             if found is None:
-                self.faults.append(f"{said[name]} is missing")
+                self.faults.append(f"{shown[name]} is missing")
             elif found.shape != shape:
-                self.faults.append(f"{said[name]} has shape {found.shape}, expected {shape}")
+                self.faults.append(f"{shown[name]} has shape {found.shape}, expected {shape}")
             elif not found.floating:
-                self.faults.append(f"{said[name]} is {found.dtype}, expected floating point")
+                self.faults.append(f"{shown[name]} is {found.dtype}, expected floating point")
         extra = sorted(self.origin[name] for name in self.there.keys() - expected.keys() - known)
         self.faults += [f"{name} is not known" for name in extra]

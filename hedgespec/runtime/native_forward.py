@@ -109,6 +109,8 @@ class NativeForward:
         _check(model)
         self.config, inner = model.config, model.model
         layers = list(inner.layers[: self.config.num_hidden_layers])
+        if not layers:
+            raise Unsupported("it has no layers")
         self.dtype = inner.embed_tokens.weight.dtype
         if self.dtype not in TOLERANCE:
             raise Unsupported(f"its dtype is {self.dtype}")
@@ -280,7 +282,7 @@ def _model_fields(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _layer_fields(layer: nn.Module, config: Any) -> dict[str, Any]:
+def _layer_fields(layer: Any, config: Any) -> dict[str, Any]:
     """Returns a layer's tensors, None where it has none, and its window."""
     attention, mlp = layer.self_attn, layer.mlp
     if any(getattr(one, "bias", None) is not None for one in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
@@ -324,7 +326,7 @@ def _difference(forward: NativeForward, model: PreTrainedModel) -> float:
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, PAST + NEXT), generator=random)
     cache = RaggedCache(1)
-    arguments: dict[str, Any] = {cache_argument(model.forward): cache, "use_cache": True}
+    arguments: dict[Any, Any] = {cache_argument(model.forward): cache, "use_cache": True}
     model(tokens[:, :PAST], position_ids=torch.arange(PAST)[None], **arguments)
     cache.lengths[0] = PAST
     places = torch.arange(PAST, PAST + NEXT)[None]

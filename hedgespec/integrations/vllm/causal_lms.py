@@ -43,7 +43,7 @@ class _Text:
     """Row of the cache; None while it has none."""
     length: int = 0
     """Number of tokens whose keys and values are in the row."""
-    said: int = NOTHING
+    next_token: int = NOTHING
     """The model's token after the last one, once all are read."""
     extended: int = 0
     """Number of the `extend` call that last extended it."""
@@ -130,10 +130,10 @@ class CausalLMs(KeyedDrafter[_Text]):
     @torch.no_grad()
     def _extend(self, requests: list[_Text], tokens: list[np.ndarray], keep: list[int]) -> list[np.ndarray]:
         self._calls += 1
-        said = [np.full(count, NOTHING, np.int64) for count in keep]
+        answers = [np.full(count, NOTHING, np.int64) for count in keep]
         going = {}
-        for request, new, count, answer in zip(requests, tokens, keep, said):
-            request.extended, request.said = self._calls, NOTHING
+        for request, new, count, answer in zip(requests, tokens, keep, answers):
+            request.extended, request.next_token = self._calls, NOTHING
             known = new.min() >= 0 and new.max() < self._known
             if request.over or not known or len(request.tokens) + len(new) > self.context:
                 self._evict(request)
@@ -144,11 +144,13 @@ class CausalLMs(KeyedDrafter[_Text]):
         for group in self._groups({request: len(request.tokens) for request in going}):
             self._reserve(group, max(len(request.tokens) for request in group))
             self._read(group, going)
-        return said
+        return answers
 
     @torch.no_grad()
     def _draft(self, requests: list[_Text], lengths: Sequence[int]) -> list[list[int]]:
-        drafts = [[request.said][:length] if request.said != NOTHING else [] for request, length in zip(requests, lengths)]
+        drafts = [
+            [request.next_token][:length] if request.next_token != NOTHING else [] for request, length in zip(requests, lengths)
+        ]
         going = {}
         for request, draft, length in zip(requests, drafts, lengths):
             length = min(length, self.context - len(request.tokens) + 1)
@@ -220,7 +222,7 @@ class CausalLMs(KeyedDrafter[_Text]):
             request.length += len(chunk)
         for (place, _), (answer, index), token in zip(picked, answers, best):
             if not batch[place].unread:  # the last picked one of a request remains
-                batch[place].said = token
+                batch[place].next_token = token
             if answer is not None:
                 answer[index] = token
 

@@ -37,7 +37,7 @@ class NGrams(KeyedDrafter[NGramIndex]):
         return NGramIndex(self.max_ngram)
 
     def _extend(self, requests: list[NGramIndex], tokens: list[np.ndarray], keep: list[int]) -> list[np.ndarray]:
-        said = []
+        answers = []
         for index, new, count in zip(requests, tokens, keep):
             first = len(new) - count
             proposals = []
@@ -45,8 +45,8 @@ class NGrams(KeyedDrafter[NGramIndex]):
                 index.append(token)
                 if place >= first:
                     proposals.append(_or_nothing(index.propose()))
-            said.append(np.array(proposals, np.int64))
-        return said
+            answers.append(np.array(proposals, np.int64))
+        return answers
 
     def _draft(self, requests: list[NGramIndex], lengths: Sequence[int]) -> list[list[int]]:
         drafts = []
@@ -113,7 +113,7 @@ class _Session:
     def __init__(self, session: DrafterSession):
         self.session = session
         self.drafted: list[int] = []
-        """Its first token follows from the verified ones; the session has taken in all but the last."""
+        """Its first token follows from the verified ones; the session has consumed all except the last."""
 
 
 class Sessions(KeyedDrafter[_Session]):
@@ -140,13 +140,13 @@ class Sessions(KeyedDrafter[_Session]):
 
     @torch.no_grad()
     def _extend(self, requests: list[_Session], tokens: list[np.ndarray], keep: list[int]) -> list[np.ndarray]:
-        said = []
+        answers = []
         for request, new, count in zip(requests, tokens, keep):
             given = torch.as_tensor(new, dtype=torch.int64, device=self.device)
             proposals = self._targets(request.session.consume(given, None, max(1, count)))
             request.drafted = proposals[-1:]
-            said.append(np.array(proposals[len(proposals) - count :], np.int64))
-        return said
+            answers.append(np.array(proposals[len(proposals) - count :], np.int64))
+        return answers
 
     @torch.no_grad()
     def _draft(self, requests: list[_Session], lengths: Sequence[int]) -> list[list[int]]:

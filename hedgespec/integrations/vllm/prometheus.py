@@ -18,8 +18,8 @@ COUNTERS = {
     "picks": "Rounds drafted, by drafter.",
     "drafted": "Tokens proposed, by drafter.",
     "accepted": "Proposed tokens that were accepted, by drafter.",
-    "scored": "Verified tokens on which a drafter was scored, whoever drafted.",
-    "acceptance": "Sum of acceptance probabilities over the scored tokens, whoever drafted.",
+    "scored": "Verified tokens on which a drafter was scored, whether or not it drafted.",
+    "acceptance": "Sum of acceptance probabilities over the scored tokens, whether or not it drafted.",
 }
 """Fields of `Tally` by drafter."""
 
