@@ -71,6 +71,6 @@ void run(const forward::Model& model, std::int64_t width, std::uintptr_t tokens,
 }  // namespace
 
 void bind_forward(py::module_& module) {
-  py::class_<forward::Model>(module, "ForwardModel").def(py::init(&model_of)).def("run", &run);
+  py::class_<forward::Model>(module, "ForwardModel", py::module_local()).def(py::init(&model_of)).def("run", &run);
   module.def("forward_instruction_set", &forward::instruction_set);
 }

@@ -138,6 +138,47 @@ FORWARD_INLINE Lanes hyperbolic_tangent(Lanes x) { return 1.0f - 2.0f / (exponen
 
 // --- matrix products --------------------------------------------------------------------------------------------------
 
+#if HEDGESPEC_LANES == 16
+FORWARD_INLINE Lanes fold_halves(Lanes a, Lanes b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+FORWARD_INLINE Lanes fold_quarters(Lanes a, Lanes b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+#elif HEDGESPEC_LANES == 8
+FORWARD_INLINE Lanes fold_halves(Lanes a, Lanes b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+FORWARD_INLINE Lanes fold_quarters(Lanes a, Lanes b) {
+  return __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+}
+#endif
+
+// The sums of several vectors. Four of them are added up together, which takes a third of the shuffles.
+template <int Count>
+FORWARD_INLINE void totals_of(const Lanes* vectors, float* totals) {
+  int n = 0;
+#if HEDGESPEC_LANES >= 8
+  for (; n + 4 <= Count; n += 4) {
+    // Two vectors become one that holds half as many partial sums of each, and two of these again; then within each quarter.
+    const Lanes* const v = vectors + n;
+    Lanes parts = fold_quarters(fold_halves(v[0], v[1]), fold_halves(v[2], v[3]));
+#if HEDGESPEC_LANES == 16
+    parts += __builtin_shufflevector(parts, parts, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    parts += __builtin_shufflevector(parts, parts, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#else
+    parts += __builtin_shufflevector(parts, parts, 1, 0, 3, 2, 5, 4, 7, 6);
+#endif
+    for (int one = 0; one < 4; ++one) totals[n + one] = parts[one * (lanes / 4)];
+  }
+#endif
+  for (; n < Count; ++n) totals[n] = sum(vectors[n]);
+}
+
 // out[m * stride + n] = weight row n . x row m, for Rows rows of x and Columns rows of the weight.
 template <int Rows, int Columns, typename Element>
 FORWARD_INLINE void tile(const Element* weight, std::int64_t inner, const float* x, float* out, std::int64_t stride) {
@@ -145,28 +186,32 @@ FORWARD_INLINE void tile(const Element* weight, std::int64_t inner, const float*
   const std::int64_t whole = inner / lanes * lanes;
   for (std::int64_t k = 0; k < whole; k += lanes) {
     Lanes weights[Columns];
-    for (int n = 0; n < Columns; ++n) weights[n] = load(weight + n * inner + k);
+    for (int n = 0; n < Columns; ++n) {
+      weights[n] = load(weight + n * inner + k);
+      __builtin_prefetch(weight + (Columns + n) * inner + k);  // the next tile's; the hardware follows only so many rows
+    }
     for (int m = 0; m < Rows; ++m) {
       const Lanes value = load(x + m * inner + k);
       for (int n = 0; n < Columns; ++n) sums[m][n] += weights[n] * value;
     }
   }
   for (int m = 0; m < Rows; ++m) {
+    float totals[Columns];
+    totals_of<Columns>(sums[m], totals);
     for (int n = 0; n < Columns; ++n) {
-      float total = sum(sums[m][n]);
-      for (std::int64_t k = whole; k < inner; ++k) total += number(weight[n * inner + k]) * x[m * inner + k];
-      out[m * stride + n] = total;
+      for (std::int64_t k = whole; k < inner; ++k) totals[n] += number(weight[n * inner + k]) * x[m * inner + k];
+      out[m * stride + n] = totals[n];
     }
   }
 }
 
 // Columns of a tile: as many accumulators as the registers hold beside the operands.
 constexpr int columns_for(int rows) {
-  if (HEDGESPEC_REGISTERS >= 32) return rows == 1 ? 8 : rows == 2 ? 8 : rows <= 4 ? 6 : rows <= 6 ? 4 : 3;
+  if (HEDGESPEC_REGISTERS >= 32) return rows <= 3 ? 8 : 4;
   return rows == 1 ? 8 : rows == 2 ? 4 : rows == 3 ? 3 : rows == 4 ? 3 : 2;
 }
 
-constexpr int most_rows = HEDGESPEC_REGISTERS >= 32 ? 8 : 6;  // of a tile
+constexpr int most_rows = HEDGESPEC_REGISTERS >= 32 ? 6 : 4;  // of a tile
 
 // Rows of one tile's height over `columns` rows of the weight.
 template <int Rows, typename Element>
@@ -188,13 +233,7 @@ void pass_of(std::int64_t rows, const Element* weight, std::int64_t columns, std
     case 3: return pass<3>(weight, columns, inner, x, out, stride);
     case 4: return pass<4>(weight, columns, inner, x, out, stride);
     case 5: return pass<5>(weight, columns, inner, x, out, stride);
-    case 6: return pass<6>(weight, columns, inner, x, out, stride);
-#if HEDGESPEC_REGISTERS >= 32
-    case 7: return pass<7>(weight, columns, inner, x, out, stride);
-    default: return pass<8>(weight, columns, inner, x, out, stride);
-#else
     default: return pass<6>(weight, columns, inner, x, out, stride);
-#endif
   }
 }
 
@@ -355,7 +394,7 @@ class Forward {
   }
 
   void run() {
-    const int threads = static_cast<int>(c_.threads);
+    [[maybe_unused]] const int threads = static_cast<int>(c_.threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     work();
   }

@@ -24,7 +24,7 @@ py::list as_list(const std::vector<hedgespec::Continuation>& all) {
 
 void bind_suffix_automaton(py::module_& module) {
   using Automaton = hedgespec::SuffixAutomaton;
-  py::class_<Automaton>(module, "SuffixAutomaton")
+  py::class_<Automaton>(module, "SuffixAutomaton", py::module_local())
       .def(py::init<std::int64_t>())
       .def("open", &Automaton::open)
       .def("close", &Automaton::close)

@@ -12,6 +12,8 @@ from helpers.families import FAMILIES, VOCABULARY, WINDOW, own_texts, padded_pro
 from torch import nn
 
 from hedgespec import DecodeConfig, Decoder, Tree
+from hedgespec.cli import doctor
+from hedgespec.ops import backends
 from hedgespec.ops.linear import few_row_view
 from hedgespec.ops.tree_mask import ancestry
 from hedgespec.runtime import native_forward
@@ -181,8 +183,41 @@ def test_what_transformers_itself_hooks_in_does_not_matter():
     assert NativeForwards(model).current() is not None
 
 
+def with_smaller_vocabulary(model):
+    model.lm_head.weight.data = model.lm_head.weight.data[:-1]
+
+
+def with_narrower_layer(model):
+    mlp = model.model.layers[1].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight.data = linear.weight.data[:-8].clone()
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :-8].clone()
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as those of quantised weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(function)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+def with_quantised_weight(model):
+    linear = model.model.layers[0].mlp.up_proj
+    weight = Wrapped(linear.weight.data)
+    del linear._parameters["weight"]
+    linear.weight = weight
+
+
 CHANGES = [nn.Module.train, nn.Module.double, with_hook, with_own_forward, with_own_module, with_bias, with_strided_weight,
-           with_mixed_dtypes]  # fmt: skip
+           with_mixed_dtypes, with_smaller_vocabulary, with_narrower_layer, with_quantised_weight]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -220,8 +255,10 @@ def test_a_subclass_is_left_to_transformers():
 
 def test_the_variable_switches_it_off(monkeypatch):
     forwards = NativeForwards(tiny("Llama"))
+    assert "forward of a target over few tokens: available" in doctor.describe(backends.report())
     monkeypatch.setenv(native_forward.VARIABLE, "0")
     assert forwards.current() is None
+    assert "over few tokens: switched off: HEDGESPEC_NATIVE_FORWARD is 0" in doctor.describe(backends.report())
     monkeypatch.delenv(native_forward.VARIABLE)
     assert forwards.current() is not None
 
@@ -252,7 +289,31 @@ def test_weights_that_change_or_move_are_seen():
     tokens = torch.tensor([[1, 2]])
     assert_alike(found.forward(tokens, 2), expected.forward(tokens, 2))
     model.model.norm.weight = nn.Parameter(model.model.norm.weight.clone(), requires_grad=False)
-    assert forwards.current() is not first
+    moved = forwards.current()
+    assert moved is not first
+    for layer in model.model.layers:  # a constant, at the same addresses
+        layer.self_attn.scaling *= 2
+    assert forwards.current() not in (moved, None)
+
+
+@torch.no_grad()
+def test_data_replaced_in_the_middle_of_a_request_is_not_freed_under_the_forward():
+    model = tiny("Llama")
+    forward = NativeForward(model)
+    addresses = {weight.data_ptr() for weight in forward.weights}
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.clone()
+    assert weight.data_ptr() not in addresses
+    assert {weight.data_ptr() for weight in forward.weights} == addresses
+
+
+@torch.no_grad()
+def test_autocast_is_left_to_transformers():
+    _, session = sessions(tiny("Llama"), 1)
+    read_prompts(session, texts_of(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not session.native.takes(session.cache, [1], False)
+    assert session.native.takes(session.cache, [1], False)
 
 
 @torch.no_grad()
@@ -273,7 +334,7 @@ def test_a_copy_serves_its_own_model(copied):
     forwards.current()
     other = copied(forwards)
     assert other._model is not forwards._model
-    assert other.current().addresses != forwards.current().addresses
+    assert other.current().identity != forwards.current().identity
 
 
 @pytest.mark.parametrize("family", SERVED)

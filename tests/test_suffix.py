@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from hedgespec.drafters.suffix import FORMAT, VERSION, SuffixIndex, is_suffix_index
+from hedgespec.drafters.suffix import FORMAT, VERSION, SuffixDrafter, SuffixIndex, is_suffix_index
 from hedgespec.drafters.suffix_reference import SuffixAutomaton as PythonAutomaton
 from hedgespec.errors import CheckpointError
 
@@ -185,3 +185,69 @@ def test_other_tokens_are_refused_and_nothing_is_added(tokens, error, message):
 def test_other_limits_are_refused(max_tokens, error):
     with pytest.raises(error, match="max_tokens: expected"):
         SuffixIndex(max_tokens)
+
+
+def drafted(drafter: SuffixDrafter, prompt: list[int], length: int) -> list[int]:
+    """What the drafter proposes behind a prompt, greedily."""
+    session, tokens = drafter.session(), []
+    logits = session.consume(torch.tensor(prompt), None, 1)[0]
+    while len(tokens) < length:
+        tokens.append(int(logits.argmax()))
+        logits = session.step(torch.tensor(tokens[-1:]))
+    return tokens
+
+
+def test_the_drafter_copies_what_followed_the_longest_match():
+    drafter = SuffixDrafter(10)
+    assert drafted(drafter, [1, 2, 3, 4, 5, 1, 2, 6, 0, 2, 3], 4) == [4, 5, 1, 2]
+    assert drafted(SuffixDrafter(10, min_match=2), [1, 2, 3, 4, 1, 2], 2) == [3, 4]
+
+
+def test_without_a_match_the_last_token_is_proposed_again():
+    assert drafted(SuffixDrafter(10), [1, 2, 3], 2) == [3, 3]
+    assert drafted(SuffixDrafter(10, min_match=3), [1, 2, 3, 4, 1, 2], 1) == [2]
+
+
+def test_the_drafter_gives_frequencies():
+    session = SuffixDrafter(6).session()
+    logits = session.consume(torch.tensor([1, 2, 1, 2, 1, 3, 1]), None, 3)
+    assert session.verified == 7
+    assert logits[1].softmax(-1).tolist() == [0, 0, 0, 1, 0, 0]
+    torch.testing.assert_close(logits[2].softmax(-1), torch.tensor([0, 0, 2 / 3, 1 / 3, 0, 0]), atol=5e-3, rtol=0)
+
+
+def test_drafted_tokens_are_forgotten_at_the_next_verified_ones():
+    session = SuffixDrafter(10).session()
+    session.consume(torch.tensor([1, 2, 3, 1]), None, 1)
+    session.step(torch.tensor([2]))
+    logits = session.consume(torch.tensor([2, 3]), None, 2)
+    assert logits.argmax(-1).tolist() == [3, 1]
+
+
+def test_requests_that_share_an_index_copy_from_each_other():
+    index = SuffixIndex()
+    drafter = SuffixDrafter(10, index)
+    assert drafted(drafter, [1, 2, 3, 4], 1) == [4]
+    assert drafted(drafter, [9, 1, 2], 2) == [3, 4]
+    assert drafted(SuffixDrafter(10), [9, 1, 2], 1) == [2]
+    assert len(index) == 7
+
+
+def test_ids_beyond_the_vocabulary_are_not_proposed():
+    index = SuffixIndex()
+    index.add([1, 2, 30])
+    assert drafted(SuffixDrafter(10, index), [1, 2], 1) == [2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"vocab_size": 0}, ValueError, "vocab_size: expected at least 1"),
+        ({"min_match": 0}, ValueError, "min_match: expected at least 1"),
+        ({"index": "texts"}, TypeError, "index: expected a SuffixIndex or None"),
+        ({"name": 3}, TypeError, "name: expected a str"),
+    ],
+)
+def test_bad_arguments_of_the_drafter_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SuffixDrafter(**({"vocab_size": 10} | arguments))

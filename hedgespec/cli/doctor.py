@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hedgespec.ops import backends
+from hedgespec.runtime import native_forward
 
 
 def describe(report: dict[str, Any] | None = None) -> str:
@@ -27,6 +28,7 @@ def describe(report: dict[str, Any] | None = None) -> str:
         lines += [f"  CUDA kernels {'for ' + native['cuda'] if native['cuda'] else 'not built' + reason}"]
     else:
         lines += [f"  {native['why']}"]
+    lines += [f"  forward of a target over few tokens: {native_forward.state()}"]
     lines += ["backends"]
     wide = max([14, *(len(operation) + 2 for operation in report["operations"])])
     for operation, entries in report["operations"].items():

@@ -6,6 +6,7 @@ Sources: Saxena, "Prompt Lookup Decoding", 2023 (drafting from the prompt); Olia
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from hedgespec.drafters.suffix_reference import Continuation
 from hedgespec.drafters.suffix_reference import SuffixAutomaton as PythonAutomaton
 from hedgespec.errors import CheckpointError
 from hedgespec.utils.files import replacing, write_tensors
-from hedgespec.utils.scalars import integer, shown
+from hedgespec.utils.scalars import integer, shown, text
 
 try:
     from hedgespec._native import SuffixAutomaton
@@ -189,3 +190,70 @@ def _read(path: str | Path) -> Iterable[np.ndarray]:
     if (lengths < 1).any() or lengths.sum() != len(tokens) or (tokens < 0).any():
         raise CheckpointError(f"{path}: expected ids >= 0 and lengths that sum to {len(tokens)}, got others")
     return np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+class SuffixDrafter:
+    """Proposes what followed the longest suffix of the text that also occurs earlier, with the frequencies as probabilities.
+
+    Where nothing matches it proposes the last token again, so that it always has a proposal.
+
+    Args:
+        vocab_size: the target's.
+        index: texts that matches are looked for in beside the request's own, such as earlier requests'; every request that is
+            decoded becomes one of them, so share an index only among requests that may learn of each other's texts by the
+            speed at which their own are decoded. None: each request sees its own text only.
+        min_match: shortest match, in tokens, that it proposes behind, >= 1.
+        name: shown in statistics.
+
+    Raises: TypeError for an argument of another type; ValueError for one outside its range.
+    """
+
+    aux_layers: tuple[int, ...] = ()
+    draft_to_target: torch.Tensor | None = None
+
+    def __init__(self, vocab_size: int, index: SuffixIndex | None = None, *, min_match: int = 1, name: str = "suffix"):
+        if index is not None and not isinstance(index, SuffixIndex):
+            raise TypeError(f"index: expected a SuffixIndex or None, got {shown(index)}; SuffixIndex.load reads a file")
+        self.vocab_size, self.index = integer("vocab_size", vocab_size, 1), index
+        self.min_match, self.name = integer("min_match", min_match, 1), text("name", name)
+
+    def session(self) -> SuffixSession:
+        return SuffixSession(self)
+
+
+class SuffixSession:
+    """The text of one request in the index, and what was drafted since."""
+
+    def __init__(self, drafter: SuffixDrafter):
+        self.drafter = drafter
+        self.text = (SuffixIndex() if drafter.index is None else drafter.index).open()
+        self.drafted: list[int] = []
+        self.verified = 0
+
+    def consume(self, tokens: torch.Tensor, features: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
+        self.drafted.clear()
+        new = tokens.tolist()
+        self.text.append(new[: len(new) - logits_to_keep])
+        found = []
+        for token in new[len(new) - logits_to_keep :]:
+            self.text.append([token])
+            found.append(self._candidates(token))
+        self.verified += len(new)
+        return self._logits(found, tokens.device)
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        self.drafted.append(int(token))
+        return self._logits([self._candidates(self.drafted[-1])], token.device)[0]
+
+    def _candidates(self, last: int) -> list[Continuation]:
+        found = self.text.candidates(self.drafted)
+        found = [one for one in found if one[1] >= self.drafter.min_match and one[0] < self.drafter.vocab_size]
+        return found or [(last, 0, 1, 1)]
+
+    def _logits(self, found: Sequence[Sequence[Continuation]], device: torch.device) -> torch.Tensor:
+        """Returns logits [n, V]: the logarithm of the counts, the first candidate slightly ahead of its equals."""
+        logits = torch.full((len(found), self.drafter.vocab_size), -math.inf)
+        for row, candidates in enumerate(found):
+            counts = [one[2] + (0.01 if place == 0 else 0.0) for place, one in enumerate(candidates)]
+            logits[row, [one[0] for one in candidates]] = torch.tensor(counts).log()
+        return logits.to(device)

@@ -43,15 +43,20 @@ class Unsupported(Exception):
     """Says why a model's forward is left to transformers."""
 
 
-def available() -> bool:
-    """Returns whether the native module is there and `VARIABLE` does not forbid its use."""
+def state() -> str:
+    """Returns "available", or why no forward of this process is native."""
     if os.environ.get(VARIABLE, "1") == "0":
-        return False
+        return f"switched off: {VARIABLE} is 0"
     try:
         from hedgespec import _native
-    except ImportError:
-        return False
-    return hasattr(_native, "ForwardModel")
+    except ImportError as error:
+        return f"unavailable: {error}"
+    return "available" if hasattr(_native, "ForwardModel") else "unavailable: the native module is older than this package"
+
+
+def available() -> bool:
+    """Returns whether the native module is there and `VARIABLE` does not forbid its use."""
+    return state() == "available"
 
 
 class NativeForwards:
@@ -76,7 +81,7 @@ class NativeForwards:
     def current(self) -> NativeForward | None:
         """Returns the forward for the model as it is now; None where `reason` says why not."""
         if not available():
-            self.reason = f"the native module is missing, or {VARIABLE} is 0"
+            self.reason = state()
             return None
         with self._lock:
             try:
@@ -84,7 +89,7 @@ class NativeForwards:
             except Unsupported as error:
                 self._found, self.reason = None, str(error)
                 return None
-            if self._found is not None and self._found.addresses == fresh.addresses:
+            if self._found is not None and self._found.identity == fresh.identity:
                 return self._found
             if fresh.structure != self._verified:
                 if (worst := _difference(fresh, self._model)) > TOLERANCE[fresh.dtype]:
@@ -120,14 +125,21 @@ class NativeForward:
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         fields = _model_fields(model)
         per_layer = [_layer_fields(layer, self.config) for layer in layers]
-        self.weights = [value for one in (fields, *per_layer) for value in one.values() if isinstance(value, torch.Tensor)]
-        """Every tensor whose address the native model holds."""
-        self.addresses = tuple(weight.data_ptr() for weight in self.weights)
-        self.fields, self.per_layer = _by_address(fields), [_by_address(one) for one in per_layer]
-        self.structure = (type(model).__name__, self.dtype, len(layers), tuple(fields[name] for name in _SIZES))
-        for weight in self.weights:
+        _check_shapes(fields, per_layer)
+        weights = [value for one in (fields, *per_layer) for value in one.values() if isinstance(value, torch.Tensor)]
+        for weight in weights:
+            # A tensor of another class (quantised, distributed) may have no memory of its own at all.
+            if type(weight) not in (torch.Tensor, nn.Parameter) or weight.layout is not torch.strided:
+                raise Unsupported(f"its weights are not plain tensors but {type(weight).__name__}")
             if weight.dtype != self.dtype or weight.device.type != "cpu" or not weight.is_contiguous():
                 raise Unsupported("its weights are not contiguous on a CPU in one dtype")
+        self.weights = [weight.detach() for weight in weights]
+        """Every tensor whose address the native model holds; detached, so that a parameter whose data is replaced in the middle
+        of a request does not free what is being read."""
+        self.fields, self.per_layer = _by_address(fields), [_by_address(one) for one in per_layer]
+        self.structure = (type(model).__name__, self.dtype, len(layers), tuple(fields[name] for name in _SIZES))
+        self.identity = (self.fields, self.per_layer)
+        """Every address and constant that the native model holds."""
         self._positions = 0
         self._native: Any = None
 
@@ -138,6 +150,7 @@ class NativeForward:
             and len(cache.layers) == len(self.per_layer)
             and 0 < sum(counts) <= MOST_TOKENS
             and not grad
+            and not torch.is_autocast_enabled("cpu")
             and cache.layers[0].keys.dtype == self.dtype
         )
 
@@ -309,6 +322,23 @@ def _layer_fields(layer: Any, config: Any) -> dict[str, Any]:
 
 
 _PROJECTIONS = (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o"))
+
+
+def _check_shapes(fields: dict[str, Any], per_layer: Sequence[dict[str, Any]]) -> None:
+    """Raises: Unsupported, unless every tensor has the shape that the sizes of the model imply; native code reads by these."""
+    hidden, head, inside, vocabulary = (fields[name] for name in ("hidden", "head_dim", "intermediate", "vocabulary"))
+    queries, keys = fields["heads"] * head, fields["kv_heads"] * head
+    layer = {
+        "query": (queries, hidden), "key": (keys, hidden), "value": (keys, hidden), "output": (hidden, queries),
+        "query_bias": (queries,), "key_bias": (keys,), "value_bias": (keys,), "output_bias": (hidden,),
+        "query_norm": (head,), "key_norm": (head,), "gate": (inside, hidden), "up": (inside, hidden), "down": (hidden, inside),
+        **dict.fromkeys(("input_norm", "attention_norm", "mlp_norm", "mlp_output_norm"), (hidden,)),
+    }  # fmt: skip
+    outside = {"embedding": (vocabulary, hidden), "norm": (hidden,), "head": (vocabulary, hidden)}
+    for found, shapes in ((fields, outside), *((one, layer) for one in per_layer)):
+        for name, value in found.items():
+            if isinstance(value, torch.Tensor) and tuple(value.shape) != shapes[name]:
+                raise Unsupported(f"{name}: its weight is {list(value.shape)}, its configuration says {list(shapes[name])}")
 
 
 def _by_address(fields: dict[str, Any]) -> dict[str, Any]:
