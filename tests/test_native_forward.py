@@ -45,7 +45,7 @@ def read_prompts(session: TargetSession, texts: list[torch.Tensor]) -> None:
     session.keep(counts)
 
 
-def assert_alike(one: torch.Tensor, other: torch.Tensor, share: float = 2e-4) -> None:
+def assert_alike(one: torch.Tensor, other: torch.Tensor, share: float = 1e-3) -> None:
     assert one.dtype == other.dtype
     torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=share * float(other.float().abs().max()))
 
@@ -57,7 +57,7 @@ def test_ragged_rows_get_what_transformers_computes(family, dtype):
     model = tiny(family).to(dtype)
     plain, native = sessions(model, len(LENGTHS))
     texts = texts_of(*LENGTHS)
-    share = 2e-4 if dtype == torch.float32 else 0.1
+    share = 1e-3 if dtype == torch.float32 else 0.1
     for session in (plain, native):
         read_prompts(session, texts)
     for reach, kept in (([4, 4, 4], [4, 1, 2]), ([1, 1, 1], [1, 1, 1]), ([4, 2, 3], [3, 2, 1])):
@@ -116,7 +116,7 @@ def test_a_row_reads_the_same_alone_and_beside_others():
     for row, text in enumerate(texts_of(*LENGTHS)):
         _, alone = sessions(model, 1)
         read_prompts(alone, [text])
-        assert_alike(alone.forward(tokens[row : row + 1], 5)[0], expected[row], 1e-5)
+        assert_alike(alone.forward(tokens[row : row + 1], 5)[0], expected[row], 1e-4)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ transformers' forward. Before the first use the layers' states and the logits ar
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import warnings
@@ -71,7 +72,9 @@ class NativeForwards:
         self._lock = threading.Lock()
         self._found: NativeForward | None = None
         self._verified: tuple[Any, ...] | None = None
-        """What the self-test passed for; a failure is not tried again."""
+        """What the self-test passed for."""
+        self._failed: tuple[Any, ...] | None = None
+        """What it failed for; that is not tried again."""
         self.reason = ""
         """Why there is none."""
 
@@ -86,15 +89,22 @@ class NativeForwards:
         with self._lock:
             try:
                 fresh = NativeForward(self._model)
-            except Unsupported as error:
+            except (Unsupported, AttributeError) as error:  # a release of transformers that names things otherwise
                 self._found, self.reason = None, str(error)
                 return None
             if self._found is not None and self._found.identity == fresh.identity:
                 return self._found
+            if fresh.structure == self._failed:
+                return None
             if fresh.structure != self._verified:
-                if (worst := _difference(fresh, self._model)) > TOLERANCE[fresh.dtype]:
-                    self.reason = f"its states differ from transformers' by {worst:.2g} of the largest"
-                    warnings.warn(f"the target's forward is left to transformers: {self.reason}", stacklevel=2)
+                try:
+                    worst = _difference(fresh, self._model)
+                    fault = f"its states differ from transformers' by {worst:.2g} of the largest"
+                except Exception as error:
+                    worst, fault = math.inf, f"its self-test failed ({type(error).__name__}: {error})"
+                if not worst <= TOLERANCE[fresh.dtype]:
+                    self._failed, self.reason = fresh.structure, fault
+                    warnings.warn(f"the target's forward is left to transformers: {fault}", stacklevel=2)
                     return None
                 self._verified = fresh.structure
             self._found, self.reason = fresh, ""
